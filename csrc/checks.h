@@ -1,0 +1,203 @@
+// Argument checks shared by CPU and CUDA. The texts equal those of janus_ext/reference.py: a test compares them.
+// Wrong shapes and values raise ValueError, wrong dtypes TypeError; nothing has been written when a check fails.
+#pragma once
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace janus {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline constexpr auto kWorking = {at::kFloat, at::kDouble};
+inline constexpr auto kInputs = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
+
+inline std::string dtype_name(at::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
+
+inline std::string list_text(at::IntArrayRef values) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
+  text << ']';
+  return text.str();
+}
+
+inline bool is_empty(const OptionalTensor& basis) { return !basis || basis->size(-1) == 0; }
+
+inline void check_dtype(const std::string& op, const char* name, const Tensor& tensor,
+                        std::initializer_list<at::ScalarType> allowed) {
+  if (std::find(allowed.begin(), allowed.end(), tensor.scalar_type()) != allowed.end()) return;
+  std::string wanted;
+  for (auto type : allowed) wanted += (wanted.empty() ? "" : ", ") + dtype_name(type);
+  TORCH_CHECK_TYPE(false, op, ": ", name, " must be ", wanted, ", got ", dtype_name(tensor.scalar_type()));
+}
+
+inline void check_shape(const std::string& op, const char* name, const Tensor& tensor, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, op, ": ", name, " must be ", list_text(shape), ", got ",
+                    list_text(tensor.sizes()));
+}
+
+inline void check_device(const std::string& op, const char* name, const Tensor& tensor, const Tensor& like) {
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), op, ": ", name, " must be on ", like.device().str(), ", got ",
+                    tensor.device().str());
+}
+
+inline void check_last(const std::string& op, const char* name, const Tensor& tensor, int64_t n) {
+  TORCH_CHECK_VALUE(tensor.dim() >= 1 && tensor.size(-1) == n, op, ": ", name, " must be [..., n] with n = ", n,
+                    ", got ", list_text(tensor.sizes()));
+}
+
+inline void check_rectify(const std::string& op, double scale, std::string_view rectify, double damping, double share) {
+  TORCH_CHECK_VALUE(rectify == "none" || rectify == "project" || rectify == "tangent" || rectify == "exact", op,
+                    ": rectify must be one of none, project, tangent, exact, got '", rectify, "'");
+  TORCH_CHECK_VALUE(scale != 0 && std::isfinite(scale), op, ": scale must be finite and not zero, got ", scale);
+  TORCH_CHECK_VALUE(damping > 0 && std::isfinite(damping), op, ": damping must be positive and finite, got ", damping);
+  TORCH_CHECK_VALUE(0 <= share && share <= 1, op, ": share must be in [0, 1], got ", share);
+}
+
+// A [g, r, n], B [g, m, r], V [n, k]: float32 or float64, alike, on one device, k <= n.
+inline void check_factors(const std::string& op, const Tensor& A, const Tensor& B, const OptionalTensor& basis) {
+  check_dtype(op, "A", A, kWorking);
+  check_dtype(op, "B", B, {A.scalar_type()});
+  TORCH_CHECK_VALUE(A.dim() == 3, op, ": A must be [r, n] for each target, got ", A.dim() - 1, " dimensions");
+  TORCH_CHECK_VALUE(B.dim() == 3, op, ": B must be [m, r] for each target, got ", B.dim() - 1, " dimensions");
+  const int64_t n = A.size(2);
+  TORCH_CHECK_VALUE(A.size(1) >= 1, op, ": A must have at least one row, got ", list_text(A.sizes().slice(1)));
+  check_shape(op, "B", B, {A.size(0), B.size(1), A.size(1)});
+  if (basis) {
+    check_dtype(op, "basis", *basis, {A.scalar_type()});
+    TORCH_CHECK_VALUE(basis->dim() == 2 && basis->size(0) == n && basis->size(1) <= n, op,
+                      ": basis must be [n, k] with n = ", n, " and k <= n, got ", list_text(basis->sizes()));
+  }
+  check_device(op, "B", B, A);
+  if (basis) check_device(op, "basis", *basis, A);
+}
+
+// x [..., n], weight [m, n], bias [m]: one dtype, on the device of A [..., n].
+inline void check_linear(const std::string& op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                         const Tensor& A) {
+  check_dtype(op, "x", x, kInputs);
+  check_last(op, "x", x, A.size(-1));
+  check_dtype(op, "weight", weight, {x.scalar_type()});
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must be [m, n], got ", list_text(weight.sizes()));
+  if (bias) {
+    check_dtype(op, "bias", *bias, {x.scalar_type()});
+    check_shape(op, "bias", *bias, {weight.size(0)});
+  }
+  check_device(op, "x", x, A);
+  check_device(op, "weight", weight, A);
+  if (bias) check_device(op, "bias", *bias, A);
+}
+
+inline void check_gram_update(const Tensor& gram, const Tensor& x, double decay) {
+  const std::string op = "gram_update_";
+  check_dtype(op, "gram", gram, kWorking);
+  TORCH_CHECK_VALUE(gram.dim() == 2 && gram.size(0) == gram.size(1), op, ": gram must be [n, n], got ",
+                    list_text(gram.sizes()));
+  check_dtype(op, "x", x, kInputs);
+  check_last(op, "x", x, gram.size(0));
+  check_device(op, "x", x, gram);
+  TORCH_CHECK_VALUE(0 < decay && decay <= 1, op, ": decay must be in (0, 1], got ", decay);
+}
+
+inline void check_extend_basis(const Tensor& basis, const Tensor& gram, double energy, int64_t max_rank,
+                               int64_t energy_power) {
+  const std::string op = "extend_basis";
+  check_dtype(op, "basis", basis, kWorking);
+  TORCH_CHECK_VALUE(basis.dim() == 2 && basis.size(1) <= basis.size(0), op,
+                    ": basis must be [n, k] with k <= n, got ", list_text(basis.sizes()));
+  const int64_t n = basis.size(0), k = basis.size(1);
+  check_dtype(op, "gram", gram, kWorking);
+  check_shape(op, "gram", gram, {n, n});
+  check_device(op, "gram", gram, basis);
+  TORCH_CHECK_VALUE(0 <= energy && energy <= 1, op, ": energy must be in [0, 1], got ", energy);
+  TORCH_CHECK_VALUE(k <= max_rank && max_rank <= n, op, ": max_rank must be from k = ", k, " to n = ", n, ", got ",
+                    max_rank);
+  TORCH_CHECK_VALUE(energy_power == 1 || energy_power == 2, op, ": energy_power must be 1 or 2, got ", energy_power);
+}
+
+inline void check_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& A,
+                              const Tensor& B, const OptionalTensor& basis, double scale, std::string_view rectify,
+                              double damping, double share) {
+  const std::string op = "lora_linear";
+  check_rectify(op, scale, rectify, damping, share);
+  check_factors(op, A.unsqueeze(0), B.unsqueeze(0), basis);
+  check_linear(op, x, weight, bias, A);
+  check_shape(op, "weight", weight, {B.size(0), A.size(1)});
+}
+
+inline void check_lora_qkv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& A,
+                           const Tensor& B, const OptionalTensor& basis, double scale, std::string_view rectify,
+                           double damping, double share, at::IntArrayRef targets) {
+  const std::string op = "lora_qkv";
+  check_rectify(op, scale, rectify, damping, share);
+  check_factors(op, A, B, basis);
+  check_linear(op, x, weight, bias, A);
+  auto sorted = targets.vec();
+  std::sort(sorted.begin(), sorted.end());
+  const bool distinct = std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end();
+  const bool in_range = sorted.empty() || (sorted.front() >= 0 && sorted.back() < 3);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(targets.size()) == A.size(0) && distinct && in_range, op,
+                    ": targets must be distinct slices 0 (q), 1 (k), 2 (v), one for each of A's ", A.size(0), ", got ",
+                    list_text(targets));
+  check_shape(op, "weight", weight, {3 * B.size(1), A.size(2)});
+}
+
+inline void check_margin_loss(const Tensor& features, const Tensor& prototypes, double margin, double temperature) {
+  const std::string op = "margin_loss";
+  check_dtype(op, "features", features, kInputs);
+  TORCH_CHECK_VALUE(features.dim() == 2, op, ": features must be [N, d], got ", list_text(features.sizes()));
+  check_dtype(op, "prototypes", prototypes, kWorking);
+  TORCH_CHECK_VALUE(prototypes.dim() == 2 && prototypes.size(1) == features.size(1), op,
+                    ": prototypes must be [C, d] with d = ", features.size(1), ", got ",
+                    list_text(prototypes.sizes()));
+  check_device(op, "prototypes", prototypes, features);
+  TORCH_CHECK_VALUE(-1 <= margin && margin <= 1, op, ": margin must be a cosine in [-1, 1], got ", margin);
+  TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), op,
+                    ": temperature must be positive and finite, got ", temperature);
+}
+
+// One layer of rectify_ but for the values of A V, which the caller looks at; the message names the layer.
+inline void check_pair(int64_t layer, const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,
+                       const Tensor& basis, std::string_view rectify) {
+  const std::string where = "rectify_: layer " + std::to_string(layer);
+  check_factors(where, A.dim() == 2 ? A.unsqueeze(0) : A, B.dim() == 2 ? B.unsqueeze(0) : B, basis);
+  check_dtype(where, "grad_A", grad_A, {A.scalar_type()});
+  check_shape(where, "grad_A", grad_A, A.sizes());
+  check_dtype(where, "grad_B", grad_B, {A.scalar_type()});
+  check_shape(where, "grad_B", grad_B, B.sizes());
+  check_device(where, "grad_A", grad_A, A);
+  check_device(where, "grad_B", grad_B, A);
+  TORCH_CHECK_VALUE(is_empty(basis) || rectify != "tangent", where,
+                    ": rectify='tangent' with a basis needs G V, which factor gradients do not hold; use it in the "
+                    "backward of lora_linear or lora_qkv");
+}
+
+inline void check_rectify_batch(at::TensorList A, at::TensorList B, at::TensorList grad_A, at::TensorList grad_B,
+                                at::TensorList basis, at::ArrayRef<double> scale, std::string_view rectify,
+                                double damping, double share) {
+  const std::vector<int64_t> counts = {static_cast<int64_t>(A.size()),      static_cast<int64_t>(B.size()),
+                                       static_cast<int64_t>(grad_A.size()), static_cast<int64_t>(grad_B.size()),
+                                       static_cast<int64_t>(basis.size()),  static_cast<int64_t>(scale.size())};
+  TORCH_CHECK_VALUE(std::all_of(counts.begin(), counts.end(), [&](int64_t c) { return c == counts[0]; }),
+                    "rectify_: A, B, grad_A, grad_B, basis and scale must have equal lengths, got ",
+                    list_text(counts));
+  for (size_t i = 0; i < A.size(); ++i) {
+    check_rectify("rectify_", scale[i], rectify, damping, share);
+    check_pair(static_cast<int64_t>(i), A[i], B[i], grad_A[i], grad_B[i], basis[i], rectify);
+  }
+}
+
+}  // namespace janus

@@ -1,0 +1,6 @@
+// extend_basis on the CPU: the shared algebra of basis.h.
+#include "../basis.h"
+
+#include <torch/library.h>
+
+TORCH_LIBRARY_IMPL(janus_ext, CPU, m) { m.impl("extend_basis", TORCH_FN(janus::extend_basis)); }

@@ -1,0 +1,44 @@
+// gram_update_ on the CPU: C <- decay * C + X^T X.
+//
+// The product is symmetric, so each block of columns is computed down to its diagonal block only, and the upper triangle
+// is mirrored: about half the multiplications, and a bit-symmetric result.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <torch/library.h>
+
+#include "../checks.h"
+
+namespace janus {
+namespace {
+
+constexpr int64_t kBlock = 96;  // columns a block; 96 to 128 were fastest at n = 384 and 768
+constexpr int64_t kTile = 32;   // mirrored tile: two of them stay in the first-level cache
+
+template <typename scalar_t>
+void mirror_upper(scalar_t* C, int64_t n, int64_t stride) {
+  const int64_t tiles = (n + kTile - 1) / kTile;
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * kTile; row < std::min(n, end * kTile); ++row)
+      for (int64_t column = 0; column < row; ++column) C[row * stride + column] = C[column * stride + row];
+  });
+}
+
+void gram_update_(const Tensor& gram, const Tensor& x, double decay) {
+  check_gram_update(gram, x, decay);
+  const int64_t n = gram.size(0);
+  const Tensor rows = x.reshape({-1, n}).to(gram.scalar_type());
+  Tensor C = gram.is_contiguous() ? gram : gram.contiguous();
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
+    C.slice(0, 0, end).slice(1, begin, end).addmm_(rows.slice(1, 0, end).t(), rows.slice(1, begin, end), decay);
+  }
+  AT_DISPATCH_FLOATING_TYPES(C.scalar_type(), "gram_update_",
+                             [&] { mirror_upper(C.mutable_data_ptr<scalar_t>(), n, n); });
+  if (!gram.is_same(C)) gram.copy_(C);
+}
+
+}  // namespace
+}  // namespace janus
+
+TORCH_LIBRARY_IMPL(janus_ext, CPU, m) { m.impl("gram_update_", TORCH_FN(janus::gram_update_)); }

@@ -1,0 +1,282 @@
+"""LoRA layers whose update leaves a protected input subspace alone, and their way into a timm Vision Transformer.
+
+A layer lives through tasks: `protect(basis)`, train A and B with any optimizer, `merge()`, and again. Between merge and
+protect the optimizer's state for A and B is worthless: start it anew.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from janus_ext import ops
+from janus_ext.errors import ArgumentError, TaskBoundaryError
+
+RECTIFY_IN = ("backward", "step")
+
+
+class LoRALayer(nn.Module):
+    """What `LoRALinear` and `LoRAQKV` share: a frozen linear map, factors A [..., r, n] and B [..., m, r], a basis V.
+
+    Attributes:
+        A, B: the factors, float32 (float64 in a float64 model).
+        basis: V [n, k], k = 0 where nothing is protected.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        shape_A: Sequence[int],
+        shape_B: Sequence[int],
+        scale: float,
+        rectify: str,
+        rectify_in: str,
+        damping: float,
+        share: float,
+        balance: bool,
+    ) -> None:
+        super().__init__()
+        _check_options(linear, shape_A[-2], rectify, rectify_in)
+        self.linear = linear.requires_grad_(False)
+        self.scale, self.rectify, self.rectify_in = scale, rectify, rectify_in
+        self.damping, self.share, self.balance = damping, share, balance
+        device = linear.weight.device
+        dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
+        self.A = nn.Parameter(torch.empty(*shape_A, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.empty(*shape_B, dtype=dtype, device=device))
+        self.register_buffer("basis", torch.zeros(linear.in_features, 0, dtype=dtype, device=device))
+        self.reset()
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Fresh factors in place: A Kaiming uniform (A V = 0 for "exact"), B = 0."""
+        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_ with a = sqrt(5), for every target alike
+        self.A.uniform_(-bound, bound)
+        self.B.zero_()
+        self._project_A()
+
+    @torch.no_grad()
+    def protect(self, basis: Tensor) -> None:
+        """Protect the span of basis [n, k], orthonormal, from now on; the layer's function does not change.
+
+        Raises:
+            TaskBoundaryError: B is not zero: a new basis would change what the layer computes. Merge first.
+            ArgumentError: basis is not [n, k] with k <= n - r.
+        """
+        if bool(self.B.any()):
+            raise TaskBoundaryError("protect() while B is not zero would change the function: merge() first")
+        room = self.in_features - self.rank
+        if basis.dim() != 2 or basis.shape[0] != self.in_features or basis.shape[1] > room:
+            raise ArgumentError(
+                f"basis must be [n, k] with n = {self.in_features} and k <= n - r = {room}, got {list(basis.shape)}"
+            )
+        self.basis = basis.to(self.A).clone()
+        self._project_A()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W <- W + s B A_s, computed in float64 and rounded once; fresh factors in place."""
+        delta = self._delta64()
+        for target, update in zip(self._target_weights(), delta.reshape(-1, *delta.shape[-2:]), strict=True):
+            target.copy_(target.double() + update)
+        self.reset()
+
+    def delta(self) -> Tensor:
+        """s B A_s, the update that `merge` would add, [..., m, n] in the factors' dtype."""
+        return self._delta64().to(self.A.dtype)
+
+    @torch.no_grad()
+    def violation(self) -> float:
+        """|dW V|_F / |dW|_F of the present update over all targets; 0 without an update or a basis."""
+        delta = self._delta64()
+        whole = delta.norm()
+        return float((delta @ self.basis.double()).norm() / whole) if whole > 0 else 0.0
+
+    @torch.no_grad()
+    def effective_A(self) -> Tensor:
+        """A_s [..., r, n]: A P for "exact", A otherwise."""
+        return ops.project(self.A, self.basis) if self.rectify == "exact" else self.A.detach()
+
+    def options(self) -> dict[str, float | str | bool]:
+        """How this layer's gradients are rectified: keyword arguments of the ops."""
+        return {"rectify": self.rectify, "damping": self.damping, "share": self.share, "balance": self.balance}
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}, rectify={self.rectify}, rectify_in={self.rectify_in}"
+
+    @torch.no_grad()
+    def _delta64(self) -> Tensor:
+        A = self.A.double()
+        A = ops.project(A, self.basis.double()) if self.rectify == "exact" else A
+        return self.scale * self.B.double() @ A
+
+    def _project_A(self) -> None:
+        """A <- A P with the rows' norms kept, so that "exact" starts with A V = 0."""
+        if self.rectify == "exact" and self.basis.shape[1] > 0:
+            project_rows_(self.A, self.basis)
+
+    def _target_weights(self) -> list[Tensor]:
+        """The slices of W that the targets adapt, as views [m, n]."""
+        raise NotImplementedError
+
+    def _call_options(self) -> dict[str, float | str | bool | Tensor]:
+        defer = self.rectify_in == "step"
+        if defer and self.rectify == "tangent" and self.basis.shape[1] > 0:
+            raise ArgumentError("rectify='tangent' with a basis needs G V: make the layer with rectify_in='backward'")
+        return {"basis": self.basis, "scale": self.scale, "defer": defer, **self.options()}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        stored = state_dict.get(prefix + "basis")
+        if stored is not None and stored.dim() == 2:  # k is data, not architecture
+            self.basis = self.basis.new_zeros(self.in_features, stored.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@torch.no_grad()
+def project_rows_(A: Tensor, basis: Tensor) -> None:
+    """A <- A P in place for A [..., r, n], each row rescaled to its old norm; in float64, rounded once."""
+    safe = ops.project(A.double(), basis.double())
+    before, after = A.double().norm(dim=-1, keepdim=True), safe.norm(dim=-1, keepdim=True)
+    A.copy_(safe * (before / after.clamp_min(torch.finfo(torch.float64).tiny)))
+
+
+def _check_options(linear: nn.Linear, rank: int, rectify: str, rectify_in: str) -> None:
+    if rectify not in ops.RECTIFY:
+        raise ArgumentError(f"rectify must be one of {', '.join(ops.RECTIFY)}, got '{rectify}'")
+    if rectify_in not in RECTIFY_IN:
+        raise ArgumentError(f"rectify_in must be one of {', '.join(RECTIFY_IN)}, got '{rectify_in}'")
+    if not 1 <= rank <= min(linear.in_features, linear.out_features):
+        raise ArgumentError(
+            f"rank must be from 1 to min(m, n) = {min(linear.in_features, linear.out_features)}, got {rank}"
+        )
+
+
+class LoRALinear(LoRALayer):
+    """An nn.Linear with LoRA factors A [r, n] and B [m, r], rectified: any training loop, any optimizer.
+
+    Args:
+        linear: the layer to wrap; it is frozen, and `merge` changes its weight.
+        rank: r.
+        scale: s in W + s B A.
+        rectify: "none", "project", "tangent" or "exact", see `janus_ext.ops.lora_linear`.
+        rectify_in: "backward": `.grad` holds rectified gradients; "step": plain ones, for `GradientRectifier`.
+        damping, share, balance: see `janus_ext.ops.lora_linear`.
+
+    Raises:
+        ArgumentError: a value outside these.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        scale: float = 1.0,
+        rectify: str = "exact",
+        rectify_in: str = "backward",
+        *,
+        damping: float = ops.DAMPING,
+        share: float = ops.SHARE,
+        balance: bool = True,
+    ) -> None:
+        shapes = (rank, linear.in_features), (linear.out_features, rank)
+        super().__init__(linear, *shapes, scale, rectify, rectify_in, damping, share, balance)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n] -> [..., m]."""
+        return ops.lora_linear(x, self.linear.weight, self.linear.bias, self.A, self.B, **self._call_options())
+
+    def _target_weights(self) -> list[Tensor]:
+        return [self.linear.weight.data]
+
+
+class LoRAQKV(LoRALayer):
+    """A fused qkv projection [3 m, n] with factors A [g, r, n] and B [g, m, r] on g of its three slices.
+
+    Args:
+        linear: timm's `attn.qkv`, q, k and v on top of each other; it is frozen, and `merge` changes its weight.
+        targets: distinct names of "q", "k", "v".
+        rank, scale, rectify, rectify_in, damping, share, balance: as in `LoRALinear`.
+
+    Raises:
+        ArgumentError: a value outside these.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        targets: Sequence[str] = ("k", "v"),
+        scale: float = 1.0,
+        rectify: str = "exact",
+        rectify_in: str = "backward",
+        *,
+        damping: float = ops.DAMPING,
+        share: float = ops.SHARE,
+        balance: bool = True,
+    ) -> None:
+        if not targets or len(set(targets)) != len(targets) or not set(targets) <= set(ops.TARGETS):
+            raise ArgumentError(f"targets must be distinct names of {', '.join(ops.TARGETS)}, got {tuple(targets)}")
+        if linear.out_features % 3:
+            raise ArgumentError(f"linear must be a fused qkv with 3 m outputs, got {linear.out_features}")
+        self.width = linear.out_features // 3
+        shapes = (len(targets), rank, linear.in_features), (len(targets), self.width, rank)
+        super().__init__(linear, *shapes, scale, rectify, rectify_in, damping, share, balance)
+        self.targets = tuple(targets)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n] -> [..., 3 m]."""
+        weight, bias = self.linear.weight, self.linear.bias
+        return ops.lora_qkv(x, weight, bias, self.A, self.B, targets=self.targets, **self._call_options())
+
+    def _target_weights(self) -> list[Tensor]:
+        starts = [ops.TARGETS.index(t) * self.width for t in self.targets]
+        return [self.linear.weight.data[start : start + self.width] for start in starts]
+
+
+def inject(
+    model: nn.Module,
+    rank: int,
+    targets: Sequence[str] = ("k", "v"),
+    scale: float = 1.0,
+    rectify: str = "exact",
+    rectify_in: str = "backward",
+    *,
+    damping: float = ops.DAMPING,
+    share: float = ops.SHARE,
+    balance: bool = True,
+) -> dict[str, LoRAQKV]:
+    """Put LoRA on the fused qkv of every attention block of a timm ViT, in place, and freeze everything else.
+
+    Args:
+        model: has attention modules whose `qkv` is an nn.Linear, as timm's VisionTransformer.
+        rank, targets, scale, rectify, rectify_in, damping, share, balance: see `LoRAQKV`.
+
+    Returns:
+        The layers by the name of the module they took the place of, e.g. "blocks.0.attn.qkv", in the model's order.
+
+    Raises:
+        ArgumentError: the model has no such module, or has LoRA layers already.
+    """
+    if any(isinstance(module, LoRALayer) for module in model.modules()):
+        raise ArgumentError("model must be without LoRA layers, got one that inject() has seen already")
+    owners = {
+        name: module for name, module in model.named_modules() if isinstance(getattr(module, "qkv", None), nn.Linear)
+    }
+    if not owners:
+        raise ArgumentError(f"model must have attention blocks with a fused `qkv`, got {type(model).__name__}")
+    model.requires_grad_(False)
+    options = {"rectify": rectify, "rectify_in": rectify_in, "damping": damping, "share": share, "balance": balance}
+    layers = {}
+    for name, owner in owners.items():
+        owner.qkv = LoRAQKV(owner.qkv, rank, targets, scale, **options)
+        layers[f"{name}.qkv" if name else "qkv"] = owner.qkv
+    return layers

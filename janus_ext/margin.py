@@ -1,0 +1,114 @@
+"""Decoupled Margin Loss: keeps the features of new classes away from the prototypes of old ones.
+
+The loss acts on features alone, decoupled from the classifier, and needs no label. The paper gives its purpose and
+effect; the smooth hinge on the cosine is this project's form (see `janus_ext.ops.margin_loss`).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from janus_ext import ops
+from janus_ext.errors import ArgumentError
+
+
+class ClassPrototypes:
+    """Unit mean features of old classes, one row a class, computed once after its task and never updated.
+
+    Attributes:
+        matrix: [C, dim] float32, unit rows, in the order in which classes were added.
+        classes: the C class labels.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
+        self.matrix = torch.zeros(0, dim, device=device)
+        self.classes: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Add every class among `labels` [N] with the normalised mean of its `features` [N, dim].
+
+        Raises ArgumentError when a class is already there: old prototypes are never updated.
+        """
+        self._check(features)
+        if tuple(labels.shape) != (len(features),):
+            raise ArgumentError(f"labels must be [{len(features)}], one a feature, got {list(labels.shape)}")
+        new = labels.unique().tolist()
+        known = sorted(set(new) & set(self.classes))
+        if known:
+            raise ArgumentError(f"labels must name new classes, got classes {known} that have prototypes already")
+        means = torch.stack([features[labels == c].double().mean(0) for c in new])
+        self.matrix = torch.cat([self.matrix, F.normalize(means, dim=1).to(self.matrix)])
+        self.classes += new
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """Cosine [N] of each feature [N, dim] to its nearest prototype ("danger" is its mean over new features)."""
+        self._check(features)
+        if not self.classes:
+            raise ArgumentError("nearest needs at least one prototype, got none")
+        return self._cosines(features).amax(1)
+
+    def own(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Cosine [N] of each feature [N, dim] to the prototype of its own class, labels [N]."""
+        self._check(features)
+        missing = sorted(set(labels.tolist()) - set(self.classes))
+        if missing:
+            raise ArgumentError(f"labels must name classes with prototypes, got {missing}")
+        rows = {c: i for i, c in enumerate(self.classes)}
+        index = torch.tensor([rows[c] for c in labels.tolist()], device=self.matrix.device)
+        return self._cosines(features).gather(1, index[:, None])[:, 0]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """matrix [C, dim] and classes [C]."""
+        return {"matrix": self.matrix.clone(), "classes": torch.tensor(self.classes, dtype=torch.int64)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict()`; raises ArgumentError when it belongs to another width."""
+        if state["matrix"].shape[1:] != self.matrix.shape[1:] or len(state["matrix"]) != len(state["classes"]):
+            raise ArgumentError(
+                f"state must have matrix [C, {self.matrix.shape[1]}] and C classes, "
+                f"got {list(state['matrix'].shape)} and {len(state['classes'])}"
+            )
+        self.matrix = state["matrix"].to(self.matrix, copy=True)
+        self.classes = state["classes"].tolist()
+
+    def _check(self, features: Tensor) -> None:
+        if features.dim() != 2 or features.shape[1] != self.matrix.shape[1]:
+            raise ArgumentError(f"features must be [N, {self.matrix.shape[1]}], got {list(features.shape)}")
+
+    def _cosines(self, features: Tensor) -> Tensor:
+        return F.normalize(features.to(self.matrix), dim=1) @ self.matrix.T
+
+
+class DecoupledMarginLoss(nn.Module):
+    """weight * mean_i (1/tau) log(1 + sum_c exp(tau (f^_i . p_c - margin))): add it to the classification loss.
+
+    Args:
+        margin: cosine in [-1, 1] beyond which a new feature is too close to an old prototype.
+        temperature: tau > 0, sharpness of the hinge.
+        weight: factor of the loss, >= 0.
+
+    Raises:
+        ArgumentError: a value outside these.
+    """
+
+    def __init__(self, margin: float, temperature: float, weight: float = 1.0) -> None:
+        super().__init__()
+        for name, value, fits, wanted in (
+            ("margin", margin, -1 <= margin <= 1, "in [-1, 1]"),
+            ("temperature", temperature, 0 < temperature < float("inf"), "positive and finite"),
+            ("weight", weight, 0 <= weight < float("inf"), "finite and not negative"),
+        ):
+            if not fits:
+                raise ArgumentError(f"DecoupledMarginLoss: {name} must be {wanted}, got {value:g}")
+        self.margin, self.temperature, self.weight = margin, temperature, weight
+
+    def forward(self, features: Tensor, prototypes: Tensor | ClassPrototypes) -> Tensor:
+        """features [N, d], prototypes [C, d] with unit rows -> scalar; exactly zero without prototypes."""
+        matrix = prototypes.matrix if isinstance(prototypes, ClassPrototypes) else prototypes
+        return self.weight * ops.margin_loss(features, matrix, self.margin, self.temperature)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin:g}, temperature={self.temperature:g}, weight={self.weight:g}"

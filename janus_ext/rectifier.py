@@ -1,0 +1,241 @@
+"""Gradient Rectification as a plug-in: for the layers of `janus_ext.lora` and for LoRA factors that somebody else owns.
+
+rectifier = GradientRectifier(pairs, energy=0.95)
+rectifier.attach(optimizer)                 # rectifies before each step, keeps A V = 0 after it
+with rectifier.observe():                   # the last epoch of the task
+    train_one_epoch()
+merge_your_factors(); rectifier.commit()    # the task's inputs are protected from now on
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from janus_ext import ops
+from janus_ext.errors import ArgumentError, TaskBoundaryError
+from janus_ext.estimator import OnlineEstimator
+from janus_ext.lora import LoRALayer, project_rows_
+
+
+class LoRAPair(NamedTuple):
+    """LoRA factors that somebody else owns: the layer computes W x + s B (A x).
+
+    Attributes:
+        A: [r, n] parameter, float32 or float64.
+        B: [m, r] parameter.
+        scale: s.
+        module: the module whose input is x (observed by `GradientRectifier.observe`), or None.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float = 1.0
+    module: nn.Module | None = None
+
+
+@dataclass
+class _Entry:
+    """One rectified layer: an own layer, or a pair with the basis that the rectifier keeps for it."""
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+    module: nn.Module | None
+    options: dict[str, Any]
+    layer: LoRALayer | None = None
+    pair_basis: Tensor | None = None
+
+    def basis(self) -> Tensor | None:
+        return self.pair_basis if self.layer is None else self.layer.basis
+
+    def effective_A(self) -> Tensor:
+        return self.A.detach() if self.layer is None else self.layer.effective_A()
+
+
+class GradientRectifier:
+    """Rectifies the gradients of many layers in one call before the optimizer's step, and protects their old inputs.
+
+    Args:
+        layers: a model with layers of `janus_ext.lora`; or such layers or (A, B) pairs (`LoRAPair`, or plain tuples of
+            its fields), as a mapping from names or as a sequence.
+        energy: share of the observed input energy that `commit` protects, in [0, 1].
+        rectify: for pairs: "none", "project", "tangent" (only while nothing is protected) or "exact". Own layers have
+            their own, and must be made with rectify_in="step".
+        damping, share, balance: for pairs; see `janus_ext.ops.lora_linear`.
+        energy_power: see `janus_ext.ops.extend_basis`.
+
+    Raises:
+        ArgumentError: no layer, factors in half precision or of shapes that do not fit, or layers that rectify in their
+            own backward.
+    """
+
+    def __init__(
+        self,
+        layers: nn.Module | Mapping[str, Any] | Iterable[Any],
+        energy: float = 0.9,
+        *,
+        rectify: str = "exact",
+        damping: float = ops.DAMPING,
+        share: float = ops.SHARE,
+        balance: bool = True,
+        energy_power: int = 1,
+    ) -> None:
+        if not 0 <= energy <= 1:
+            raise ArgumentError(f"GradientRectifier: energy must be in [0, 1], got {energy:g}")
+        options = {"rectify": rectify, "damping": damping, "share": share, "balance": balance}
+        self.energy, self.energy_power = energy, energy_power
+        self._entries = [_entry(name, item, options) for name, item in _named(layers)]
+        if not self._entries:
+            raise ArgumentError("GradientRectifier: layers must hold at least one LoRA layer or (A, B) pair, got none")
+        self.estimators = self._make_estimators()
+
+    def _make_estimators(self) -> dict[str, OnlineEstimator]:
+        """One for each observed module: pairs that share a module share their input, hence the estimator."""
+        estimators: dict[str, OnlineEstimator] = {}
+        by_module: dict[int, OnlineEstimator] = {}
+        for entry in self._entries:
+            key = id(entry.A) if entry.module is None else id(entry.module)
+            if key not in by_module:
+                where = {"dtype": entry.A.dtype, "device": entry.A.device}
+                by_module[key] = OnlineEstimator(
+                    entry.A.shape[-1], name=entry.name, energy_power=self.energy_power, **where
+                )
+            estimators[entry.name] = by_module[key]
+        return estimators
+
+    @contextmanager
+    def observe(self) -> Iterator[None]:
+        """Within it, the inputs of every layer are observed in each forward pass.
+
+        Pairs without a module cannot be hooked: feed `rectifier.estimators[name].observe(x)` yourself.
+        """
+        with ExitStack() as stack:
+            hooked: set[int] = set()
+            for entry in self._entries:
+                if entry.module is None:
+                    raise ArgumentError(f"{entry.name}: observe() needs the pair's module, got None")
+                if id(entry.module) not in hooked:
+                    hooked.add(id(entry.module))
+                    stack.callback(_hook(entry.module, self.estimators[entry.name]).remove)
+            yield
+
+    def commit(self, energy: float | None = None) -> None:
+        """End the task: protect what was observed, from now on. Merge the factors first, so that every B is zero.
+
+        Raises:
+            TaskBoundaryError: a B is not zero; nothing has changed.
+            StatisticsError: a layer's statistics are empty, zero or not finite.
+        """
+        for entry in self._entries:
+            if bool(entry.B.any()):
+                raise TaskBoundaryError(f"{entry.name}: commit() came while B is not zero: merge the factors first")
+        bases: dict[int, Tensor] = {}
+        for entry in self._entries:
+            estimator = self.estimators[entry.name]
+            if id(estimator) not in bases:
+                room = estimator.dim - self._rank_on(estimator)
+                bases[id(estimator)] = estimator.commit(self.energy if energy is None else energy, room)
+            self._protect(entry, bases[id(estimator)])
+
+    def _rank_on(self, estimator: OnlineEstimator) -> int:
+        return max(e.A.shape[-2] for e in self._entries if self.estimators[e.name] is estimator)
+
+    def _protect(self, entry: _Entry, basis: Tensor) -> None:
+        if entry.layer is not None:
+            entry.layer.protect(basis)
+            return
+        entry.pair_basis = basis
+        if entry.options["rectify"] == "exact":
+            project_rows_(entry.A, basis)
+
+    def rectify(self) -> None:
+        """Rewrite `.grad` of all factors, rectified: after unscaling, before clipping and the optimizer's step."""
+        groups: dict[tuple[Any, ...], list[_Entry]] = {}
+        for entry in self._entries:
+            if entry.A.grad is not None and entry.B.grad is not None:
+                groups.setdefault(tuple(entry.options.values()), []).append(entry)
+        for entries in groups.values():
+            ops.rectify_(
+                [e.effective_A() for e in entries],
+                [e.B for e in entries],
+                [e.A.grad for e in entries],
+                [e.B.grad for e in entries],
+                [e.basis() for e in entries],
+                [e.scale for e in entries],
+                **entries[0].options,
+            )
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """A <- A P for every pair under "exact": what an optimizer's step may have broken. Own layers need none."""
+        for entry in self._entries:
+            if entry.layer is None and entry.options["rectify"] == "exact" and not ops.is_empty(entry.pair_basis):
+                entry.A.sub_((entry.A @ entry.pair_basis) @ entry.pair_basis.mT)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on `optimizer.step()` rectifies first, and restores A V = 0 of plain pairs afterwards.
+
+        Raises ArgumentError when the optimizer holds none of the factors. What runs between the backward and `step()`,
+        such as clipping, sees plain gradients; a loop that clips calls `rectify()` itself instead.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(e.A) in held or id(e.B) in held for e in self._entries):
+            raise ArgumentError("attach: optimizer must hold the factors of the rectified layers, got none of them")
+        optimizer.register_step_pre_hook(lambda *_: self.rectify())
+        optimizer.register_step_post_hook(lambda *_: self.project())
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The estimators' states by layer name; pairs' bases are those of the estimators."""
+        return {name: estimator.state_dict() for name, estimator in self.estimators.items()}
+
+    def load_state_dict(self, state: Mapping[str, dict[str, Tensor]]) -> None:
+        """Continue from `state_dict()`; raises ArgumentError when the layers are not the same."""
+        if set(state) != set(self.estimators):
+            raise ArgumentError(f"state must hold layers {sorted(self.estimators)}, got {sorted(state)}")
+        for name, estimator in self.estimators.items():
+            estimator.load_state_dict(state[name])
+        for entry in self._entries:
+            if entry.layer is None:
+                entry.pair_basis = self.estimators[entry.name].basis
+
+
+def _hook(module: nn.Module, estimator: OnlineEstimator) -> Any:
+    return module.register_forward_pre_hook(lambda _, inputs: estimator.observe(inputs[0]))
+
+
+def _named(layers: nn.Module | Mapping[str, Any] | Iterable[Any]) -> list[tuple[str, Any]]:
+    if isinstance(layers, nn.Module):
+        return [(name, module) for name, module in layers.named_modules() if isinstance(module, LoRALayer)]
+    if isinstance(layers, Mapping):
+        return list(layers.items())
+    return [(f"layer {i}", item) for i, item in enumerate(layers)]
+
+
+def _entry(name: str, item: Any, options: dict[str, Any]) -> _Entry:
+    if isinstance(item, LoRALayer):
+        if item.rectify_in != "step":
+            raise ArgumentError(f"{name}: the layer rectifies in its backward; make it with rectify_in='step'")
+        return _Entry(name, item.A, item.B, item.scale, item, item.options(), layer=item)
+    if not isinstance(item, Sequence) or not 2 <= len(item) <= 4:
+        raise ArgumentError(f"{name}: must be a LoRA layer or (A, B[, scale[, module]]), got {type(item).__name__}")
+    pair = LoRAPair(*item)
+    _check_pair(name, pair)
+    return _Entry(name, pair.A, pair.B, pair.scale, pair.module, options)
+
+
+def _check_pair(name: str, pair: LoRAPair) -> None:
+    for factor, tensor in (("A", pair.A), ("B", pair.B)):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ArgumentError(
+                f"{name}: {factor} must be float32 or float64, got {str(tensor.dtype).removeprefix('torch.')}: "
+                "half precision cannot keep A V = 0; hold the adapter in float32"
+            )
+    if pair.A.dim() != 2 or pair.B.dim() != 2 or pair.A.shape[0] != pair.B.shape[1]:
+        raise ArgumentError(
+            f"{name}: A and B must be [r, n] and [m, r], got {list(pair.A.shape)} and {list(pair.B.shape)}"
+        )

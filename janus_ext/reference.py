@@ -1,0 +1,442 @@
+"""Every op in plain PyTorch: the oracle of the tests, and what runs where no compiled kernel exists.
+
+Notation of the whole project: an adapted linear map y = x W^T + b with W [m, n], factors A [r, n] and B [m, r], scale
+s, and V [n, k], an orthonormal basis of the protected input subspace. P = I - V V^T is applied, never formed. "The
+paper" is Chen et al., "Janus-LoRA", ICML 2026, arXiv 2605.28495; what is not marked so is this project's definition.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+RECTIFY = ("none", "project", "tangent", "exact")
+DAMPING = (
+    0.1  # relative to the mean eigenvalue of B^T B or A A^T; chosen on the embedded benchmark (REPRODUCIBILITY.md)
+)
+DAMPING_FLOOR = 1e-12  # the mean eigenvalue that the damping assumes at least: B = 0 at the start of a task
+SHARE = 0.5  # of the part P_B G P_A that both factors could carry, B carries this much
+BASIS_TOLERANCE = 1e-3  # |A V|_F <= this times |A|_F counts as A V = 0
+WORKING_DTYPES = (torch.float32, torch.float64)
+INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+# --------------------------------------------------------------------------------------------------------------- checks
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_dtype(op: str, name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in allowed:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def _require_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    _require(list(tensor.shape) == list(shape), f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def _require_device(op: str, like: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None:
+            _require(tensor.device == like.device, f"{op}: {name} must be on {like.device}, got {tensor.device}")
+
+
+def _require_last(op: str, name: str, tensor: Tensor, n: int) -> None:
+    _require(
+        tensor.dim() >= 1 and tensor.shape[-1] == n,
+        f"{op}: {name} must be [..., n] with n = {n}, got {list(tensor.shape)}",
+    )
+
+
+def check_rectify(op: str, scale: float, rectify: str, damping: float, share: float) -> None:
+    """The options that `lora_linear`, `lora_qkv` and `rectify_` share."""
+    _require(rectify in RECTIFY, f"{op}: rectify must be one of none, project, tangent, exact, got '{rectify}'")
+    _require(scale != 0 and abs(scale) < float("inf"), f"{op}: scale must be finite and not zero, got {scale:g}")
+    _require(0 < damping < float("inf"), f"{op}: damping must be positive and finite, got {damping:g}")
+    _require(0 <= share <= 1, f"{op}: share must be in [0, 1], got {share:g}")
+
+
+def check_factors(op: str, A: Tensor, B: Tensor, basis: Tensor | None) -> None:
+    """A [g, r, n], B [g, m, r] and V [n, k]: float32 or float64, alike, on one device, k <= n."""
+    _require_dtype(op, "A", A, WORKING_DTYPES)
+    _require_dtype(op, "B", B, (A.dtype,))
+    _require(A.dim() == 3, f"{op}: A must be [r, n] for each target, got {A.dim() - 1} dimensions")
+    _require(B.dim() == 3, f"{op}: B must be [m, r] for each target, got {B.dim() - 1} dimensions")
+    g, r, n = A.shape
+    _require(r >= 1, f"{op}: A must have at least one row, got {list(A.shape[1:])}")
+    _require_shape(op, "B", B, (g, B.shape[1], r))
+    if basis is not None:
+        _require_dtype(op, "basis", basis, (A.dtype,))
+        _require(
+            basis.dim() == 2 and basis.shape[0] == n and basis.shape[1] <= n,
+            f"{op}: basis must be [n, k] with n = {n} and k <= n, got {list(basis.shape)}",
+        )
+    _require_device(op, A, B=B, basis=basis)
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products inside are IEEE float32, whatever TF32 or `set_float32_matmul_precision` settings say."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    saved = [backend.fp32_precision for backend in backends]
+    reduced = [p not in ("ieee", "none") for p in saved]
+    try:
+        for backend, low in zip(backends, reduced, strict=True):
+            if low:
+                backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, low, precision in zip(backends, reduced, saved, strict=True):
+            if low:
+                backend.fp32_precision = precision
+
+
+def is_empty(basis: Tensor | None) -> bool:
+    """Whether nothing is protected."""
+    return basis is None or basis.shape[-1] == 0
+
+
+def project(M: Tensor, basis: Tensor | None) -> Tensor:
+    """M P = M - (M V) V^T for M [..., n]."""
+    return M if is_empty(basis) else M - (M @ basis) @ basis.mT
+
+
+# --------------------------------------------------------------------------------------------------- Online Estimation
+
+
+def gram_update_(gram: Tensor, x: Tensor, decay: float = 1.0) -> None:
+    """gram <- decay * gram + x^T x, exactly symmetric; see `janus_ext.ops.gram_update_`."""
+    op = "gram_update_"
+    _require_dtype(op, "gram", gram, WORKING_DTYPES)
+    _require(gram.dim() == 2 and gram.shape[0] == gram.shape[1], f"{op}: gram must be [n, n], got {list(gram.shape)}")
+    _require_dtype(op, "x", x, INPUT_DTYPES)
+    _require_last(op, "x", x, gram.shape[0])
+    _require_device(op, gram, x=x)
+    _require(0 < decay <= 1, f"{op}: decay must be in (0, 1], got {decay:g}")
+    rows = x.reshape(-1, x.shape[-1]).to(gram.dtype)
+    update = torch.triu(rows.mT @ rows)
+    gram.mul_(decay).add_(update + torch.triu(update, 1).mT)
+
+
+def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, energy_power: int = 1) -> Tensor:
+    """Grow V by the fewest directions that capture `energy` of C^p; see `janus_ext.ops.extend_basis`."""
+    op = "extend_basis"
+    _require_dtype(op, "basis", basis, WORKING_DTYPES)
+    _require(
+        basis.dim() == 2 and basis.shape[1] <= basis.shape[0],
+        f"{op}: basis must be [n, k] with k <= n, got {list(basis.shape)}",
+    )
+    n, k = basis.shape
+    _require_dtype(op, "gram", gram, WORKING_DTYPES)
+    _require_shape(op, "gram", gram, (n, n))
+    _require_device(op, basis, gram=gram)
+    _require(0 <= energy <= 1, f"{op}: energy must be in [0, 1], got {energy:g}")
+    _require(k <= max_rank <= n, f"{op}: max_rank must be from k = {k} to n = {n}, got {max_rank}")
+    _require(energy_power in (1, 2), f"{op}: energy_power must be 1 or 2, got {energy_power}")
+    C = gram.double()
+    _require(bool(torch.isfinite(C).all()), f"{op}: gram must be finite, got NaN or infinite entries")
+    trace = C.trace()
+    _require(bool(trace > 0), f"{op}: gram must have a positive trace, got {float(trace):g}")
+
+    C = C / trace  # energy shares do not change; C^2 cannot overflow
+    C = C @ C if energy_power == 2 else C
+    V = basis.double()
+    rest = project(project(C, V).mT, V)  # P C^p P
+    values, vectors = torch.linalg.eigh((rest + rest.mT) / 2)
+    values, vectors = values.flip(0), vectors.flip(1)
+    have = ((C @ V) * V).sum()
+    added = directions_needed(values, have, C.trace(), energy, max_rank - k)
+    extended = torch.cat([V, vectors[:, :added]], dim=1)
+    return orthonormalise(extended, kept=k).to(basis.dtype).contiguous()
+
+
+def directions_needed(values: Tensor, have: Tensor, total: Tensor, energy: float, room: int) -> int:
+    """Smallest q with have + l_1 + ... + l_q >= energy * total, at most `room` and the numerical rank."""
+    n = values.numel()
+    if room == 0 or bool(have >= energy * total):
+        return 0
+    candidates = int((values > n * torch.finfo(values.dtype).eps * values[0]).sum())
+    captured = have + values[:candidates].cumsum(0)
+    wanted = int((captured < energy * total).sum()) + 1
+    return min(wanted, candidates, room)
+
+
+def orthonormalise(M: Tensor, kept: int) -> Tensor:
+    """Q of the QR factorisation of M [n, k'] with the signs of M's columns; the first `kept` columns barely move."""
+    if M.shape[1] == kept:
+        return M
+    Q, R = torch.linalg.qr(M)
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------- Gradient Rectification
+
+
+def damped_inverse(S: Tensor, damping: float) -> Tensor:
+    """(S + d I)^-1 for Gram matrices S [..., r, r], d = max(damping, 4 r eps) * max(tr S / r, floor), by Cholesky."""
+    r = S.shape[-1]
+    relative = max(damping, 4 * r * torch.finfo(S.dtype).eps)
+    d = relative * mean_eigenvalue(S).clamp_min(DAMPING_FLOOR)
+    L, _ = torch.linalg.cholesky_ex(S + d[..., None, None] * torch.eye(r, dtype=S.dtype, device=S.device))
+    return torch.cholesky_inverse(L)
+
+
+def mean_eigenvalue(S: Tensor) -> Tensor:
+    """tr(S) / r for S [..., r, r]."""
+    return S.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def rectified(
+    A: Tensor,
+    B: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    basis: Tensor | None,
+    scale: float,
+    rectify: str,
+    damping: float,
+    share: float,
+    balance: bool,
+) -> tuple[Tensor, Tensor]:
+    """Factor gradients -> rectified factor gradients, A [..., r, n], B [..., m, r].
+
+    "tangent" and "exact" give the update of the tangent space {s (B dA + dB A)} closest to G_safe = G P:
+        dA = (1/s) B^+ G_safe + Z A,   dB = (1/s) (I - P_B) G_safe A^+ - B Z,   Z = -(share/s) B^+ G_safe A^+
+    with damped pseudo-inverses. `grad_A` is s B^T G, `grad_B` s G P A^T: the plain gradient of B when A V = 0.
+    `balance` gives both factors the scale of the plain gradient: dA times s^2 tr(B^T B)/r, dB times s^2 tr(A A^T)/r.
+    """
+    if rectify == "none":
+        return grad_A, grad_B
+    grad_A = project(grad_A, basis)
+    if rectify == "project":
+        return grad_A, grad_B
+    gram_A, gram_B = A @ A.mT, B.mT @ B
+    inverse_A, inverse_B = damped_inverse(gram_A, damping), damped_inverse(gram_B, damping)
+    right = grad_B @ inverse_A  # s G_safe A^+
+    common = inverse_B @ (B.mT @ right)  # s^2 B^+ G_safe A^+ / s
+    dA = inverse_B @ grad_A - share * common @ A
+    dB = right - (1 - share) * B @ common
+    if balance:
+        return dA * mean_eigenvalue(gram_B)[..., None, None], dB * mean_eigenvalue(gram_A)[..., None, None]
+    return dA / scale**2, dB / scale**2
+
+
+def rectify_(
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    grad_A: Sequence[Tensor],
+    grad_B: Sequence[Tensor],
+    basis: Sequence[Tensor],
+    scale: Sequence[float],
+    rectify: str = "exact",
+    damping: float = DAMPING,
+    share: float = SHARE,
+    balance: bool = False,
+) -> None:
+    """Rectify the factor gradients of many layers in place; see `janus_ext.ops.rectify_`."""
+    op = "rectify_"
+    counts = [len(B), len(grad_A), len(grad_B), len(basis), len(scale)]
+    _require(
+        all(c == len(A) for c in counts),
+        f"{op}: A, B, grad_A, grad_B, basis and scale must have equal lengths, got {[len(A), *counts]}",
+    )
+    for i in range(len(A)):
+        check_rectify(op, scale[i], rectify, damping, share)
+        check_pair(op, i, A[i], B[i], grad_A[i], grad_B[i], basis[i], rectify)
+    with full_float32():
+        for a, b, ga, gb, v, s in zip(A, B, grad_A, grad_B, basis, scale, strict=True):
+            dA, dB = rectified(a, b, ga, gb, v, s, rectify, damping, share, balance)
+            ga.copy_(dA)
+            gb.copy_(dB)
+
+
+def check_pair(
+    op: str, i: int, A: Tensor, B: Tensor, grad_A: Tensor, grad_B: Tensor, basis: Tensor, rectify: str
+) -> None:
+    """One layer of `rectify_`; the message names its index."""
+    where = f"{op}: layer {i}"
+    check_factors(where, A[None] if A.dim() == 2 else A, B[None] if B.dim() == 2 else B, basis)
+    for name, grad, like in (("grad_A", grad_A, A), ("grad_B", grad_B, B)):
+        _require_dtype(where, name, grad, (A.dtype,))
+        _require_shape(where, name, grad, like.shape)
+    _require_device(where, A, grad_A=grad_A, grad_B=grad_B)
+    if is_empty(basis):
+        return
+    _require(
+        rectify != "tangent",
+        f"{where}: rectify='tangent' with a basis needs G V, which factor gradients do not hold; "
+        "use it in the backward of lora_linear or lora_qkv",
+    )
+    if rectify == "exact":
+        with full_float32():
+            inside, whole = (A @ basis).norm(), A.norm()
+        _require(
+            not bool(inside > BASIS_TOLERANCE * whole),
+            f"{where}: rectify='exact' presumes A V = 0, got |A V| = {float(inside):g} with |A| = {float(whole):g}",
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- adapted linear
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    basis: Tensor | None = None,
+    scale: float = 1.0,
+    rectify: str = "exact",
+    damping: float = DAMPING,
+    share: float = SHARE,
+    balance: bool = False,
+    defer: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, x A_s^T and A_s of one adapted linear map; see `janus_ext.ops.lora_linear`."""
+    op = "lora_linear"
+    check_rectify(op, scale, rectify, damping, share)
+    check_factors(op, A[None], B[None], basis)
+    check_linear(op, x, weight, bias, A)
+    _require_shape(op, "weight", weight, (B.shape[0], A.shape[1]))
+    return lora_forward(x, weight, bias, A[None], B[None], basis, scale, rectify, [0])
+
+
+def lora_qkv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    basis: Tensor | None = None,
+    scale: float = 1.0,
+    rectify: str = "exact",
+    damping: float = DAMPING,
+    share: float = SHARE,
+    balance: bool = False,
+    defer: bool = False,
+    targets: Sequence[int] = (1, 2),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, x A_s^T and A_s of a fused qkv projection; see `janus_ext.ops.lora_qkv`."""
+    op = "lora_qkv"
+    check_rectify(op, scale, rectify, damping, share)
+    check_factors(op, A, B, basis)
+    check_linear(op, x, weight, bias, A)
+    _require(
+        len(targets) == A.shape[0] and len(set(targets)) == len(targets) and all(0 <= t < 3 for t in targets),
+        f"{op}: targets must be distinct slices 0 (q), 1 (k), 2 (v), one for each of A's {A.shape[0]}, "
+        f"got {list(targets)}",
+    )
+    m = B.shape[1]
+    _require_shape(op, "weight", weight, (3 * m, A.shape[2]))
+    return lora_forward(x, weight, bias, A, B, basis, scale, rectify, [t * m for t in targets])
+
+
+def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor) -> None:
+    """x [..., n], weight [m, n], bias [m]: one dtype, on the device of A [..., n]."""
+    _require_dtype(op, "x", x, INPUT_DTYPES)
+    _require_last(op, "x", x, A.shape[-1])
+    _require_dtype(op, "weight", weight, (x.dtype,))
+    _require(weight.dim() == 2, f"{op}: weight must be [m, n], got {list(weight.shape)}")
+    if bias is not None:
+        _require_dtype(op, "bias", bias, (x.dtype,))
+        _require_shape(op, "bias", bias, (weight.shape[0],))
+    _require_device(op, A, x=x, weight=weight, bias=bias)
+
+
+def lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    basis: Tensor | None,
+    scale: float,
+    rectify: str,
+    offsets: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = x W^T + b, and y[off_i : off_i + m] += s (x A_i^T) B_i^T; A is A P for "exact". A [g, r, n], B [g, m, r]."""
+    with full_float32():
+        effective = project(A, basis) if rectify == "exact" and not is_empty(basis) else A.clone()
+    g, r, n = A.shape
+    m = B.shape[1]
+    y = F.linear(x, weight, bias)
+    xA = x @ effective.reshape(g * r, n).mT.to(x.dtype)
+    for i, offset in enumerate(offsets):
+        y[..., offset : offset + m] += scale * (xA[..., i * r : (i + 1) * r] @ B[i].mT.to(x.dtype))
+    return y, xA, effective
+
+
+def lora_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    xA: Tensor,
+    effective: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    basis: Tensor | None,
+    scale: float,
+    rectify: str,
+    damping: float,
+    share: float,
+    balance: bool,
+    offsets: Sequence[int],
+    need_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dx [..., n] (empty unless `need_x`) and the rectified gradients of A [g, r, n] and B [g, m, r]."""
+    g, r, n = A.shape
+    m = B.shape[1]
+    gy, rows = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, n)
+    slices = [gy[:, offset : offset + m] for offset in offsets]
+    through = torch.cat([scale * (s @ b.to(x.dtype)) for s, b in zip(slices, B, strict=True)], dim=1)  # [N, g r]
+    grad_x = x.new_empty(0)
+    if need_x:
+        grad_x = (gy @ weight + through @ effective.reshape(g * r, n).to(x.dtype)).reshape(x.shape)
+    grad_A = (through.mT @ rows).to(A.dtype).reshape(g, r, n)
+    with full_float32():
+        inner = xA.reshape(-1, g * r)
+        if rectify == "tangent" and not is_empty(basis):  # G P A^T needs only x (A P)^T, not G V
+            inner = rows @ project(A, basis).reshape(g * r, n).mT.to(x.dtype)
+        grad_B = torch.stack([scale * (s.mT @ inner[:, i * r : (i + 1) * r]) for i, s in enumerate(slices)]).to(B.dtype)
+        grad_A, grad_B = rectified(effective, B, grad_A, grad_B, basis, scale, rectify, damping, share, balance)
+    return grad_x, grad_A, grad_B
+
+
+# ------------------------------------------------------------------------------------------------ Decoupled Margin Loss
+
+
+def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """mean_i (1/tau) log(1 + sum_c exp(tau (f^_i . p_c - margin))) and its gradient; see `ops.margin_loss`."""
+    op = "margin_loss"
+    _require_dtype(op, "features", features, INPUT_DTYPES)
+    _require(features.dim() == 2, f"{op}: features must be [N, d], got {list(features.shape)}")
+    _require_dtype(op, "prototypes", prototypes, WORKING_DTYPES)
+    _require(
+        prototypes.dim() == 2 and prototypes.shape[1] == features.shape[1],
+        f"{op}: prototypes must be [C, d] with d = {features.shape[1]}, got {list(prototypes.shape)}",
+    )
+    _require_device(op, features, prototypes=prototypes)
+    _require(-1 <= margin <= 1, f"{op}: margin must be a cosine in [-1, 1], got {margin:g}")
+    _require(0 < temperature < float("inf"), f"{op}: temperature must be positive and finite, got {temperature:g}")
+    dtype = torch.promote_types(prototypes.dtype, features.dtype)
+    N, C = features.shape[0], prototypes.shape[0]
+    if N == 0 or C == 0:
+        return features.new_zeros((), dtype=dtype), torch.zeros_like(features)
+    f, p = features.to(dtype), prototypes.to(dtype)
+    norm = f.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny ** 0.5)
+    unit = f / norm
+    z = temperature * (unit @ p.mT - margin)
+    log_sum = torch.logsumexp(torch.cat([z.new_zeros(N, 1), z], dim=1), dim=1, keepdim=True)
+    pull = torch.exp(z - log_sum) @ p  # d loss_i / d f^_i
+    grad = (pull - (pull * unit).sum(1, keepdim=True) * unit) / (norm * N)
+    return log_sum.mean() / temperature, grad.to(features.dtype)

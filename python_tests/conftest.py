@@ -1,0 +1,55 @@
+"""Devices, dtypes and the one table of tolerances that every numerical test uses."""
+
+import pytest
+import torch
+
+# Relative error |got - want| / |want| (Frobenius) against a float64 reference, inputs rounded to the dtype first.
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-5,
+    torch.bfloat16: 2e-2,
+    torch.float16: 4e-3,
+}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """|got - want|_F / |want|_F in float64; |got|_F where want is zero."""
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    assert got.shape == want.shape, f"shapes differ: {tuple(got.shape)} and {tuple(want.shape)}"
+    norm = want.norm()
+    return float((got - want).norm() / norm) if norm > 0 else float(got.norm())
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, factor: float = 1.0) -> None:
+    """Within `factor` times the table's tolerance for `dtype`."""
+    error = relative_error(got, want)
+    assert error <= factor * TOLERANCE[dtype], f"relative error {error:.2e} over {factor * TOLERANCE[dtype]:.0e}"
+
+
+def orthonormal(n: int, k: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> torch.Tensor:
+    """A random orthonormal [n, k]."""
+    return torch.linalg.qr(torch.randn(n, k, dtype=torch.float64)).Q.to(device, dtype)
+
+
+def subspace(V: torch.Tensor) -> torch.Tensor:
+    """The projector V V^T: what two bases of one subspace agree on."""
+    return V.double() @ V.double().mT

@@ -1,0 +1,88 @@
+"""extend_basis (property 6): compare projectors, never singular vectors."""
+
+import math
+
+import pytest
+import torch
+from conftest import assert_close, orthonormal, subspace
+
+from janus_ext import ops, reference
+
+
+def spectrum_gram(values: torch.Tensor, device: str = "cpu") -> torch.Tensor:
+    """A symmetric matrix with these eigenvalues."""
+    Q = orthonormal(len(values), len(values))
+    return ((Q * values.double()) @ Q.mT).to(device)
+
+
+def captured(V: torch.Tensor, gram: torch.Tensor, power: int = 1) -> float:
+    C = torch.linalg.matrix_power(gram.double().cpu(), power)
+    V = V.double().cpu()
+    return float((V.mT @ C @ V).trace() / C.trace())
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("energy", [0.0, 0.3, 0.9, 0.99, 1.0])
+def test_captures_the_energy_with_the_fewest_directions(device: str, energy: float, power: int) -> None:
+    gram = spectrum_gram(torch.logspace(0, -6, 40), device)
+    old = orthonormal(40, 5, device=device)
+    V = ops.extend_basis(old, gram, energy, 40, power)
+    assert captured(V, gram, power) >= energy - 1e-12
+    if V.shape[1] > 5:
+        assert captured(V[:, :-1], gram, power) < energy
+
+
+def test_energy_power_two_needs_fewer_directions() -> None:
+    gram = spectrum_gram(torch.logspace(0, -3, 30))
+    empty = torch.zeros(30, 0, dtype=torch.float64)
+    assert ops.extend_basis(empty, gram, 0.95, 30, 2).shape[1] < ops.extend_basis(empty, gram, 0.95, 30, 1).shape[1]
+
+
+def test_first_basis_is_the_leading_eigenspace(device: str) -> None:
+    values = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25], dtype=torch.float64)
+    gram = spectrum_gram(values, device)
+    V = ops.extend_basis(torch.zeros(6, 0, dtype=torch.float64, device=device), gram, float(11.9 / values.sum()), 6)
+    assert V.shape == (6, 2)
+    assert_close(subspace(V), subspace(torch.linalg.eigh(gram).eigenvectors[:, -2:]), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_stays_orthonormal_and_nested_over_many_tasks(device: str, dtype: torch.dtype) -> None:
+    V = torch.zeros(64, 0, dtype=dtype, device=device)
+    for _ in range(20):
+        directions = torch.randn(64, 3, dtype=torch.float64, device=device)
+        grown = ops.extend_basis(V, (directions @ directions.mT).to(dtype), 0.999, 60)
+        outside = V.double() - subspace(grown) @ V.double()
+        assert outside.norm() <= 1e-6 * math.sqrt(max(V.shape[1], 1)), "the old span left the new one"
+        V = grown
+    defect = V.double().mT @ V.double() - torch.eye(V.shape[1], dtype=torch.float64, device=device)
+    assert V.shape[1] > 50
+    assert torch.linalg.matrix_norm(defect, 2) <= 1e-6
+
+
+def test_rank_deficient_data_gives_its_rank_and_no_more(device: str) -> None:
+    x = torch.randn(100, 4, dtype=torch.float64) @ torch.randn(4, 20, dtype=torch.float64)
+    V = ops.extend_basis(torch.zeros(20, 0, dtype=torch.float64, device=device), (x.mT @ x).to(device), 1.0, 20)
+    assert V.shape == (20, 4)
+
+
+def test_max_rank_caps() -> None:
+    assert ops.extend_basis(torch.zeros(9, 0), torch.eye(9), 1.0, 4).shape == (9, 4)
+    V = orthonormal(9, 4, torch.float32)
+    assert torch.equal(ops.extend_basis(V, torch.eye(9), 1.0, 4), V)
+
+
+def test_huge_and_tiny_scales_do_not_matter() -> None:
+    gram = spectrum_gram(torch.logspace(0, -3, 12))
+    empty = torch.zeros(12, 0, dtype=torch.float64)
+    want = ops.extend_basis(empty, gram, 0.9, 12, 2)
+    for scale in (1e-150, 1e150):
+        assert_close(subspace(ops.extend_basis(empty, gram * scale, 0.9, 12, 2)), subspace(want), torch.float64, 10)
+
+
+def test_compiled_agrees_with_reference(device: str) -> None:
+    gram = spectrum_gram(torch.logspace(0, -4, 30), device)
+    V = orthonormal(30, 6, device=device)
+    got, want = ops.extend_basis(V, gram, 0.97, 25), reference.extend_basis(V, gram, 0.97, 25)
+    assert got.shape == want.shape
+    assert_close(subspace(got), subspace(want), torch.float64, 10)

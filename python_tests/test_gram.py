@@ -1,0 +1,130 @@
+"""gram_update_ and the statistics of OnlineEstimator (method: Online Estimation; property 5)."""
+
+import warnings
+
+import pytest
+import torch
+from conftest import assert_close
+
+from janus_ext import ArgumentError, OnlineEstimator, StatisticsError, ops, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(40, 24), (3, 7, 24), (300, 200), (1, 1), (5, 97)], ids=str)
+def test_equals_float64(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape).to(dtype)
+    n = shape[-1]
+    start = torch.randn(n, n, dtype=torch.float64)
+    start = (start + start.mT).float()
+    want = 0.5 * start.double() + x.double().reshape(-1, n).mT @ x.double().reshape(-1, n)
+    gram = ops.gram_update_(start.to(device), x.to(device), decay=0.5)
+    assert_close(gram, want, torch.float32)
+    assert torch.equal(gram, gram.mT)
+
+
+def test_float64_gram_of_float32_input(device: str) -> None:
+    x = torch.randn(50, 20, device=device)
+    gram = ops.gram_update_(torch.zeros(20, 20, dtype=torch.float64, device=device), x)
+    assert_close(gram, x.double().mT @ x.double(), torch.float64)
+
+
+@pytest.mark.parametrize("n", [5, 130])
+def test_non_contiguous(device: str, n: int) -> None:
+    x = torch.randn(n, 33, device=device).mT
+    gram = torch.zeros(2 * n, 2 * n, device=device)[::2, ::2]
+    ops.gram_update_(gram, x)
+    assert_close(gram, x.double().mT @ x.double(), torch.float32)
+    assert torch.equal(gram, gram.mT)
+
+
+def test_empty_batch_only_decays(device: str) -> None:
+    gram = torch.eye(4, device=device)
+    ops.gram_update_(gram, torch.zeros(0, 4, device=device), decay=0.25)
+    assert torch.equal(gram, 0.25 * torch.eye(4, device=device))
+
+
+def test_split_order_and_merge_do_not_matter(device: str) -> None:
+    x = torch.randn(120, 16, dtype=torch.float64, device=device)
+    whole = OnlineEstimator(16, dtype=torch.float64, device=device)
+    whole.observe(x)
+    parts = [OnlineEstimator(16, dtype=torch.float64, device=device) for _ in range(3)]
+    for i, chunk in enumerate(x[torch.randperm(120)].split([7, 50, 1, 30, 32])):
+        parts[i % 3].observe(chunk)
+    parts[0].merge(parts[1])
+    parts[0].merge(parts[2])
+    assert parts[0].rows == whole.rows == 120
+    assert_close(parts[0].gram, whole.gram, torch.float64)
+
+
+def test_all_reduce_equals_one_process(tmp_path) -> None:
+    torch.multiprocessing.spawn(_reduce_worker, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+def _reduce_worker(rank: int, store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    estimator = OnlineEstimator(12, dtype=torch.float64)
+    estimator.observe(x[rank::2])
+    estimator.all_reduce()
+    assert estimator.rows == 64
+    assert_close(estimator.gram, x.mT @ x, torch.float64)
+    torch.distributed.destroy_process_group()
+
+
+def test_commit_starts_new_statistics_and_grows_the_basis() -> None:
+    estimator = OnlineEstimator(10, dtype=torch.float64)
+    directions = torch.eye(10, dtype=torch.float64)
+    estimator.observe(torch.randn(30, 3, dtype=torch.float64) @ directions[:3])
+    assert estimator.commit(1.0).shape == (10, 3)
+    assert estimator.rows == 0 and not estimator.gram.any()
+    estimator.observe(torch.randn(30, 2, dtype=torch.float64) @ directions[2:4])
+    assert estimator.commit(1.0).shape == (10, 4)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 0.0])
+def test_bad_statistics_name_the_layer_and_change_nothing(poison: float) -> None:
+    estimator = OnlineEstimator(6, name="blocks.3.attn.qkv")
+    estimator.observe(torch.randn(9, 6))
+    before = estimator.commit(0.9)
+    estimator.observe(torch.full((4, 6), poison))
+    with pytest.raises(StatisticsError, match=r"blocks\.3\.attn\.qkv: .*previous basis stays"):
+        estimator.commit(0.9)
+    assert estimator.basis is before
+
+
+def test_commit_without_observation_is_an_error() -> None:
+    with pytest.raises(StatisticsError, match="needs observed inputs"):
+        OnlineEstimator(6).commit(0.9)
+
+
+def test_cap_warns_once_with_both_numbers() -> None:
+    estimator = OnlineEstimator(8, name="blocks.0.attn.qkv")
+    estimator.observe(torch.randn(50, 8))
+    with pytest.warns(UserWarning, match=r"attn\.qkv: an energy of 1 wants 8 protected directions, the cap is 5"):
+        assert estimator.commit(1.0, max_rank=5).shape == (8, 5)
+    estimator.observe(torch.randn(50, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimator.commit(1.0, max_rank=5)
+
+
+def test_state_dict_round_trip() -> None:
+    estimator = OnlineEstimator(6)
+    estimator.observe(torch.randn(20, 6))
+    estimator.commit(0.7)
+    estimator.observe(torch.randn(5, 6))
+    other = OnlineEstimator(6)
+    other.load_state_dict(estimator.state_dict())
+    assert torch.equal(other.commit(0.9), estimator.commit(0.9))
+    with pytest.raises(ArgumentError, match=r"gram \[7, 7\], got \[6, 6\]"):
+        OnlineEstimator(7).load_state_dict(estimator.state_dict())
+
+
+def test_reference_agrees_with_compiled(device: str) -> None:
+    x = torch.randn(60, 30, device=device)
+    a, b = torch.zeros(30, 30, device=device), torch.zeros(30, 30, device=device)
+    ops.gram_update_(a, x)
+    reference.gram_update_(b, x)
+    assert_close(a, b, torch.float32)

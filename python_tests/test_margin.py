@@ -1,0 +1,124 @@
+"""margin_loss, DecoupledMarginLoss and ClassPrototypes (property 7)."""
+
+import pytest
+import torch
+from conftest import TOLERANCE, assert_close
+from torch.nn import functional as F
+
+from janus_ext import ArgumentError, ClassPrototypes, DecoupledMarginLoss, ops
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def eager(features: torch.Tensor, prototypes: torch.Tensor, margin: float, temperature: float) -> torch.Tensor:
+    """The formula, left to autograd."""
+    z = temperature * (F.normalize(features, dim=1) @ prototypes.mT - margin)
+    return torch.log1p(z.exp().sum(1)).mean() / temperature
+
+
+def samples(n: int, d: int, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, d, dtype=torch.float64), F.normalize(torch.randn(c, d, dtype=torch.float64), dim=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(7, 16, 5), (1, 3, 1), (33, 192, 345)], ids=str)
+def test_loss_and_gradient_equal_float64(device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    f, p = samples(*shape)
+    f = f.to(dtype).double().requires_grad_()
+    want = eager(f, p, 0.2, 16.0)
+    want.backward()
+    x = f.detach().to(device, dtype).requires_grad_()
+    got = ops.margin_loss(x, p.to(device, torch.promote_types(dtype, torch.float32)), 0.2, 16.0)
+    (3 * got).backward()
+    assert_close(got, want, torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(x.grad, 3 * f.grad, dtype)
+    assert x.grad.dtype == dtype
+
+
+def test_gradcheck(device: str) -> None:
+    f, p = samples(6, 9, 4)
+    f, p = f.to(device).requires_grad_(), p.to(device)
+    assert torch.autograd.gradcheck(lambda f: ops.margin_loss(f, p, 0.1, 8.0), (f,))
+
+
+def test_no_prototypes_is_exactly_zero_without_gradient(device: str) -> None:
+    f = torch.randn(5, 8, device=device, requires_grad=True)
+    loss = ops.margin_loss(f, torch.zeros(0, 8, device=device), 0.2, 16.0)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not f.grad.any()
+
+
+def test_no_features(device: str) -> None:
+    loss = ops.margin_loss(torch.zeros(0, 8, device=device), torch.ones(3, 8, device=device), 0.2, 16.0)
+    assert loss.item() == 0.0
+
+
+def test_invariant_to_feature_scale(device: str) -> None:
+    f, p = (t.to(device) for t in samples(10, 12, 6))
+    scales = torch.logspace(-3, 3, 10, dtype=torch.float64, device=device)[:, None]
+    assert_close(ops.margin_loss(f * scales, p, 0.2, 16.0), ops.margin_loss(f, p, 0.2, 16.0), torch.float64)
+
+
+def test_gradient_is_orthogonal_to_the_feature(device: str) -> None:
+    f, p = (t.to(device) for t in samples(10, 12, 6))
+    f.requires_grad_()
+    ops.margin_loss(f, p, 0.2, 16.0).backward()
+    assert (f.grad * f).sum(1).abs().max() <= TOLERANCE[torch.float64]
+
+
+def test_a_feature_far_from_every_prototype_is_left_alone(device: str) -> None:
+    p = torch.eye(1, 8, dtype=torch.float64, device=device)
+    f = (-torch.eye(1, 8, dtype=torch.float64, device=device) + 0.1).requires_grad_()
+    ops.margin_loss(f, p, 0.3, 64.0).backward()
+    assert f.grad.norm() < 1e-12
+
+
+def test_extreme_temperature_and_zero_feature_stay_finite(device: str) -> None:
+    f = torch.cat([torch.zeros(1, 8), torch.randn(3, 8)]).to(device).requires_grad_()
+    loss = ops.margin_loss(f, F.normalize(torch.randn(4, 8), dim=1).to(device), -1.0, 1e4)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(f.grad).all()
+
+
+def test_non_contiguous(device: str) -> None:
+    f, p = (t.to(device) for t in samples(10, 12, 6))
+    got = ops.margin_loss(f.mT.contiguous().mT, p.mT.contiguous().mT, 0.2, 16.0)
+    assert_close(got, ops.margin_loss(f, p, 0.2, 16.0), torch.float64)
+
+
+def test_module_weights_the_loss() -> None:
+    f, p = samples(10, 12, 6)
+    assert_close(DecoupledMarginLoss(0.2, 16.0, weight=0.5)(f, p), 0.5 * eager(f, p, 0.2, 16.0), torch.float64)
+
+
+@pytest.mark.parametrize(("name", "value"), [("margin", 2.0), ("temperature", 0.0), ("weight", -1.0)])
+def test_module_names_the_wrong_argument(name: str, value: float) -> None:
+    arguments = {"margin": 0.2, "temperature": 16.0, "weight": 1.0, name: value}
+    with pytest.raises(ArgumentError, match=f"{name} must be .*, got {value:g}"):
+        DecoupledMarginLoss(**arguments)
+
+
+def test_prototypes_are_unit_class_means() -> None:
+    f = torch.randn(20, 6)
+    labels = torch.tensor([3, 5] * 10)
+    prototypes = ClassPrototypes(6)
+    prototypes.add(f, labels)
+    assert prototypes.classes == [3, 5] and len(prototypes) == 2
+    for row, c in zip(prototypes.matrix, (3, 5), strict=True):
+        assert_close(row, F.normalize(f[labels == c].double().mean(0), dim=0), torch.float32)
+    assert_close(prototypes.own(f, labels)[:1], F.cosine_similarity(f[:1], prototypes.matrix[:1]), torch.float32)
+    cosines = F.normalize(f, dim=1) @ prototypes.matrix.T
+    assert_close(prototypes.nearest(f), cosines.amax(1), torch.float32)
+
+
+def test_prototypes_are_never_updated() -> None:
+    prototypes = ClassPrototypes(4)
+    prototypes.add(torch.randn(2, 4), torch.tensor([0, 1]))
+    before = prototypes.matrix.clone()
+    with pytest.raises(ArgumentError, match=r"classes \[1\] that have prototypes already"):
+        prototypes.add(torch.randn(2, 4), torch.tensor([1, 2]))
+    assert torch.equal(prototypes.matrix, before)
+    other = ClassPrototypes(4)
+    other.load_state_dict(prototypes.state_dict())
+    assert other.classes == [0, 1] and torch.equal(other.matrix, before)
