@@ -1,4 +1,5 @@
-// Growing the protected basis, in float64 through ATen: the same code serves CPU and CUDA (eigh and qr are torch's own).
+// Growing the protected basis, in float64 through ATen: the same code serves CPU and CUDA (eigh and qr are torch's
+// own).
 //
 //   R = P C^p P,  eigenvalues l_1 >= l_2 >= ...;  smallest q with  tr(V^T C^p V) + l_1 + ... + l_q >= energy * tr(C^p)
 //   V <- orth([V, u_1 .. u_q])

@@ -24,7 +24,9 @@ using OptionalTensor = std::optional<Tensor>;
 inline constexpr auto kWorking = {at::kFloat, at::kDouble};
 inline constexpr auto kInputs = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
 
-inline std::string dtype_name(at::ScalarType type) { return std::string(c10::getDtypeNames(type).first); }
+inline std::string dtype_name(at::ScalarType type) {
+  return std::string(c10::getDtypeNames(type).first);
+}
 
 inline std::string list_text(at::IntArrayRef values) {
   std::ostringstream text;
@@ -34,7 +36,9 @@ inline std::string list_text(at::IntArrayRef values) {
   return text.str();
 }
 
-inline bool is_empty(const OptionalTensor& basis) { return !basis || basis->size(-1) == 0; }
+inline bool is_empty(const OptionalTensor& basis) {
+  return !basis || basis->size(-1) == 0;
+}
 
 inline void check_dtype(const std::string& op, const char* name, const Tensor& tensor,
                         std::initializer_list<at::ScalarType> allowed) {
@@ -59,6 +63,13 @@ inline void check_last(const std::string& op, const char* name, const Tensor& te
                     ", got ", list_text(tensor.sizes()));
 }
 
+// What is rewritten in place must hold each element once; an expanded tensor does not.
+inline void check_writable(const std::string& op, const char* name, const Tensor& tensor) {
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    TORCH_CHECK_VALUE(tensor.stride(i) != 0 || tensor.size(i) <= 1, op, ": ", name,
+                      " must hold every element once, got an expanded tensor of strides ", list_text(tensor.strides()));
+}
+
 inline void check_rectify(const std::string& op, double scale, std::string_view rectify, double damping, double share) {
   TORCH_CHECK_VALUE(rectify == "none" || rectify == "project" || rectify == "tangent" || rectify == "exact", op,
                     ": rectify must be one of none, project, tangent, exact, got '", rectify, "'");
@@ -74,7 +85,8 @@ inline void check_factors(const std::string& op, const Tensor& A, const Tensor& 
   TORCH_CHECK_VALUE(A.dim() == 3, op, ": A must be [r, n] for each target, got ", A.dim() - 1, " dimensions");
   TORCH_CHECK_VALUE(B.dim() == 3, op, ": B must be [m, r] for each target, got ", B.dim() - 1, " dimensions");
   const int64_t n = A.size(2);
-  TORCH_CHECK_VALUE(A.size(1) >= 1, op, ": A must have at least one row, got ", list_text(A.sizes().slice(1)));
+  TORCH_CHECK_VALUE(A.size(1) > 0 && n > 0, op, ": A must be [r, n] with r > 0 and n > 0, got ",
+                    list_text(A.sizes().slice(1)));
   check_shape(op, "B", B, {A.size(0), B.size(1), A.size(1)});
   if (basis) {
     check_dtype(op, "basis", *basis, {A.scalar_type()});
@@ -104,8 +116,9 @@ inline void check_linear(const std::string& op, const Tensor& x, const Tensor& w
 inline void check_gram_update(const Tensor& gram, const Tensor& x, double decay) {
   const std::string op = "gram_update_";
   check_dtype(op, "gram", gram, kWorking);
-  TORCH_CHECK_VALUE(gram.dim() == 2 && gram.size(0) == gram.size(1), op, ": gram must be [n, n], got ",
-                    list_text(gram.sizes()));
+  TORCH_CHECK_VALUE(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) > 0, op,
+                    ": gram must be [n, n] with n > 0, got ", list_text(gram.sizes()));
+  check_writable(op, "gram", gram);
   check_dtype(op, "x", x, kInputs);
   check_last(op, "x", x, gram.size(0));
   check_device(op, "x", x, gram);
@@ -116,8 +129,8 @@ inline void check_extend_basis(const Tensor& basis, const Tensor& gram, double e
                                int64_t energy_power) {
   const std::string op = "extend_basis";
   check_dtype(op, "basis", basis, kWorking);
-  TORCH_CHECK_VALUE(basis.dim() == 2 && basis.size(1) <= basis.size(0), op,
-                    ": basis must be [n, k] with k <= n, got ", list_text(basis.sizes()));
+  TORCH_CHECK_VALUE(basis.dim() == 2 && basis.size(1) <= basis.size(0) && basis.size(0) > 0, op,
+                    ": basis must be [n, k] with k <= n and n > 0, got ", list_text(basis.sizes()));
   const int64_t n = basis.size(0), k = basis.size(1);
   check_dtype(op, "gram", gram, kWorking);
   check_shape(op, "gram", gram, {n, n});
@@ -161,8 +174,7 @@ inline void check_margin_loss(const Tensor& features, const Tensor& prototypes, 
   TORCH_CHECK_VALUE(features.dim() == 2, op, ": features must be [N, d], got ", list_text(features.sizes()));
   check_dtype(op, "prototypes", prototypes, kWorking);
   TORCH_CHECK_VALUE(prototypes.dim() == 2 && prototypes.size(1) == features.size(1), op,
-                    ": prototypes must be [C, d] with d = ", features.size(1), ", got ",
-                    list_text(prototypes.sizes()));
+                    ": prototypes must be [C, d] with d = ", features.size(1), ", got ", list_text(prototypes.sizes()));
   check_device(op, "prototypes", prototypes, features);
   TORCH_CHECK_VALUE(-1 <= margin && margin <= 1, op, ": margin must be a cosine in [-1, 1], got ", margin);
   TORCH_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), op,
@@ -180,6 +192,8 @@ inline void check_pair(int64_t layer, const Tensor& A, const Tensor& B, const Te
   check_shape(where, "grad_B", grad_B, B.sizes());
   check_device(where, "grad_A", grad_A, A);
   check_device(where, "grad_B", grad_B, A);
+  check_writable(where, "grad_A", grad_A);
+  check_writable(where, "grad_B", grad_B);
   TORCH_CHECK_VALUE(is_empty(basis) || rectify != "tangent", where,
                     ": rectify='tangent' with a basis needs G V, which factor gradients do not hold; use it in the "
                     "backward of lora_linear or lora_qkv");
@@ -192,8 +206,7 @@ inline void check_rectify_batch(at::TensorList A, at::TensorList B, at::TensorLi
                                        static_cast<int64_t>(grad_A.size()), static_cast<int64_t>(grad_B.size()),
                                        static_cast<int64_t>(basis.size()),  static_cast<int64_t>(scale.size())};
   TORCH_CHECK_VALUE(std::all_of(counts.begin(), counts.end(), [&](int64_t c) { return c == counts[0]; }),
-                    "rectify_: A, B, grad_A, grad_B, basis and scale must have equal lengths, got ",
-                    list_text(counts));
+                    "rectify_: A, B, grad_A, grad_B, basis and scale must have equal lengths, got ", list_text(counts));
   for (size_t i = 0; i < A.size(); ++i) {
     check_rectify("rectify_", scale[i], rectify, damping, share);
     check_pair(static_cast<int64_t>(i), A[i], B[i], grad_A[i], grad_B[i], basis[i], rectify);

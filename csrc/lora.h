@@ -21,10 +21,14 @@ namespace janus {
 
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
-inline Tensor rows_of(const Tensor& x) { return x.reshape({-1, x.size(-1)}); }
+inline Tensor rows_of(const Tensor& x) {
+  return x.reshape({-1, x.size(-1)});
+}
 
 // A's targets on top of each other, in the dtype of the big products.
-inline Tensor stacked(const Tensor& A, at::ScalarType type) { return A.reshape({-1, A.size(-1)}).to(type); }
+inline Tensor stacked(const Tensor& A, at::ScalarType type) {
+  return A.reshape({-1, A.size(-1)}).to(type);
+}
 
 inline std::vector<int64_t> slice_offsets(at::IntArrayRef targets, int64_t m) {
   std::vector<int64_t> offsets;
@@ -89,16 +93,14 @@ inline Triple lora_backward(const Tensor& grad_y, const Tensor& x, const Tensor&
 
 inline Triple lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& A,
                           const Tensor& B, const OptionalTensor& basis, double scale, std::string_view rectify,
-                          double damping, double share, bool /*balance*/,
-                          bool /*defer*/) {
+                          double damping, double share, bool /*balance*/, bool /*defer*/) {
   check_lora_linear(x, weight, bias, A, B, basis, scale, rectify, damping, share);
   return lora_forward(x, weight, bias, A.unsqueeze(0), B.unsqueeze(0), basis, scale, rectify, {0});
 }
 
 inline Triple lora_qkv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& A,
                        const Tensor& B, const OptionalTensor& basis, double scale, std::string_view rectify,
-                       double damping, double share, bool /*balance*/, bool /*defer*/,
-                       at::IntArrayRef targets) {
+                       double damping, double share, bool /*balance*/, bool /*defer*/, at::IntArrayRef targets) {
   check_lora_qkv(x, weight, bias, A, B, basis, scale, rectify, damping, share, targets);
   return lora_forward(x, weight, bias, A, B, basis, scale, rectify, slice_offsets(targets, B.size(1)));
 }

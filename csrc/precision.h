@@ -28,6 +28,7 @@ class FullFloat32 {
 
  private:
   std::vector<std::pair<at::Float32Backend, at::Float32Precision>> reduced_;
+  at::NoTF32Guard no_tf32_;  // of this thread, should another thread restore the process-wide setting meanwhile
 };
 
 }  // namespace janus

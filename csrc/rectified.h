@@ -35,8 +35,8 @@ inline Tensor mean_eigenvalue(const Tensor& S) {
 // (S + d I)^-1, d = max(damping, 4 r eps) * max(tr S / r, floor).
 inline Tensor damped_inverse(const Tensor& S, const Tensor& mean, double damping) {
   const int64_t r = S.size(-1);
-  const double eps = S.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
-                                                    : std::numeric_limits<float>::epsilon();
+  const double eps =
+      S.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
   const double relative = std::max(damping, 4.0 * static_cast<double>(r) * eps);
   const Tensor d = relative * mean.clamp_min(kDampingFloor);
   const auto [L, info] = at::linalg_cholesky_ex(S + d * at::eye(r, S.options()));
@@ -44,9 +44,8 @@ inline Tensor damped_inverse(const Tensor& S, const Tensor& mean, double damping
 }
 
 // A [..., r, n], B [..., m, r]; see the formula above and reference.rectified.
-inline std::pair<Tensor, Tensor> rectified(const Tensor& A, const Tensor& B, const Tensor& grad_A,
-                                           const Tensor& grad_B, const OptionalTensor& basis,
-                                           const Rectification& options) {
+inline std::pair<Tensor, Tensor> rectified(const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,
+                                           const OptionalTensor& basis, const Rectification& options) {
   if (options.mode == "none") return {grad_A, grad_B};
   const Tensor safe_A = project(grad_A, basis);
   if (options.mode == "project") return {safe_A, grad_B};
@@ -54,7 +53,7 @@ inline std::pair<Tensor, Tensor> rectified(const Tensor& A, const Tensor& B, con
   const Tensor mean_A = mean_eigenvalue(gram_A), mean_B = mean_eigenvalue(gram_B);
   const Tensor inverse_B = damped_inverse(gram_B, mean_B, options.damping);
   const Tensor right = at::matmul(grad_B, damped_inverse(gram_A, mean_A, options.damping));  // s G_safe A^+
-  const Tensor common = at::matmul(inverse_B, at::matmul(B.mT(), right));                     // s B^+ G_safe A^+
+  const Tensor common = at::matmul(inverse_B, at::matmul(B.mT(), right));                    // s B^+ G_safe A^+
   const Tensor dA = at::matmul(inverse_B, safe_A) - options.share * at::matmul(common, A);
   const Tensor dB = right - (1 - options.share) * at::matmul(B, common);
   if (options.balance) return {dA * mean_B, dB * mean_A};

@@ -54,6 +54,14 @@ def _require_last(op: str, name: str, tensor: Tensor, n: int) -> None:
     )
 
 
+def _require_writable(op: str, name: str, tensor: Tensor) -> None:
+    """What is rewritten in place must hold each element once; an expanded tensor does not."""
+    _require(
+        all(stride != 0 or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)),
+        f"{op}: {name} must hold every element once, got an expanded tensor of strides {list(tensor.stride())}",
+    )
+
+
 def check_rectify(op: str, scale: float, rectify: str, damping: float, share: float) -> None:
     """The options that `lora_linear`, `lora_qkv` and `rectify_` share."""
     _require(rectify in RECTIFY, f"{op}: rectify must be one of none, project, tangent, exact, got '{rectify}'")
@@ -69,7 +77,7 @@ def check_factors(op: str, A: Tensor, B: Tensor, basis: Tensor | None) -> None:
     _require(A.dim() == 3, f"{op}: A must be [r, n] for each target, got {A.dim() - 1} dimensions")
     _require(B.dim() == 3, f"{op}: B must be [m, r] for each target, got {B.dim() - 1} dimensions")
     g, r, n = A.shape
-    _require(r >= 1, f"{op}: A must have at least one row, got {list(A.shape[1:])}")
+    _require(r > 0 and n > 0, f"{op}: A must be [r, n] with r > 0 and n > 0, got {list(A.shape[1:])}")
     _require_shape(op, "B", B, (g, B.shape[1], r))
     if basis is not None:
         _require_dtype(op, "basis", basis, (A.dtype,))
@@ -117,7 +125,11 @@ def gram_update_(gram: Tensor, x: Tensor, decay: float = 1.0) -> None:
     """gram <- decay * gram + x^T x, exactly symmetric; see `janus_ext.ops.gram_update_`."""
     op = "gram_update_"
     _require_dtype(op, "gram", gram, WORKING_DTYPES)
-    _require(gram.dim() == 2 and gram.shape[0] == gram.shape[1], f"{op}: gram must be [n, n], got {list(gram.shape)}")
+    _require(
+        gram.dim() == 2 and gram.shape[0] == gram.shape[1] and gram.shape[0] > 0,
+        f"{op}: gram must be [n, n] with n > 0, got {list(gram.shape)}",
+    )
+    _require_writable(op, "gram", gram)
     _require_dtype(op, "x", x, INPUT_DTYPES)
     _require_last(op, "x", x, gram.shape[0])
     _require_device(op, gram, x=x)
@@ -132,8 +144,8 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
     op = "extend_basis"
     _require_dtype(op, "basis", basis, WORKING_DTYPES)
     _require(
-        basis.dim() == 2 and basis.shape[1] <= basis.shape[0],
-        f"{op}: basis must be [n, k] with k <= n, got {list(basis.shape)}",
+        basis.dim() == 2 and basis.shape[1] <= basis.shape[0] and basis.shape[0] > 0,
+        f"{op}: basis must be [n, k] with k <= n and n > 0, got {list(basis.shape)}",
     )
     n, k = basis.shape
     _require_dtype(op, "gram", gram, WORKING_DTYPES)
@@ -269,6 +281,8 @@ def check_pair(
         _require_dtype(where, name, grad, (A.dtype,))
         _require_shape(where, name, grad, like.shape)
     _require_device(where, A, grad_A=grad_A, grad_B=grad_B)
+    _require_writable(where, "grad_A", grad_A)
+    _require_writable(where, "grad_B", grad_B)
     if is_empty(basis):
         return
     _require(

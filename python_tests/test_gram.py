@@ -39,6 +39,13 @@ def test_non_contiguous(device: str, n: int) -> None:
     assert torch.equal(gram, gram.mT)
 
 
+def test_input_that_is_the_gram_matrix_itself(device: str) -> None:
+    gram = torch.randn(200, 200, dtype=torch.float64)
+    gram = (gram + gram.mT).to(device)
+    want = gram + gram.mT @ gram
+    assert_close(ops.gram_update_(gram, gram), want, torch.float64)
+
+
 def test_empty_batch_only_decays(device: str) -> None:
     gram = torch.eye(4, device=device)
     ops.gram_update_(gram, torch.zeros(0, 4, device=device), decay=0.25)

@@ -3,4 +3,6 @@
 
 #include <torch/library.h>
 
-TORCH_LIBRARY_IMPL(janus_ext, CPU, m) { m.impl("extend_basis", TORCH_FN(janus::extend_basis)); }
+TORCH_LIBRARY_IMPL(janus_ext, CPU, m) {
+  m.impl("extend_basis", TORCH_FN(janus::extend_basis));
+}

@@ -1,7 +1,7 @@
 // gram_update_ on the CPU: C <- decay * C + X^T X.
 //
-// The product is symmetric, so each block of columns is computed down to its diagonal block only, and the upper triangle
-// is mirrored: about half the multiplications, and a bit-symmetric result.
+// The product is symmetric, so each block of columns is computed down to its diagonal block only, and the upper
+// triangle is mirrored: about half the multiplications, and a bit-symmetric result.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm.h>
@@ -27,7 +27,8 @@ void mirror_upper(scalar_t* C, int64_t n, int64_t stride) {
 void gram_update_(const Tensor& gram, const Tensor& x, double decay) {
   check_gram_update(gram, x, decay);
   const int64_t n = gram.size(0);
-  const Tensor rows = x.reshape({-1, n}).to(gram.scalar_type());
+  Tensor rows = x.reshape({-1, n}).to(gram.scalar_type());
+  if (rows.is_alias_of(gram)) rows = rows.clone();
   Tensor C = gram.is_contiguous() ? gram : gram.contiguous();
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(n, begin + kBlock);
@@ -41,4 +42,6 @@ void gram_update_(const Tensor& gram, const Tensor& x, double decay) {
 }  // namespace
 }  // namespace janus
 
-TORCH_LIBRARY_IMPL(janus_ext, CPU, m) { m.impl("gram_update_", TORCH_FN(janus::gram_update_)); }
+TORCH_LIBRARY_IMPL(janus_ext, CPU, m) {
+  m.impl("gram_update_", TORCH_FN(janus::gram_update_));
+}

@@ -42,4 +42,6 @@ void rectify_(at::TensorList A, at::TensorList B, at::TensorList grad_A, at::Ten
 }  // namespace
 }  // namespace janus
 
-TORCH_LIBRARY_IMPL(janus_ext, CPU, m) { m.impl("rectify_", TORCH_FN(janus::rectify_)); }
+TORCH_LIBRARY_IMPL(janus_ext, CPU, m) {
+  m.impl("rectify_", TORCH_FN(janus::rectify_));
+}

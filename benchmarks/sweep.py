@@ -1,0 +1,161 @@
+"""Sweeps over the embedded benchmark: the paper's ablation rows, and the trials that chose the defaults.
+
+    python benchmarks/sweep.py ablation --seeds 0 1 2      # nine rows, appended to benchmarks/results/ablation.jsonl
+    python benchmarks/sweep.py tuning --seeds 100 101      # candidates, on seeds that no reported run uses
+    python benchmarks/sweep.py table ablation              # mean and spread as Markdown
+
+Every finished cell is one line of JSON; a sweep goes on where it stopped, and runs a cell again only when its
+configuration, the embedded images or the backbone have changed. The class order is drawn from the seed.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ASSETS = HERE.parent / "janus_ext" / "assets"
+METRICS = ("acc", "maa", "bwt", "plasticity", "violation", "danger", "seconds")
+
+# The seven rows of the paper's ablation, and two with this project's exact rectification.
+ABLATION: dict[str, dict[str, Any]] = {
+    "nothing": {"method": "lora"},
+    "DML": {"rectify": "none", "estimator": "none"},
+    "OE": {"rectify": "project", "margin_weight": 0.0},
+    "GR": {"rectify": "tangent", "estimator": "none", "margin_weight": 0.0},
+    "OE + GR": {"rectify": "tangent", "margin_weight": 0.0},
+    "OE + DML": {"rectify": "project"},
+    "OE + GR + DML": {"rectify": "tangent"},
+    "OE + GR, exact": {"rectify": "exact", "margin_weight": 0.0},
+    "OE + GR + DML, exact": {"rectify": "exact"},
+}
+
+# One change at a time from the defaults; the empty change is the defaults themselves.
+TUNING: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "plain LoRA": {"method": "lora"},
+    **{f"no DML, lr {v:g}": {"lr": v, "margin_weight": 0.0} for v in (5e-4, 1e-3, 2e-3)},
+    **{f"plain LoRA, lr {v:g}": {"method": "lora", "lr": v} for v in (5e-4, 2e-3)},
+    **{
+        f"no DML, energy {a:g} -> {b:g}": {"energy_start": a, "energy_end": b, "margin_weight": 0.0}
+        for a, b in ((0.3, 0.5), (0.5, 0.7), (0.7, 0.9), (0.9, 0.97))
+    },
+    **{f"no DML, share {v:g}": {"share": v, "margin_weight": 0.0} for v in (0.0, 0.5, 1.0)},
+    **{f"no DML, damping {v:g}": {"damping": v, "margin_weight": 0.0} for v in (0.01, 0.1, 1.0)},
+    "no DML, no balance": {"balance": False, "margin_weight": 0.0},
+    **{f"DML weight {w:g}": {"margin_weight": w} for w in (0.1, 0.5, 1.0)},
+    **{f"DML margin {m:g}": {"margin": m} for m in (0.0, 0.2, 0.4)},
+}
+SWEEPS = {"ablation": ABLATION, "tuning": TUNING}
+
+
+def cell_config(change: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The resolved configuration of one cell as JSON, without what does not touch the result."""
+    from janus_ext.config import TrainConfig
+
+    config = TrainConfig(**change, seed=(seed,), shuffle_classes=True, plots=False).resolved().to_json()
+    return {key: value for key, value in config.items() if key != "output"}
+
+
+def assets_sha256() -> str:
+    """Fingerprint of the embedded images, classes and backbone."""
+    digest = hashlib.sha256()
+    for name in ("backbone.safetensors", "emoji.json", "emoji.zip"):
+        digest.update((ASSETS / name).read_bytes())
+    return digest.hexdigest()
+
+
+def run_cell(row: str, change: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
+    """Trains one cell in this process and returns its line."""
+    import torch
+
+    from janus_ext.config import TrainConfig
+    from janus_ext.train import train
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(**change, seed=(seed,), shuffle_classes=True, plots=False, output=Path(folder) / "run")
+        results = train(config)[0]
+    line = {"row": row, "seed": seed, "config": cell_config(change, seed), "assets": assets_sha256()}
+    for metric in METRICS:
+        value = results[metric]
+        known = [v for v in value if v is not None] if isinstance(value, list) else value
+        total = sum(known) if metric == "seconds" else (statistics.fmean(known) if known else None)
+        line[metric] = total if isinstance(value, list) else value
+    return line | {"split_sha256": results["split_sha256"], "versions": results["versions"]}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All finished cells in the file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def is_done(line: dict[str, Any], row: str, config: dict[str, Any], assets: str) -> bool:
+    """Whether a finished cell is this one, under this configuration and these assets."""
+    return line["row"] == row and line["config"] == config and line["assets"] == assets
+
+
+def sweep(name: str, seeds: list[int], rows: list[str], jobs: int, threads: int, path: Path) -> None:
+    """Runs what is missing, `jobs` cells at a time, appending each as it ends."""
+    assets, finished = assets_sha256(), read_lines(path)
+    wanted = {row: SWEEPS[name][row] for row in rows or SWEEPS[name]}
+    cells = [
+        (row, change, seed)
+        for seed in seeds
+        for row, change in wanted.items()
+        if not any(is_done(line, row, cell_config(change, seed), assets) for line in finished)
+    ]
+    print(f"{name}: {len(cells)} cells to run, {jobs} at a time")
+    with ProcessPoolExecutor(jobs, max_tasks_per_child=1) as pool:
+        futures = [pool.submit(run_cell, *cell, threads) for cell in cells]
+        for count, future in enumerate(as_completed(futures), 1):
+            line = future.result()
+            with path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"[{count}/{len(cells)}] {line['row']}, seed {line['seed']}: ACC {line['acc']:.2f}", flush=True)
+
+
+def table(name: str, path: Path) -> str:
+    """Mean and sample deviation of each row's newest cells as Markdown, in the sweep's order."""
+    assets, lines = assets_sha256(), read_lines(path)
+    text = ["| row | seeds | ACC | MAA | BWT | plasticity | violation | danger |", "|---|---|---|---|---|---|---|---|"]
+    for row, change in SWEEPS[name].items():
+        cells = [line for line in lines if is_done(line, row, cell_config(change, line["seed"]), assets)]
+        if cells:
+            shown = [spread([c[m] for c in cells], "{:.2f}") for m in ("acc", "maa", "bwt", "plasticity")]
+            shown += [spread([c["violation"] for c in cells], "{:.1e}"), spread([c["danger"] for c in cells], "{:.3f}")]
+            text.append(f"| {row} | {len(cells)} | " + " | ".join(shown) + " |")
+    return "\n".join(text)
+
+
+def spread(values: list[float | None], form: str) -> str:
+    """'mean ± deviation' of the values; a dash where the row has no such number."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "–"
+    mean = form.format(statistics.fmean(known))
+    return mean if len(known) == 1 else f"{mean} ± {form.format(statistics.stdev(known))}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=[*SWEEPS, "table"])
+    parser.add_argument("name", nargs="?", choices=list(SWEEPS), default="ablation", help="of the table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=[], help="only these rows")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of each")
+    arguments = parser.parse_args()
+    if arguments.action == "table":
+        print(table(arguments.name, HERE / "results" / f"{arguments.name}.jsonl"))
+        return
+    path = HERE / "results" / f"{arguments.action}.jsonl"
+    sweep(arguments.action, arguments.seeds, arguments.rows, arguments.jobs, arguments.threads, path)
+
+
+if __name__ == "__main__":
+    main()
