@@ -11,9 +11,9 @@ configuration, the embedded images or the backbone have changed. The class order
 import argparse
 import hashlib
 import json
+import multiprocessing
 import statistics
 import tempfile
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,14 @@ def assets_sha256() -> str:
     return digest.hexdigest()
 
 
-def run_cell(row: str, change: dict[str, Any], seed: int, threads: int) -> dict[str, Any]:
-    """Trains one cell in this process and returns its line."""
+def run_cell(cell: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
+    """Trains one cell (row, change, seed, threads) in this process and returns its line."""
     import torch
 
     from janus_ext.config import TrainConfig
     from janus_ext.train import train
 
+    row, change, seed, threads = cell
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(**change, seed=(seed,), shuffle_classes=True, plots=False, output=Path(folder) / "run")
@@ -110,10 +111,9 @@ def sweep(name: str, seeds: list[int], rows: list[str], jobs: int, threads: int,
         if not any(is_done(line, row, cell_config(change, seed), assets) for line in finished)
     ]
     print(f"{name}: {len(cells)} cells to run, {jobs} at a time")
-    with ProcessPoolExecutor(jobs, max_tasks_per_child=1) as pool:
-        futures = [pool.submit(run_cell, *cell, threads) for cell in cells]
-        for count, future in enumerate(as_completed(futures), 1):
-            line = future.result()
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        finishing = pool.imap_unordered(run_cell, [(*cell, threads) for cell in cells])
+        for count, line in enumerate(finishing, 1):
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(f"[{count}/{len(cells)}] {line['row']}, seed {line['seed']}: ACC {line['acc']:.2f}", flush=True)

@@ -2,13 +2,14 @@
 // own).
 //
 //   R = P C^p P,  eigenvalues l_1 >= l_2 >= ...;  smallest q with  tr(V^T C^p V) + l_1 + ... + l_q >= energy * tr(C^p)
-//   V <- orth([V, u_1 .. u_q])
+//   V <- orth([V, u_1 .. u_q]);  eigenvalues below n eps(dtype of C) (largest eigenvalue of C^p) are rounding
 #pragma once
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/linalg_eigvalsh.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ones_like.h>
@@ -25,15 +26,19 @@ inline Tensor project(const Tensor& M, const OptionalTensor& basis) {
   return is_empty(basis) ? M : M - at::matmul(at::matmul(M, *basis), basis->mT());
 }
 
-// The rule above: at most `room` and the numerical rank. `values` [n] descending, all on the device of the Gram matrix.
+// The rule above for the candidates `values`, descending: at most `room`, and all of them if none reaches the energy.
 inline int64_t directions_needed(const Tensor& values, const Tensor& have, const Tensor& total, double energy,
                                  int64_t room) {
-  if (room == 0 || (have >= energy * total).item<bool>()) return 0;
-  const double resolution = static_cast<double>(values.numel()) * std::numeric_limits<double>::epsilon();
-  const auto candidates = (values > resolution * values[0]).sum().item<int64_t>();
-  const Tensor captured = have + values.slice(0, 0, candidates).cumsum(0);
-  const auto wanted = (captured < energy * total).sum().item<int64_t>() + 1;
-  return std::min(std::min(wanted, candidates), room);
+  if ((have >= energy * total).item<bool>()) return 0;
+  const auto wanted = (have + values.cumsum(0) < energy * total).sum().item<int64_t>() + 1;
+  return std::min(std::min(wanted, values.numel()), room);
+}
+
+// How many of `values`, descending, stand above the rounding of a Gram matrix whose largest eigenvalue is `largest`.
+inline int64_t count_candidates(const Tensor& values, double largest, at::ScalarType gram_type) {
+  const double eps =
+      gram_type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+  return (values > static_cast<double>(values.numel()) * eps * largest).sum().item<int64_t>();
 }
 
 // Q of the QR factorisation of M [n, k'] with the signs of M's columns; the first `kept` columns barely move.
@@ -59,9 +64,11 @@ inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energ
   const Tensor V = basis.to(at::kDouble);
   const Tensor rest = project(project(C, V).mT(), V);
   const auto [ascending, vectors] = at::linalg_eigh((rest + rest.mT()) / 2);
-  const Tensor have = (at::matmul(C, V) * V).sum();
+  const Tensor values = ascending.flip(0), inside = at::matmul(V.mT(), at::matmul(C, V));
   const int64_t n = V.size(0), k = V.size(1);
-  const int64_t added = directions_needed(ascending.flip(0), have, C.trace(), energy, max_rank - k);
+  const double inner = k > 0 ? at::linalg_eigvalsh(inside)[k - 1].item<double>() : 0;
+  const auto candidates = count_candidates(values, std::max(values[0].item<double>(), inner), gram.scalar_type());
+  const auto added = directions_needed(values.slice(0, 0, candidates), inside.trace(), C.trace(), energy, max_rank - k);
   const Tensor leading = vectors.slice(1, n - added, n).flip(1);
   return orthonormalise(at::cat({V, leading}, 1), k).to(basis.scalar_type()).contiguous();
 }

@@ -47,6 +47,10 @@ class OnlineEstimator:
             raise ArgumentError(f"OnlineEstimator: estimator must be one of {', '.join(ESTIMATORS)}, got '{estimator}'")
         if dim < 1:
             raise ArgumentError(f"OnlineEstimator: dim must be positive, got {dim}")
+        if not 0 < decay <= 1:
+            raise ArgumentError(f"OnlineEstimator: decay must be in (0, 1], got {decay:g}")
+        if energy_power not in (1, 2):
+            raise ArgumentError(f"OnlineEstimator: energy_power must be 1 or 2, got {energy_power}")
         self.dim, self.decay, self.name, self.energy_power = dim, decay, name, energy_power
         self.gram = torch.zeros(dim, dim, dtype=dtype, device=device)
         self.basis = torch.zeros(dim, 0, dtype=dtype, device=device)
@@ -58,32 +62,41 @@ class OnlineEstimator:
         ops.gram_update_(self.gram, x.detach(), self.decay)
         self.rows += x.numel() // self.dim
 
-    def commit(self, energy: float, max_rank: int | None = None) -> Tensor:
-        """End the task: extend the basis until it captures `energy` of what was observed, and start new statistics.
+    def extended(self, energy: float, max_rank: int | None = None) -> Tensor:
+        """The basis that `commit` would put in force, [dim, k]; nothing changes.
 
         Args:
-            energy: in [0, 1].
+            energy: share of what was observed that the basis is to capture, in [0, 1].
             max_rank: the basis never exceeds it (n - r leaves the factors room); None: dim. One warning when it bites.
 
-        Returns:
-            The basis in force from now on, [dim, k].
-
         Raises:
-            StatisticsError: nothing was observed, or the statistics are zero, NaN or infinite; nothing has changed.
+            ArgumentError: energy or max_rank out of range.
+            StatisticsError: nothing was observed, or the statistics are zero, NaN or infinite.
         """
+        cap, k = self.dim if max_rank is None else max_rank, self.basis.shape[1]
+        if not 0 <= energy <= 1:
+            raise ArgumentError(f"{self.name}: energy must be in [0, 1], got {energy:g}")
+        if not k <= cap <= self.dim:
+            raise ArgumentError(f"{self.name}: max_rank must be from k = {k} to dim = {self.dim}, got {cap}")
         if self.rows == 0:
             raise StatisticsError(f"{self.name}: commit needs observed inputs, got none since the last commit")
-        cap = self.dim if max_rank is None else max_rank
         try:
             basis = ops.extend_basis(self.basis, self.gram, energy, cap, self.energy_power)
         except ValueError as error:
             raise StatisticsError(f"{self.name}: {error}; the previous basis stays in force") from error
         if basis.shape[1] == cap < self.dim and not self._warned:
             self._warn_of_cap(energy, cap)
-        self.basis = basis
+        return basis
+
+    def commit(self, energy: float, max_rank: int | None = None) -> Tensor:
+        """End the task: put the basis that `extended` gives in force, and start new statistics.
+
+        Arguments and errors as there; when it raises, nothing has changed.
+        """
+        self.basis = self.extended(energy, max_rank)
         self.gram.zero_()
         self.rows = 0
-        return basis
+        return self.basis
 
     def _warn_of_cap(self, energy: float, cap: int) -> None:
         wanted = ops.extend_basis(self.basis, self.gram, energy, self.dim, self.energy_power).shape[1]

@@ -14,6 +14,7 @@ from janus_ext import ops
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 
 RECTIFY_IN = ("backward", "step")
+ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, of a basis that came in half precision even
 
 
 class LoRALayer(nn.Module):
@@ -79,27 +80,37 @@ class LoRALayer(nn.Module):
             raise ArgumentError(
                 f"basis must be [n, k] with n = {self.in_features} and k <= n - r = {room}, got {list(basis.shape)}"
             )
+        V = basis.double()
+        defect = float((V.mT @ V - torch.eye(V.shape[1], dtype=V.dtype, device=V.device)).norm())
+        if not defect <= ORTHONORMALITY:
+            raise ArgumentError(f"basis must be orthonormal, |V^T V - I| <= {ORTHONORMALITY:g}, got {defect:g}")
         self.basis = basis.to(self.A).clone()
         self._project_A()
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """W <- W + s B A_s, computed in float64 and rounded once; fresh factors in place."""
+    def merge(self) -> Tensor:
+        """W <- W + s B A_s, computed in float64 and rounded once; fresh factors in place.
+
+        Returns:
+            W_after - W_before as it came out in W's dtype, [..., m, n] float64.
+        """
         delta = self._delta64()
-        for target, update in zip(self._target_weights(), delta.reshape(-1, *delta.shape[-2:]), strict=True):
-            target.copy_(target.double() + update)
+        change = torch.empty_like(delta)
+        updates = zip(delta.view(-1, *delta.shape[-2:]), change.view(-1, *delta.shape[-2:]), strict=True)
+        for target, (update, made) in zip(self._target_weights(), updates, strict=True):
+            before = target.double()
+            target.copy_(before + update)
+            made.copy_(target.double() - before)
         self.reset()
+        return change
 
     def delta(self) -> Tensor:
         """s B A_s, the update that `merge` would add, [..., m, n] in the factors' dtype."""
         return self._delta64().to(self.A.dtype)
 
-    @torch.no_grad()
     def violation(self) -> float:
-        """|dW V|_F / |dW|_F of the present update over all targets; 0 without an update or a basis."""
-        delta = self._delta64()
-        whole = delta.norm()
-        return float((delta @ self.basis.double()).norm() / whole) if whole > 0 else 0.0
+        """`violation` of the present update, before its merge."""
+        return violation(self._delta64(), self.basis)
 
     @torch.no_grad()
     def effective_A(self) -> Tensor:
@@ -136,9 +147,16 @@ class LoRALayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         stored = state_dict.get(prefix + "basis")
-        if stored is not None and stored.dim() == 2:  # k is data, not architecture
+        if stored is not None and stored.dim() == 2 and stored.shape[0] == self.in_features:  # k is data
             self.basis = self.basis.new_zeros(self.in_features, stored.shape[1])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def violation(change: Tensor, basis: Tensor) -> float:
+    """|dW V|_F / |dW|_F of a change dW [..., m, n] and a basis V [n, k]; 0 without either."""
+    change = change.double()
+    whole = change.norm()
+    return float((change @ basis.double()).norm() / whole) if whole > 0 else 0.0
 
 
 @torch.no_grad()
@@ -273,10 +291,13 @@ def inject(
     }
     if not owners:
         raise ArgumentError(f"model must have attention blocks with a fused `qkv`, got {type(model).__name__}")
-    model.requires_grad_(False)
+    unfit = [name for name, m in owners.items() if hasattr(m, "q_bias")]
+    if unfit:
+        raise ArgumentError(f"model must call its fused `qkv`, but {unfit[0]} reads qkv.weight itself (as BEiT does)")
     options = {"rectify": rectify, "rectify_in": rectify_in, "damping": damping, "share": share, "balance": balance}
+    made = {name: LoRAQKV(owner.qkv, rank, targets, scale, **options) for name, owner in owners.items()}
+    model.requires_grad_(False)
     layers = {}
     for name, owner in owners.items():
-        owner.qkv = LoRAQKV(owner.qkv, rank, targets, scale, **options)
-        layers[f"{name}.qkv" if name else "qkv"] = owner.qkv
+        owner.qkv = layers[f"{name}.qkv" if name else "qkv"] = made[name]
     return layers

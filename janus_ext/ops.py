@@ -3,8 +3,8 @@
 The schemas live here, with `janus_ext.reference` as the default kernel of every op; the compiled library registers CPU
 and CUDA kernels over it. So every op, its fake and its gradient exist with or without a compiler. The raw ops are
 ``torch.ops.janus_ext.<name>``; the functions below are what users call. Wrong arguments raise ``ValueError`` or
-``TypeError`` and leave every input as it was. Under autocast x, weight and bias take the autocast dtype; A, B, V and
-all r x r work stay as they are (float32 or float64).
+``TypeError`` and leave every input as it was. Under autocast x, weight and bias take the autocast dtype, and so do A_s
+and B inside the two products with x; A, B, V, the projection and all r x r work stay as they are (float32 or float64).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from janus_ext import _native, reference
 from janus_ext.reference import DAMPING, RECTIFY, SHARE, is_empty, project
@@ -72,16 +73,15 @@ def _autocast_kernel(op: Any, inputs: int, device: str) -> Callable[..., Any]:
     return kernel
 
 
-for _schema in _SCHEMAS:
-    _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+with _native.loading():
+    for _schema in _SCHEMAS:
+        _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 for _name in OPS:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
     for _device in ("cpu", "cuda"):
         _inputs = 3 if _name in ("lora_linear", "lora_qkv") else 0
         _op = getattr(torch.ops.janus_ext, _name).default
         _library.impl(_name, _autocast_kernel(_op, _inputs, _device), f"Autocast{_device.upper()}")
-
-_native.load()
 
 
 # --------------------------------------------------------------------------------------------------------- gram_update_
@@ -92,7 +92,8 @@ def gram_update_(gram: Tensor, x: Tensor, decay: float = 1.0) -> Tensor:
 
     Args:
         gram: [n, n], float32 or float64, symmetric (only its sum with the update is formed, symmetry is not checked).
-        x: [..., n], float64, float32, bfloat16 or float16; products accumulate in gram's dtype.
+        x: [..., n], float64, float32, bfloat16 or float16; products accumulate in gram's dtype. float32
+            products follow torch's matmul precision setting.
         decay: in (0, 1]; 1 keeps every observation at full weight.
 
     Returns:
@@ -257,6 +258,7 @@ def _setup_lora(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor,
     ctx.options = options
 
 
+@once_differentiable
 def _backward_lora(ctx: Any, grad_y: Tensor, *_: Any) -> tuple[Any, ...]:
     x, xA, effective, weight, A, B, basis = ctx.saved_tensors
     scale, rectify, damping, share, balance, defer, *targets = ctx.options
@@ -348,6 +350,7 @@ def _setup_margin(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(output[1])
 
 
+@once_differentiable
 def _backward_margin(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
     (grad_features,) = ctx.saved_tensors
     return (grad_loss * grad_features).to(grad_features.dtype), None, None, None

@@ -49,6 +49,7 @@ class _Entry:
     options: dict[str, Any]
     layer: LoRALayer | None = None
     pair_basis: Tensor | None = None
+    optimizer: torch.optim.Optimizer | None = None
 
     def basis(self) -> Tensor | None:
         return self.pair_basis if self.layer is None else self.layer.basis
@@ -127,20 +128,26 @@ class GradientRectifier:
     def commit(self, energy: float | None = None) -> None:
         """End the task: protect what was observed, from now on. Merge the factors first, so that every B is zero.
 
+        Attached optimizers forget their state of the factors: momenta of the last task know nothing of the next.
+
         Raises:
             TaskBoundaryError: a B is not zero; nothing has changed.
-            StatisticsError: a layer's statistics are empty, zero or not finite.
+            StatisticsError: a layer's statistics are empty, zero or not finite; nothing has changed.
         """
         for entry in self._entries:
             if bool(entry.B.any()):
                 raise TaskBoundaryError(f"{entry.name}: commit() came while B is not zero: merge the factors first")
-        bases: dict[int, Tensor] = {}
+        share = self.energy if energy is None else energy
+        estimators = {id(e): e for e in self.estimators.values()}
+        rooms = {key: e.dim - self._rank_on(e) for key, e in estimators.items()}
+        for key, estimator in estimators.items():  # all are looked at before any is changed
+            estimator.extended(share, rooms[key])
+        bases = {key: estimator.commit(share, rooms[key]) for key, estimator in estimators.items()}
         for entry in self._entries:
-            estimator = self.estimators[entry.name]
-            if id(estimator) not in bases:
-                room = estimator.dim - self._rank_on(estimator)
-                bases[id(estimator)] = estimator.commit(self.energy if energy is None else energy, room)
-            self._protect(entry, bases[id(estimator)])
+            self._protect(entry, bases[id(self.estimators[entry.name])])
+            if entry.optimizer is not None:
+                for factor in (entry.A, entry.B):
+                    entry.optimizer.state.pop(factor, None)
 
     def _rank_on(self, estimator: OnlineEstimator) -> int:
         return max(e.A.shape[-2] for e in self._entries if self.estimators[e.name] is estimator)
@@ -154,40 +161,66 @@ class GradientRectifier:
             project_rows_(entry.A, basis)
 
     def rectify(self) -> None:
-        """Rewrite `.grad` of all factors, rectified: after unscaling, before clipping and the optimizer's step."""
+        """Rewrite `.grad` of all factors, rectified: after unscaling, before clipping and the optimizer's step.
+
+        Raises ArgumentError when one factor of a layer has a gradient and the other has none.
+        """
+        self._rectify(self._entries)
+
+    def _rectify(self, entries: list[_Entry]) -> None:
         groups: dict[tuple[Any, ...], list[_Entry]] = {}
-        for entry in self._entries:
-            if entry.A.grad is not None and entry.B.grad is not None:
+        for entry in entries:
+            if (entry.A.grad is None) != (entry.B.grad is None):
+                without = "A" if entry.A.grad is None else "B"
+                raise ArgumentError(f"{entry.name}: rectification needs both gradients, {without}.grad is None")
+            if entry.A.grad is not None:
                 groups.setdefault(tuple(entry.options.values()), []).append(entry)
-        for entries in groups.values():
+        for group in groups.values():
             ops.rectify_(
-                [e.effective_A() for e in entries],
-                [e.B for e in entries],
-                [e.A.grad for e in entries],
-                [e.B.grad for e in entries],
-                [e.basis() for e in entries],
-                [e.scale for e in entries],
-                **entries[0].options,
+                [e.effective_A() for e in group],
+                [e.B for e in group],
+                [e.A.grad for e in group],
+                [e.B.grad for e in group],
+                [e.basis() for e in group],
+                [e.scale for e in group],
+                **group[0].options,
             )
 
-    @torch.no_grad()
     def project(self) -> None:
         """A <- A P for every pair under "exact": what an optimizer's step may have broken. Own layers need none."""
-        for entry in self._entries:
+        self._project(self._entries)
+
+    @torch.no_grad()
+    def _project(self, entries: list[_Entry]) -> None:
+        for entry in entries:
             if entry.layer is None and entry.options["rectify"] == "exact" and not ops.is_empty(entry.pair_basis):
-                entry.A.sub_((entry.A @ entry.pair_basis) @ entry.pair_basis.mT)
+                entry.A.copy_(ops.project(entry.A, entry.pair_basis))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on `optimizer.step()` rectifies first, and restores A V = 0 of plain pairs afterwards.
 
-        Raises ArgumentError when the optimizer holds none of the factors. What runs between the backward and `step()`,
-        such as clipping, sees plain gradients; a loop that clips calls `rectify()` itself instead.
+        What runs between the backward and `step()`, such as clipping, sees plain gradients; a loop that clips calls
+        `rectify()` itself instead. A factor's new optimizer takes the place of its old one.
+
+        Raises:
+            ArgumentError: the optimizer is attached already, or holds no factor of a rectified layer, or one of two.
         """
+        if self._attached(optimizer):
+            raise ArgumentError("attach: optimizer must be new to this rectifier, got one that is attached already")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(e.A) in held or id(e.B) in held for e in self._entries):
+        entries = [e for e in self._entries if id(e.A) in held or id(e.B) in held]
+        if not entries:
             raise ArgumentError("attach: optimizer must hold the factors of the rectified layers, got none of them")
-        optimizer.register_step_pre_hook(lambda *_: self.rectify())
-        optimizer.register_step_post_hook(lambda *_: self.project())
+        for entry in entries:
+            if id(entry.A) not in held or id(entry.B) not in held:
+                raise ArgumentError(f"attach: optimizer must hold both factors of a layer, got one of {entry.name}")
+        for entry in entries:
+            entry.optimizer = optimizer
+        optimizer.register_step_pre_hook(lambda stepping, *_: self._rectify(self._attached(stepping)))
+        optimizer.register_step_post_hook(lambda stepping, *_: self._project(self._attached(stepping)))
+
+    def _attached(self, optimizer: torch.optim.Optimizer) -> list[_Entry]:
+        return [entry for entry in self._entries if entry.optimizer is optimizer]
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The estimators' states by layer name; pairs' bases are those of the estimators."""

@@ -7,6 +7,8 @@ paper" is Chen et al., "Janus-LoRA", ICML 2026, arXiv 2605.28495; what is not ma
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,21 +93,42 @@ def check_factors(op: str, A: Tensor, B: Tensor, basis: Tensor | None) -> None:
 # ------------------------------------------------------------------------------------------------------------ precision
 
 
+class _FullFloat32:
+    """The process-wide setting behind `full_float32`: the first thread in changes it, the last one out restores it."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = Lock(), 0
+        self.saved: list[tuple[Any, str]] = []
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+                settings = [(backend, backend.fp32_precision) for backend in backends]
+                self.saved = [(b, precision) for b, precision in settings if precision not in ("ieee", "none")]
+                for backend, _ in self.saved:
+                    backend.fp32_precision = "ieee"
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                for backend, precision in self.saved:
+                    backend.fp32_precision = precision
+
+
+_full_float32 = _FullFloat32()
+
+
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Products inside are IEEE float32, whatever TF32 or `set_float32_matmul_precision` settings say."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    saved = [backend.fp32_precision for backend in backends]
-    reduced = [p not in ("ieee", "none") for p in saved]
+    _full_float32.enter()
     try:
-        for backend, low in zip(backends, reduced, strict=True):
-            if low:
-                backend.fp32_precision = "ieee"
         yield
     finally:
-        for backend, low, precision in zip(backends, reduced, saved, strict=True):
-            if low:
-                backend.fp32_precision = precision
+        _full_float32.leave()
 
 
 def is_empty(basis: Tensor | None) -> bool:
@@ -114,8 +137,11 @@ def is_empty(basis: Tensor | None) -> bool:
 
 
 def project(M: Tensor, basis: Tensor | None) -> Tensor:
-    """M P = M - (M V) V^T for M [..., n]."""
-    return M if is_empty(basis) else M - (M @ basis) @ basis.mT
+    """M P = M - (M V) V^T for M [..., n], in full precision."""
+    if is_empty(basis):
+        return M
+    with full_float32():
+        return M - (M @ basis) @ basis.mT
 
 
 # --------------------------------------------------------------------------------------------------- Online Estimation
@@ -165,21 +191,20 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
     rest = project(project(C, V).mT, V)  # P C^p P
     values, vectors = torch.linalg.eigh((rest + rest.mT) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
-    have = ((C @ V) * V).sum()
-    added = directions_needed(values, have, C.trace(), energy, max_rank - k)
+    inside = V.mT @ C @ V
+    largest = max(float(values[0]), float(torch.linalg.eigvalsh(inside)[-1]) if k else 0.0)
+    candidates = int((values > n * torch.finfo(gram.dtype).eps * largest).sum())
+    added = directions_needed(values[:candidates], inside.trace(), C.trace(), energy, max_rank - k)
     extended = torch.cat([V, vectors[:, :added]], dim=1)
     return orthonormalise(extended, kept=k).to(basis.dtype).contiguous()
 
 
 def directions_needed(values: Tensor, have: Tensor, total: Tensor, energy: float, room: int) -> int:
-    """Smallest q with have + l_1 + ... + l_q >= energy * total, at most `room` and the numerical rank."""
-    n = values.numel()
-    if room == 0 or bool(have >= energy * total):
+    """Smallest q with have + l_1 + ... + l_q >= energy * total, at most `room`; all candidates if none reaches it."""
+    if bool(have >= energy * total):
         return 0
-    candidates = int((values > n * torch.finfo(values.dtype).eps * values[0]).sum())
-    captured = have + values[:candidates].cumsum(0)
-    wanted = int((captured < energy * total).sum()) + 1
-    return min(wanted, candidates, room)
+    wanted = int((have + values.cumsum(0) < energy * total).sum()) + 1
+    return min(wanted, values.numel(), room)
 
 
 def orthonormalise(M: Tensor, kept: int) -> Tensor:
@@ -379,8 +404,7 @@ def lora_forward(
     offsets: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = x W^T + b, and y[off_i : off_i + m] += s (x A_i^T) B_i^T; A is A P for "exact". A [g, r, n], B [g, m, r]."""
-    with full_float32():
-        effective = project(A, basis) if rectify == "exact" and not is_empty(basis) else A.clone()
+    effective = project(A, basis) if rectify == "exact" and not is_empty(basis) else A.clone()
     g, r, n = A.shape
     m = B.shape[1]
     y = F.linear(x, weight, bias)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from janus_ext import _native
+
 # Relative error |got - want| / |want| (Frobenius) against a float64 reference, inputs rounded to the dtype first.
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -10,6 +12,7 @@ TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float16: 4e-3,
 }
+needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled library is not loaded")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 

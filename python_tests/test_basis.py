@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close, orthonormal, subspace
+from conftest import assert_close, needs_native, orthonormal, subspace
 
 from janus_ext import ops, reference
 
@@ -66,6 +66,16 @@ def test_rank_deficient_data_gives_its_rank_and_no_more(device: str) -> None:
     assert V.shape == (20, 4)
 
 
+def test_rounding_of_a_float32_gram_is_no_direction(device: str) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(400, 6) @ torch.randn(6, 40)
+    V = torch.zeros(40, 0, device=device)
+    for _ in range(4):  # the same six directions, task after task
+        gram = ops.gram_update_(torch.zeros(40, 40, device=device), x[torch.randperm(400)].to(device))
+        V = ops.extend_basis(V, gram, 1.0, 40)
+        assert V.shape == (40, 6)
+
+
 def test_max_rank_caps() -> None:
     assert ops.extend_basis(torch.zeros(9, 0), torch.eye(9), 1.0, 4).shape == (9, 4)
     V = orthonormal(9, 4, torch.float32)
@@ -80,6 +90,7 @@ def test_huge_and_tiny_scales_do_not_matter() -> None:
         assert_close(subspace(ops.extend_basis(empty, gram * scale, 0.9, 12, 2)), subspace(want), torch.float64, 10)
 
 
+@needs_native
 def test_compiled_agrees_with_reference(device: str) -> None:
     gram = spectrum_gram(torch.logspace(0, -4, 30), device)
     V = orthonormal(30, 6, device=device)

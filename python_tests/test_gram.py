@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, needs_native
 
 from janus_ext import ArgumentError, OnlineEstimator, StatisticsError, ops, reference
 
@@ -117,6 +117,23 @@ def test_cap_warns_once_with_both_numbers() -> None:
         estimator.commit(1.0, max_rank=5)
 
 
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: OnlineEstimator(6, decay=2.0), r"decay must be in \(0, 1\], got 2"),
+        (lambda: OnlineEstimator(6, "svd"), "estimator must be one of gram, got 'svd'"),
+        (lambda: OnlineEstimator(6, energy_power=3), "energy_power must be 1 or 2, got 3"),
+        (lambda: OnlineEstimator(6).commit(2.0), r"energy must be in \[0, 1\], got 2"),
+        (lambda: OnlineEstimator(6).commit(0.9, max_rank=7), "max_rank must be from k = 0 to dim = 6, got 7"),
+        (lambda: OnlineEstimator(6).merge(OnlineEstimator(5)), "other must have dim 6, got 5"),
+    ],
+    ids=range(6),
+)
+def test_wrong_arguments_are_named(use: object, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        use()
+
+
 def test_state_dict_round_trip() -> None:
     estimator = OnlineEstimator(6)
     estimator.observe(torch.randn(20, 6))
@@ -129,6 +146,7 @@ def test_state_dict_round_trip() -> None:
         OnlineEstimator(7).load_state_dict(estimator.state_dict())
 
 
+@needs_native
 def test_reference_agrees_with_compiled(device: str) -> None:
     x = torch.randn(60, 30, device=device)
     a, b = torch.zeros(30, 30, device=device), torch.zeros(30, 30, device=device)

@@ -8,6 +8,7 @@ from conftest import TOLERANCE, assert_close, orthonormal, relative_error
 from torch import nn
 
 from janus_ext import ArgumentError, LoRALinear, LoRAQKV, TaskBoundaryError, inject, ops
+from janus_ext.lora import violation
 
 MODES = ["none", "project", "tangent", "exact"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -363,6 +364,19 @@ def test_basis_must_leave_room_for_the_factors() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_merge_returns_the_change_that_was_made(device: str, mode: str) -> None:
+    layer = LoRAQKV(nn.Linear(12, 36, device=device), 3, scale=0.6, rectify=mode)
+    layer.protect(orthonormal(12, 4, torch.float32, device))
+    with torch.no_grad():
+        layer.B.normal_()
+    delta, before = layer.delta(), layer.linear.weight.double()
+    change = layer.merge()
+    assert_close(change, delta, torch.float32)
+    assert torch.equal(change.flatten(0, 1), layer.linear.weight.double()[12:] - before[12:])
+    assert (violation(change, layer.basis) <= 1e-5) == (mode == "exact")
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_merge_keeps_the_function(device: str, mode: str) -> None:
     layer = LoRAQKV(nn.Linear(12, 36, device=device), 3, scale=0.6, rectify=mode)
     layer.protect(orthonormal(12, 4, torch.float32, device))
@@ -374,6 +388,35 @@ def test_merge_keeps_the_function(device: str, mode: str) -> None:
     assert_close(layer(x), before, torch.float32)
     assert not layer.B.any()
     assert torch.equal(layer.linear.weight[:12], q_before), "q is no target"
+
+
+@pytest.mark.parametrize("poison", ["skewed", "nan"])
+def test_a_basis_that_is_not_orthonormal_is_refused(poison: str) -> None:
+    layer = LoRALinear(nn.Linear(10, 12), 2)
+    V = orthonormal(10, 3, torch.float32) * (2 if poison == "skewed" else float("nan"))
+    with pytest.raises(ArgumentError, match="basis must be orthonormal"):
+        layer.protect(V)
+    assert layer.basis.shape == (10, 0)
+
+
+def test_a_foreign_state_leaves_the_basis_alone() -> None:
+    layer, other = LoRALinear(nn.Linear(10, 12), 2), LoRALinear(nn.Linear(9, 12), 2)
+    layer.protect(orthonormal(10, 3, torch.float32))
+    other.protect(orthonormal(9, 4, torch.float32))
+    before = layer.basis.clone()
+    with pytest.raises(RuntimeError, match="size mismatch for basis"):
+        layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.basis, before)
+
+
+def test_inject_refuses_whole_models_only() -> None:
+    fit, unfit = Attention(12, 3), Attention(12, 3)
+    unfit.q_bias = None  # BEiT's attention reads qkv.weight instead of calling qkv
+    with pytest.raises(ArgumentError, match="1 reads qkv.weight itself"):
+        inject(nn.Sequential(fit, unfit), rank=2)
+    with pytest.raises(ArgumentError, match="rank must be from 1"):
+        inject(nn.Sequential(fit, Attention(4, 1)), rank=8)
+    assert isinstance(fit.qkv, nn.Linear)
 
 
 def test_a_fresh_A_is_safe_and_keeps_its_row_norms() -> None:

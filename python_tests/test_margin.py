@@ -41,6 +41,14 @@ def test_gradcheck(device: str) -> None:
     assert torch.autograd.gradcheck(lambda f: ops.margin_loss(f, p, 0.1, 8.0), (f,))
 
 
+def test_a_second_derivative_is_refused_not_wrong(device: str) -> None:
+    f, p = (t.to(device) for t in samples(6, 9, 4))
+    loss = ops.margin_loss(f.requires_grad_(), p, 0.1, 8.0).square()
+    (grad,) = torch.autograd.grad(loss, f, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_no_prototypes_is_exactly_zero_without_gradient(device: str) -> None:
     f = torch.randn(5, 8, device=device, requires_grad=True)
     loss = ops.margin_loss(f, torch.zeros(0, 8, device=device), 0.2, 16.0)

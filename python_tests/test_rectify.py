@@ -5,7 +5,17 @@ import torch
 from conftest import TOLERANCE, assert_close, orthonormal
 from torch import nn
 
-from janus_ext import ArgumentError, GradientRectifier, LoRALinear, LoRAPair, LoRAQKV, TaskBoundaryError, ops, reference
+from janus_ext import (
+    ArgumentError,
+    GradientRectifier,
+    LoRALinear,
+    LoRAPair,
+    LoRAQKV,
+    StatisticsError,
+    TaskBoundaryError,
+    ops,
+    reference,
+)
 
 SHAPES = [(20, 24, 3, 6), (30, 10, 1, 0), (16, 16, 4, 12), (8, 40, 8, 0)]  # n, m, r, k; the third has k = n - r
 
@@ -112,9 +122,7 @@ class PlainLoRA(nn.Module):
         self.B.zero_()
 
 
-def two_tasks(
-    rectifier: GradientRectifier, layers: list[nn.Module], merge: object
-) -> tuple[torch.Tensor, torch.Tensor]:
+def two_tasks(rectifier: GradientRectifier, layers: list[nn.Module]) -> tuple[torch.Tensor, torch.Tensor]:
     """Task one lives in six directions; outputs on it after task one, and after task two elsewhere."""
     first = torch.randn(200, 6) @ orthonormal(24, 6, torch.float32).T
     second = torch.randn(200, 24)
@@ -138,20 +146,20 @@ def two_tasks(
 def test_plain_pairs_keep_their_old_outputs() -> None:
     layers = [PlainLoRA(24, 30, 3, 0.5), PlainLoRA(24, 30, 4, 2.0)]
     pairs = {f"adapter {i}": LoRAPair(layer.A, layer.B, layer.scale, layer) for i, layer in enumerate(layers)}
-    before, after = two_tasks(GradientRectifier(pairs), layers, None)
+    before, after = two_tasks(GradientRectifier(pairs), layers)
     assert_close(after, before, torch.float32)
 
 
 def test_own_layers_keep_their_old_outputs() -> None:
     layers = [LoRALinear(nn.Linear(24, 30), r, rectify_in="step") for r in (3, 4)]
-    before, after = two_tasks(GradientRectifier(nn.ModuleList(layers)), layers, None)
+    before, after = two_tasks(GradientRectifier(nn.ModuleList(layers)), layers)
     assert_close(after, before, torch.float32)
 
 
 def test_without_the_rectifier_old_outputs_do_change() -> None:
     layers = [PlainLoRA(24, 30, 3, 0.5)]
     pairs = [LoRAPair(layer.A, layer.B, layer.scale, layer) for layer in layers]
-    before, after = two_tasks(GradientRectifier(pairs, rectify="none"), layers, None)
+    before, after = two_tasks(GradientRectifier(pairs, rectify="none"), layers)
     assert (after - before).norm() > 100 * TOLERANCE[torch.float32] * before.norm()
 
 
@@ -200,6 +208,86 @@ def test_attach_refuses_a_foreign_optimizer() -> None:
     layer = PlainLoRA(24, 30, 3, 0.5)
     with pytest.raises(ArgumentError, match="attach: optimizer must hold the factors"):
         GradientRectifier([(layer.A, layer.B)]).attach(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
+
+
+def test_reduced_matmul_precision_reaches_neither_projection_nor_check() -> None:
+    torch.manual_seed(2)
+    layer = PlainLoRA(768, 32, 4, 1.0)
+    rectifier = GradientRectifier({"k": (layer.A, layer.B, 1.0, layer)})
+    with rectifier.observe():
+        layer(torch.randn(600, 200) @ torch.randn(200, 768))
+    rectifier.commit(1.0)
+    optimizer = torch.optim.Adam([layer.A, layer.B], lr=1e-2)
+    rectifier.attach(optimizer)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(torch.randn(64, 768)).square().mean().backward()
+            optimizer.step()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    basis = rectifier.estimators["k"].basis
+    assert basis.shape[1] > 100
+    assert (layer.A.double() @ basis.double()).norm() <= 1e-5 * layer.A.norm()
+
+
+def test_each_factor_is_rectified_once_by_the_optimizer_that_holds_it() -> None:
+    layers = [PlainLoRA(24, 30, 3, 0.5), PlainLoRA(24, 30, 4, 2.0)]
+    rectifier = GradientRectifier({str(i): LoRAPair(m.A, m.B, m.scale, m) for i, m in enumerate(layers)})
+    optimizers = [torch.optim.SGD([m.A, m.B], lr=0.0) for m in layers]
+    for optimizer in optimizers:
+        rectifier.attach(optimizer)
+    for m in layers:
+        nn.init.normal_(m.B)
+        m.A.grad, m.B.grad = torch.randn_like(m.A), torch.randn_like(m.B)
+    want = [g.clone() for g in (layers[0].A.grad, layers[0].B.grad)]
+    untouched = layers[1].A.grad.clone()
+    ops.rectify_([layers[0].A], [layers[0].B], want[:1], want[1:], [None], [0.5], balance=True)
+    optimizers[0].step()
+    assert_close(layers[0].A.grad, want[0], torch.float32)
+    assert_close(layers[0].B.grad, want[1], torch.float32)
+    assert torch.equal(layers[1].A.grad, untouched)
+
+
+def test_attach_refuses_a_second_time_and_half_a_layer() -> None:
+    layer = PlainLoRA(24, 30, 3, 0.5)
+    rectifier = GradientRectifier({"k": (layer.A, layer.B)})
+    with pytest.raises(ArgumentError, match="both factors of a layer, got one of k"):
+        rectifier.attach(torch.optim.SGD([layer.A]))
+    optimizer = torch.optim.SGD([layer.A, layer.B])
+    rectifier.attach(optimizer)
+    with pytest.raises(ArgumentError, match="attached already"):
+        rectifier.attach(optimizer)
+
+
+def test_one_missing_gradient_is_named() -> None:
+    layer = PlainLoRA(24, 30, 3, 0.5)
+    layer.B.grad = torch.zeros_like(layer.B)
+    with pytest.raises(ArgumentError, match=r"k: rectification needs both gradients, A.grad is None"):
+        GradientRectifier({"k": (layer.A, layer.B)}).rectify()
+
+
+def test_commit_is_all_or_nothing_and_clears_the_optimizer() -> None:
+    layers = [PlainLoRA(24, 30, 3, 0.5), PlainLoRA(24, 30, 4, 2.0)]
+    rectifier = GradientRectifier({str(i): LoRAPair(m.A, m.B, m.scale, m) for i, m in enumerate(layers)})
+    optimizer = torch.optim.Adam([p for m in layers for p in (m.A, m.B)])
+    rectifier.attach(optimizer)
+    for m in layers:
+        m.A.grad, m.B.grad = torch.randn_like(m.A), torch.randn_like(m.B)
+    optimizer.step()
+    for m in layers:
+        m.merge()
+    rectifier.estimators["0"].observe(torch.randn(40, 24) * torch.logspace(0, -3, 24))
+    rectifier.estimators["1"].observe(torch.full((4, 24), float("nan")))
+    with pytest.raises(StatisticsError, match="1: .*finite"):
+        rectifier.commit()
+    assert rectifier.estimators["0"].rows == 40 and rectifier.estimators["0"].basis.shape[1] == 0
+    assert optimizer.state[layers[0].A]
+    rectifier.estimators["1"].gram.copy_(torch.diag(torch.logspace(0, -3, 24)))
+    rectifier.commit()
+    assert not optimizer.state[layers[0].A]
 
 
 def test_state_dict_round_trip() -> None:
