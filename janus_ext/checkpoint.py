@@ -1,0 +1,97 @@
+"""Files of a run: every write goes to a temporary file first and is then moved into place, so none is ever half there.
+
+Tensors are safetensors and the rest is JSON (null, never NaN): reading a stranger's run executes no code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from janus_ext.errors import CheckpointError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON; NaN and infinity become null."""
+    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; CheckpointError if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Appends one line of JSON and flushes it."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes named tensors (any device; stored on the CPU, own memory each) as safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    try:
+        _replace(path, lambda temporary: save_file(stored, str(temporary), dict(metadata or {})))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(named CPU tensors, metadata) of a safetensors file; CheckpointError if it is missing, truncated or altered."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def make_folder(path: Path) -> Path:
+    """Creates a folder and its parents."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"the folder {path} cannot be made: {error}") from error
+    return path
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` fill a file beside ``path``, flushes it to the disk and moves it over ``path``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with NaN and infinite numbers replaced by None, containers rebuilt."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

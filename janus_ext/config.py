@@ -1,0 +1,155 @@
+"""Everything a training run can be told: one dataclass, one sentence per field (the command line's help texts)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from janus_ext.errors import ArgumentError
+
+BenchmarkName = Literal["emoji"]
+MethodName = Literal["janus", "lora"]
+Rectify = Literal["auto", "none", "project", "tangent", "exact"]
+Estimator = Literal["auto", "gram", "none"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains one vision transformer on the tasks of a benchmark, one task after another."""
+
+    benchmark: BenchmarkName = "emoji"
+    """Images to learn; emoji is embedded: 200 concepts in eight art styles."""
+    method: MethodName = "janus"
+    """Continual-learning method: janus (OE + GR + DML) or lora (sequential LoRA fine-tuning)."""
+    rectify: Rectify = "auto"
+    """Gradient rectification (GR); auto: exact with --method janus, none with --method lora."""
+    estimator: Estimator = "auto"
+    """Online estimation (OE) of the protected inputs, none protects nothing; auto: gram with --method janus."""
+    margin_weight: float | None = None
+    """Weight of the decoupled margin loss (DML), 0 leaves it out; by default 0.5 with --method janus."""
+    margin: float = 0.2
+    """Cosine similarity to an old prototype above which the margin loss pushes."""
+    temperature: float = 16.0
+    """Sharpness (tau) of the margin loss."""
+    tasks: int | None = None
+    """Number of tasks the classes are divided into; by default the benchmark's own (emoji: 10)."""
+    shuffle_classes: bool = False
+    """Draw the order of the classes from the seed instead of the benchmark's fixed order."""
+    limit_per_class: int | None = None
+    """At most so many images of each class, in training and in test, for trial runs."""
+    backbone: str = "emoji"
+    """Backbone: emoji (embedded, 64 px) or the name of any vision transformer of timm."""
+    weights: str = "pretrained"
+    """Backbone weights: pretrained, none (random), or a local file."""
+    rank: int = 8
+    """Rank of the LoRA factors on the K and V projections of every block."""
+    scale: float = 1.0
+    """Factor s in W + s B A."""
+    energy_start: float = 0.5
+    """Share of input energy protected after the first task."""
+    energy_end: float = 0.7
+    """Share of input energy towards which the protected share grows with the tasks."""
+    energy_power: Literal[1, 2] = 1
+    """1 measures energy by squared activations (GPM), 2 by their squares again (InfLoRA's code)."""
+    damping: float = 0.1
+    """Damping of the r x r inverses of the rectification, relative to their mean eigenvalue."""
+    share: float = 0.5
+    """How the update that both factors can carry is divided: 0 leaves it to A, 0.5 is symmetric, 1 leaves it to B."""
+    balance: bool = True
+    """Rescale rectified factor gradients to the plain gradients' scale."""
+    epochs: int = 20
+    """Passes over the training images of each task."""
+    batch_size: int = 32
+    """Images per step."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Optimizer; its state starts fresh with every task; sgd has momentum 0.9."""
+    lr: float = 1e-3
+    """Learning rate at the start of each task."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate over the epochs of a task."""
+    clip_norm: float | None = None
+    """Largest global gradient norm, clipped after rectification; by default no clipping."""
+    seed: tuple[int, ...] = (0,)
+    """Random seeds; several make one run each under <output>/seed-<n>."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    amp: Literal["auto", "off", "bf16"] = "auto"
+    """Autocast of the backbone to bfloat16 (factors and weights stay float32); auto: if the hardware multiplies it."""
+    output: Path | None = None
+    """Run folder; by default runs/<benchmark>-<method>-<seed>, numbered if that holds a finished run."""
+    plots: bool = True
+    """Draw plots/*.png at the end."""
+
+    def resolved(self) -> TrainConfig:
+        """The checked configuration with the method's own defaults filled in; raises ArgumentError naming the flag."""
+        defaults = METHOD_DEFAULTS[self.method]
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) in (None, "auto")}
+        config = replace(self, **missing)
+        config._check_ranges()
+        config._check_combinations()
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values of all fields."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    def _check_ranges(self) -> None:
+        for name, low, high in RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ArgumentError(f"{_flag(name)} must lie in [{low:g}, {high:g}], got {value:g}")
+        for name in ("lr", "scale", "temperature", "damping", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ArgumentError(f"{_flag(name)} must be a positive number, got {value:g}")
+        if not self.seed or len(set(self.seed)) != len(self.seed):
+            raise ArgumentError(f"--seed needs one or more different numbers, got {list(self.seed)}")
+
+    def _check_combinations(self) -> None:
+        if self.energy_end < self.energy_start:
+            raise ArgumentError(
+                f"--energy-end {self.energy_end:g} is below --energy-start {self.energy_start:g}: "
+                "what one task protects cannot be given up by the next"
+            )
+        if self.rectify == "project" and self.estimator == "none":
+            raise ArgumentError(
+                "--rectify project removes what --estimator found; with --estimator none it does nothing"
+            )
+        for name, value in METHOD_DEFAULTS["lora"].items():
+            if self.method == "lora" and getattr(self, name) != value:
+                raise ArgumentError(
+                    f"--method lora is plain fine-tuning and has no {_flag(name)} {getattr(self, name)}; "
+                    "use --method janus"
+                )
+
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "janus": {"rectify": "exact", "estimator": "gram", "margin_weight": 0.5},
+    "lora": {"rectify": "none", "estimator": "none", "margin_weight": 0.0},
+}
+
+RANGES: tuple[tuple[str, float, float], ...] = (
+    ("margin_weight", 0, float("inf")),
+    ("margin", -1, 1),
+    ("tasks", 1, float("inf")),
+    ("limit_per_class", 1, float("inf")),
+    ("rank", 1, float("inf")),
+    ("energy_start", 0, 1),
+    ("energy_end", 0, 1),
+    ("share", 0, 1),
+    ("epochs", 1, float("inf")),
+    ("batch_size", 1, float("inf")),
+)
+
+
+def _flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON knows it: paths as text, tuples as lists."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

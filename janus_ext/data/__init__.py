@@ -1,0 +1,13 @@
+"""Benchmarks by name: each entry builds a :class:`~janus_ext.data.benchmark.Benchmark` from the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from janus_ext.config import TrainConfig
+from janus_ext.data import emoji
+from janus_ext.data.benchmark import Benchmark
+
+BENCHMARKS: dict[str, Callable[[TrainConfig], Benchmark]] = {
+    "emoji": emoji.load,
+}

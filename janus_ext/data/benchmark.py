@@ -1,0 +1,117 @@
+"""The type every benchmark is: two splits of labelled images, class names, and the classes of each task."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from janus_ext.data.tasks import split_sha256
+from janus_ext.errors import ArgumentError, DataError
+
+Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class Split(Dataset):
+    """Labelled images, map-style: item i is (uint8 [3, H, W], class id).
+
+    ``labels`` is int64 [N], ``samples`` names each image (its path inside the data set) for the split's fingerprint.
+    """
+
+    labels: Tensor
+    samples: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def stream(
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(uint8 [b, 3, H, W], int64 [b]) per int64 index tensor [b]; augmented if and only if a generator is given."""
+
+    @abstractmethod
+    def take(self, indices: Tensor) -> Split:
+        """The split of the samples at ``indices`` (int64 [n])."""
+
+    def of_classes(self, classes: Sequence[int]) -> Tensor:
+        """Indices (int64 [n], ascending) of the samples whose class is among ``classes``."""
+        return torch.isin(self.labels, torch.tensor(classes, dtype=torch.int64)).nonzero().flatten()
+
+    def first_per_class(self, limit: int) -> Tensor:
+        """Indices (int64 [n], ascending) of the first ``limit`` samples of each class."""
+        kept = [(self.labels == c).nonzero().flatten()[:limit] for c in self.labels.unique().tolist()]
+        return torch.cat(kept).sort().values
+
+
+class MemorySplit(Split):
+    """A split decoded into one uint8 tensor [N, 3, H, W]; a whole batch is gathered and augmented at once."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, samples: Sequence[str], augmentation: Augmentation | None = None
+    ) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or not len(images) == len(labels) == len(samples):
+            raise DataError(
+                f"a split needs uint8 images [N, 3, H, W] with N labels and N names, got {images.dtype} "
+                f"{tuple(images.shape)}, {len(labels)} labels, {len(samples)} names"
+            )
+        self.images = images
+        self.labels = labels.to(torch.int64)
+        self.samples = tuple(samples)
+        self.augmentation = augmentation
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def stream(
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices in batches:
+            images = self.images[indices]
+            if generator is not None and self.augmentation is not None:
+                images = self.augmentation(images, generator)
+            yield images, self.labels[indices]
+
+    def take(self, indices: Tensor) -> MemorySplit:
+        names = [self.samples[i] for i in indices.tolist()]
+        return MemorySplit(self.images[indices], self.labels[indices], names, self.augmentation)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A class-incremental benchmark: ``tasks`` holds the class ids of each task in the order of learning."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    tasks: tuple[tuple[int, ...], ...]
+    image_size: int
+
+    @property
+    def class_order(self) -> tuple[int, ...]:
+        """Class ids in the order of learning; the model's output p stands for class ``class_order[p]``."""
+        return tuple(c for classes in self.tasks for c in classes)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [classes]: the model's output for each class id, the inverse of ``class_order``."""
+        order = torch.tensor(self.class_order, dtype=torch.int64)
+        return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+
+    @property
+    def split_sha256(self) -> str:
+        """Fingerprint of both splits and of the class order."""
+        return split_sha256(self.train.samples, self.test.samples, self.tasks)
+
+    def limited(self, per_class: int) -> Benchmark:
+        """The same benchmark with at most ``per_class`` images of each class, in training and in test."""
+        if per_class < 1:
+            raise ArgumentError(f"--limit-per-class must be at least 1, got {per_class}")
+        parts = {part: getattr(self, part) for part in ("train", "test")}
+        return replace(self, **{part: s.take(s.first_per_class(per_class)) for part, s in parts.items()})

@@ -1,0 +1,132 @@
+"""What the trainer asks of a continual-learning method, and what every method measures in the same way.
+
+A method is called in this order, once per task: ``begin_task``; per epoch ``begin_epoch`` and, per step, ``loss`` and
+``after_backward``; ``end_task``. A baseline needs ``begin_task``, ``loss`` and ``close_task``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from janus_ext.margin import ClassPrototypes
+
+if TYPE_CHECKING:  # names for the reader; a method gets both objects handed in
+    from janus_ext.backbone import ContinualClassifier
+    from janus_ext.config import TrainConfig
+
+Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task as a method sees it; labels count the model's outputs, and it owns ``classes`` from ``first`` on."""
+
+    index: int
+    total: int
+    first: int
+    classes: int
+    clean_batches: Batches
+    """Makes a fresh pass over the training images, unaugmented, on the model's device: (uint8 images, labels)."""
+
+
+class Step(NamedTuple):
+    """Result of ``loss``: a scalar to minimise, and how many images of the batch were classified rightly."""
+
+    loss: Tensor
+    correct: Tensor
+
+
+@dataclass
+class TaskReport:
+    """What a method measured on the task that just ended; empty where it does not apply."""
+
+    violation: dict[str, float] = field(default_factory=dict)
+    """Per layer |dW V|_F / |dW|_F."""
+    basis_rank: dict[str, int] = field(default_factory=dict)
+    """Per layer the number of directions protected from the next task on."""
+    danger: float | None = None
+    """Mean cosine of the task's features to the nearest old prototype; None for the first task."""
+    similarity_own: list[float] = field(default_factory=list)
+    """Per class of the task the mean cosine of its features to their own centre."""
+    similarity_old: list[float] | None = None
+    """Per class of the task the mean cosine of its features to the nearest old prototype."""
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    """The task's update before it was merged, for the checkpoint."""
+
+
+class Method(ABC):
+    """Base of all methods: one head per task, cross entropy over the current task's classes, prototypes."""
+
+    def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
+        self.model = model
+        self.config = config
+        self.prototypes = ClassPrototypes(model.feature_dim, model.mean.device)
+
+    def begin_task(self, task: Task) -> None:
+        """Adds the head of ``task``."""
+        self.model.add_task(task.classes)
+
+    @abstractmethod
+    def trainable(self) -> list[nn.Parameter]:
+        """What the optimizer of the current task moves."""
+
+    def begin_epoch(self, is_last: bool) -> None:  # noqa: B027 - a hook, most methods need none
+        """Called before each epoch; ``is_last`` in the last one of the task."""
+
+    @abstractmethod
+    def loss(self, images: Tensor, targets: Tensor) -> Step:
+        """Loss of uint8 images [b, 3, H, W] with targets [b] counted within the current task."""
+
+    def after_backward(self) -> None:  # noqa: B027 - likewise
+        """Called with the gradients in place, before clipping and the optimizer's step."""
+
+    @abstractmethod
+    def close_task(self, task: Task) -> TaskReport:
+        """Consolidates the task: afterwards the model is what will be evaluated, and what the next task starts from."""
+
+    def end_task(self, task: Task) -> TaskReport:
+        """Closes the task, measures its features against the old prototypes, then adds its own."""
+        report = self.close_task(task)
+        features, labels = self._clean_features(task)
+        self._measure(features, labels, report)
+        self.prototypes.add(features, labels)
+        return report
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Named tensors that the method keeps from task to task, beside the model."""
+        return {f"prototypes.{key}": value for key, value in self.prototypes.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restores what ``state_dict`` gave."""
+        self.prototypes.load_state_dict(below("prototypes.", state))
+
+    @torch.no_grad()
+    def _clean_features(self, task: Task) -> tuple[Tensor, Tensor]:
+        """Features [N, d] and labels [N] of the task's training images in evaluation mode."""
+        self.model.eval()
+        passes = [(self.model.features(images), labels) for images, labels in task.clean_batches()]
+        self.model.train()
+        return torch.cat([f for f, _ in passes]), torch.cat([y for _, y in passes])
+
+    def _measure(self, features: Tensor, labels: Tensor, report: TaskReport) -> None:
+        """Fills in danger and the similarities per class."""
+        directions = F.normalize(features, dim=-1)
+        classes = labels.unique().tolist()
+        members = [directions[labels == c] for c in classes]
+        report.similarity_own = [float((m @ F.normalize(m.mean(0), dim=0)).mean()) for m in members]
+        if len(self.prototypes):
+            nearest = self.prototypes.nearest(features)
+            report.similarity_old = [float(nearest[labels == c].mean()) for c in classes]
+            report.danger = float(nearest.mean())
+
+
+def below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of ``state`` whose names begin with ``prefix``, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -1,0 +1,102 @@
+"""Continual-learning metrics: pure functions of the accuracy matrix and the sizes of the tasks' test sets.
+
+R[t][j] is the accuracy (percent) on the test images of task j after learning task t, argmax over all classes seen so
+far. ``matrix`` is lower triangular: row t is a list of the t + 1 accuracies R[t][0..t]. T is the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from janus_ext.errors import ArgumentError
+
+Matrix = Sequence[Sequence[float]]
+
+
+def accuracy(matrix: Matrix) -> float:
+    """ACC, every task weighs the same: mean_j R[T-1][j]."""
+    return trajectory(matrix)[-1]
+
+
+def accuracy_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> float:
+    """ACC, every image weighs the same: sum_j n_j R[T-1][j] / sum_j n_j with n_j test images in task j."""
+    return trajectory_sample_weighted(matrix, test_sizes)[-1]
+
+
+def mean_average_accuracy(matrix: Matrix) -> float:
+    """MAA, every task weighs the same: mean_t mean_{j<=t} R[t][j]."""
+    return _mean(trajectory(matrix))
+
+
+def mean_average_accuracy_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> float:
+    """MAA, every image weighs the same: mean_t (sum_{j<=t} n_j R[t][j] / sum_{j<=t} n_j)."""
+    return _mean(trajectory_sample_weighted(matrix, test_sizes))
+
+
+def backward_transfer(matrix: Matrix) -> float | None:
+    """BWT: mean_{j<T-1} (R[T-1][j] - R[j][j]); None for a single task."""
+    _check(matrix)
+    return _mean_or_none([last - matrix[j][j] for j, last in enumerate(matrix[-1][:-1])])
+
+
+def forgetting(matrix: Matrix) -> float | None:
+    """Forgetting: mean_{j<T-1} (max_{j<=t<=T-2} R[t][j] - R[T-1][j]); None for a single task."""
+    _check(matrix)
+    best = [max(row[j] for row in matrix[j:-1]) for j in range(len(matrix) - 1)]
+    return _mean_or_none([b - last for b, last in zip(best, matrix[-1], strict=False)])
+
+
+def plasticity(matrix: Matrix) -> float:
+    """Plasticity, or learning accuracy (LA): mean_j R[j][j]."""
+    _check(matrix)
+    return _mean([row[-1] for row in matrix])
+
+
+def trajectory(matrix: Matrix) -> list[float]:
+    """ACC after each task, every task weighs the same: mean_{j<=t} R[t][j] for t = 0..T-1."""
+    _check(matrix)
+    return [_mean(row) for row in matrix]
+
+
+def trajectory_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> list[float]:
+    """ACC after each task, every image weighs the same: sum_{j<=t} n_j R[t][j] / sum_{j<=t} n_j."""
+    _check(matrix)
+    if len(test_sizes) != len(matrix) or min(test_sizes) < 1:
+        raise ArgumentError(f"test_sizes needs {len(matrix)} positive numbers, got {list(test_sizes)}")
+    return [sum(n * r for n, r in zip(test_sizes, row, strict=False)) / sum(test_sizes[: len(row)]) for row in matrix]
+
+
+def summarize(matrix: Matrix, test_sizes: Sequence[int]) -> dict[str, float | None]:
+    """All of the above under the names of ``results.json``, in percent or percentage points."""
+    return {
+        "acc": accuracy(matrix),
+        "maa": mean_average_accuracy(matrix),
+        "bwt": backward_transfer(matrix),
+        "forgetting": forgetting(matrix),
+        "plasticity": plasticity(matrix),
+        "acc_sample_weighted": accuracy_sample_weighted(matrix, test_sizes),
+        "maa_sample_weighted": mean_average_accuracy_sample_weighted(matrix, test_sizes),
+    }
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1); None instead of a deviation for a single value."""
+    mean = _mean(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+
+
+def _check(matrix: Matrix) -> None:
+    """Rows must have 1, 2, 3, ... entries."""
+    lengths = [len(row) for row in matrix]
+    if not lengths or lengths != list(range(1, len(lengths) + 1)):
+        raise ArgumentError(f"an accuracy matrix needs rows of 1, 2, 3, ... entries, got rows of {lengths}")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mean_or_none(values: Sequence[float]) -> float | None:
+    return _mean(values) if values else None

@@ -1,0 +1,158 @@
+"""``janus_ext.train``: trains on a benchmark and writes a run folder. ``--help`` lists every flag."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from janus_ext import report
+from janus_ext.backbone import ContinualClassifier, load_backbone
+from janus_ext.checkpoint import make_folder, write_json
+from janus_ext.config import TrainConfig
+from janus_ext.data import BENCHMARKS
+from janus_ext.errors import ArgumentError, CheckpointError, JanusError
+from janus_ext.methods import METHODS
+from janus_ext.trainer import Trainer, be_deterministic, derive_seed, pick_amp, pick_device
+
+LOG = logging.getLogger("janus_ext")
+PACKAGES = ("janus-ext", "torch", "torchvision", "timm", "numpy", "safetensors")
+RUN_FILES = ("metrics.jsonl", "results.json", "config.json", "log.txt")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses ``argv`` and trains; 0 on success, 2 with one line on stderr when the user can set it right."""
+    config = tyro.cli(TrainConfig, prog="janus_ext.train", args=argv)
+    try:
+        train(config)
+    except JanusError as error:
+        print(f"janus_ext.train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(config: TrainConfig) -> list[report.Results]:
+    """One run per seed; returns the results of each, in the order of the seeds."""
+    config = config.resolved()
+    folder = choose_folder(config)
+    if len(config.seed) == 1:
+        return [run_seed(config, folder)]
+    runs = [run_seed(replace(config, seed=(seed,)), folder / f"seed-{seed}") for seed in config.seed]
+    write_json(folder / "summary.json", report.summarize_runs(runs))
+    print(report.format_summary(runs))
+    return runs
+
+
+def run_seed(config: TrainConfig, folder: Path) -> report.Results:
+    """Trains with the one seed of ``config``; writes and prints the results."""
+    device = pick_device(config.device)
+    be_deterministic(device)
+    benchmark = BENCHMARKS[config.benchmark](config)
+    config = replace(config, tasks=len(benchmark.tasks), device=str(device), amp=pick_amp(config.amp, device))
+    torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
+    backbone = load_backbone(config.backbone, config.weights).to(device)
+    model = ContinualClassifier(backbone, torch.bfloat16 if config.amp == "bf16" else None)
+    method = METHODS[config.method](model, config)
+    prepare_folder(folder, config)
+    with logging_to(folder / "log.txt"):
+        LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), folder)
+        results = Trainer(config, benchmark, model, method, folder).run() | {"versions": versions()}
+        write_json(folder / "results.json", results)
+    print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
+    if config.plots:
+        report.save_plots(results, folder / "plots")
+    return results
+
+
+def choose_folder(config: TrainConfig) -> Path:
+    """--output, or the first of runs/<benchmark>-<method>-<seed>, ...-2, ...-3 without a finished run in it."""
+    if config.output is not None:
+        if is_finished(config.output):
+            raise ArgumentError(f"{config.output} holds a finished run; choose another folder with --output")
+        return config.output
+    several = len(config.seed) > 1
+    name = f"{config.benchmark}-{config.method}" + ("" if several else f"-{config.seed[0]}")
+    folder, number = Path("runs") / name, 1
+    while is_finished(folder):
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """True if ``folder`` holds the results of a run, or of any seed of a run over several."""
+    return (folder / "results.json").exists() or any(folder.glob("seed-*/results.json"))
+
+
+def prepare_folder(folder: Path, config: TrainConfig) -> None:
+    """Makes the folder, clears what an unfinished run left in it, and saves the configuration.
+
+    Raises ArgumentError when the folder holds files but no run of this program: nobody's files are overwritten.
+    """
+    make_folder(folder)
+    if any(folder.iterdir()) and not is_run(folder):
+        raise ArgumentError(f"{folder} holds files that are no run of this program; choose another with --output")
+    for path in [*(folder / name for name in RUN_FILES), *folder.glob("checkpoints/*"), *folder.glob("plots/*.png")]:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be replaced: {error}") from error
+    write_json(folder / "config.json", config.to_json())
+
+
+def is_run(folder: Path) -> bool:
+    """True if ``folder`` holds the configuration of a run of this program."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.keys() >= {field.name for field in fields(TrainConfig)}
+
+
+@contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Sends the program's log to the terminal, around the progress bar, and to ``path``."""
+    try:
+        file = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    terminal = logging.StreamHandler(sys.stdout)
+    handlers, level = [terminal, file], LOG.level
+    LOG.setLevel(logging.INFO)
+    for handler in handlers:
+        LOG.addHandler(handler)
+    try:
+        with logging_redirect_tqdm([LOG]):
+            yield
+    finally:
+        for handler in handlers:
+            LOG.removeHandler(handler)
+        LOG.setLevel(level)
+        file.close()
+
+
+def versions() -> dict[str, Any]:
+    """Versions that a result depends on; null for a package that is not installed."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found | {"threads": torch.get_num_threads()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

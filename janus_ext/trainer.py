@@ -1,0 +1,315 @@
+"""The one training loop: tasks, epochs, steps. It knows what a method is, and no method in particular.
+
+Every random number derives from (seed, task, epoch, purpose), never from what ran before, so a run is repeatable bit
+for bit on one machine and can be taken up again at the beginning of any epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from janus_ext import metrics
+from janus_ext.checkpoint import append_json_line, make_folder, write_tensors
+from janus_ext.config import TrainConfig
+from janus_ext.data.benchmark import Benchmark, Split
+from janus_ext.errors import ArgumentError, StatisticsError, TrainingError
+from janus_ext.methods.base import Method, Task, TaskReport
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from janus_ext.backbone import ContinualClassifier
+
+LOG = logging.getLogger("janus_ext")
+READ_EVERY = 20  # steps between two reads of the loss: each read waits for the device
+EVALUATION_BATCH = 200
+
+
+@dataclass
+class Progress:
+    """The progress bar of a whole run and the losses not yet read from the device."""
+
+    bar: tqdm
+    task: int = 0
+    epoch: int = 0
+    step: int = 0
+    pending: list[tuple[int, Tensor, Tensor, int]] = field(default_factory=list)
+    totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+    def begin_epoch(self, task: int, epoch: int) -> None:
+        """Starts the epoch's sums."""
+        self.task, self.epoch, self.step = task, epoch, 0
+        self.totals = [0.0, 0.0, 0.0]
+
+    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """Notes a step; reads the device every READ_EVERY steps."""
+        self.pending.append((self.step, loss.detach(), correct, images))
+        self.step += 1
+        if len(self.pending) >= READ_EVERY:
+            self.read()
+
+    def read(self) -> None:
+        """Fetches the pending losses in one transfer; TrainingError names the first that is not finite."""
+        if not self.pending:
+            return
+        steps, losses, correct, images = zip(*self.pending, strict=True)
+        self.pending = []
+        values = torch.stack([torch.stack(losses).double(), torch.stack(correct).double()]).tolist()
+        for step, value in zip(steps, values[0], strict=True):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} in task {self.task + 1}, epoch {self.epoch + 1}, step {step + 1}; "
+                    "a smaller --lr, --clip-norm 1 or --amp off may help"
+                )
+        self.totals[0] += sum(v * n for v, n in zip(values[0], images, strict=True))
+        self.totals[1] += sum(values[1])
+        self.totals[2] += sum(images)
+        self.bar.set_postfix_str(f"loss {self.loss:.3f}, accuracy {self.accuracy:.0f} %", refresh=False)
+        self.bar.update(len(steps))
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the epoch so far."""
+        return self.totals[0] / self.totals[2]
+
+    @property
+    def accuracy(self) -> float:
+        """Training accuracy of the epoch so far, percent, within the current task."""
+        return 100 * self.totals[1] / self.totals[2]
+
+
+class Trainer:
+    """Trains ``model`` with ``method`` on the tasks of ``benchmark`` and fills the run folder."""
+
+    def __init__(
+        self, config: TrainConfig, benchmark: Benchmark, model: ContinualClassifier, method: Method, folder: Path
+    ) -> None:
+        self.config = config
+        self.benchmark = benchmark
+        self.model = model
+        self.method = method
+        self.folder = folder
+        self.seed = config.seed[0]
+        self.device = next(model.parameters()).device
+        self.positions = benchmark.positions
+        self.train_rows = [benchmark.train.of_classes(classes) for classes in benchmark.tasks]
+        self.test_rows = [benchmark.test.of_classes(classes) for classes in benchmark.tasks]
+        self.matrix: list[list[float]] = []
+        self.reports: list[TaskReport] = []
+        self.seconds: list[float] = []
+        self._check_tasks()
+
+    def run(self) -> dict[str, Any]:
+        """Learns every task, evaluating after each; returns what ``results.json`` holds."""
+        make_folder(self.folder / "checkpoints")
+        with tqdm(total=self._total_steps(), unit="step", disable=None, dynamic_ncols=True) as bar:
+            progress = Progress(bar)
+            for index in range(len(self.benchmark.tasks)):
+                bar.set_description(f"task {index + 1}/{len(self.benchmark.tasks)}")
+                self._learn(index, progress)
+                self.matrix.append(self._evaluate(index))
+                self._save(index)
+                self._log_task(index)
+        return self.results()
+
+    def results(self) -> dict[str, Any]:
+        """The tasks learned so far under the names of ``results.json``."""
+        return {
+            "benchmark": self.benchmark.name,
+            "method": self.config.method,
+            "seed": self.seed,
+            "class_order": list(self.benchmark.class_order),
+            "split_sha256": self.benchmark.split_sha256,
+            "accuracy_matrix": self.matrix,
+            **metrics.summarize(self.matrix, self._test_sizes()),
+            "violation": [_mean_or_none(report.violation.values()) for report in self.reports],
+            "violation_per_layer": [report.violation for report in self.reports],
+            "danger": [report.danger for report in self.reports],
+            "similarity_own": [report.similarity_own for report in self.reports],
+            "similarity_old": [report.similarity_old for report in self.reports],
+            "basis_rank": [report.basis_rank for report in self.reports],
+            "test_sizes": self._test_sizes(),
+            "seconds": self.seconds,
+        }
+
+    def _learn(self, index: int, progress: Progress) -> None:
+        """Trains task ``index`` and lets the method consolidate it."""
+        started = time.perf_counter()
+        torch.manual_seed(derive_seed(self.seed, index, -1, "factors and head"))
+        task = self._task(index)
+        self.method.begin_task(task)
+        optimizer = make_optimizer(self.config, self.method.trainable())
+        self.model.train()
+        for epoch in range(self.config.epochs):
+            self._train_epoch(task, epoch, optimizer, progress)
+        torch.manual_seed(derive_seed(self.seed, index, self.config.epochs, "next factors"))
+        self.reports.append(self._end(task))
+        self.seconds.append(time.perf_counter() - started)
+
+    def _end(self, task: Task) -> TaskReport:
+        try:
+            return self.method.end_task(task)
+        except StatisticsError as error:
+            raise TrainingError(f"task {task.index + 1} cannot be ended: {error}") from error
+
+    def _train_epoch(self, task: Task, epoch: int, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        started = time.perf_counter()
+        lr = learning_rate(self.config, epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed(derive_seed(self.seed, task.index, epoch, "model"))
+        self.method.begin_epoch(is_last=epoch == self.config.epochs - 1)
+        progress.begin_epoch(task.index, epoch)
+        for images, labels in self._training_batches(task.index, epoch):
+            self._step(images, labels - task.first, optimizer, progress)
+        progress.read()
+        record = {"task": task.index, "epoch": epoch, "loss": progress.loss, "accuracy": progress.accuracy, "lr": lr}
+        append_json_line(self.folder / "metrics.jsonl", record | {"seconds": time.perf_counter() - started})
+
+    def _step(self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """forward, backward, rectify, clip, step."""
+        optimizer.zero_grad(set_to_none=True)
+        step = self.method.loss(images, targets)
+        step.loss.backward()
+        self.method.after_backward()
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.method.trainable(), self.config.clip_norm)
+        optimizer.step()
+        progress.add(step.loss, step.correct, len(images))
+
+    @torch.no_grad()
+    def _evaluate(self, index: int) -> list[float]:
+        """Accuracy (percent) on the test images of tasks 0..index, argmax over all classes seen so far."""
+        self.model.eval()
+        accuracies = []
+        for rows in self.test_rows[: index + 1]:
+            batches = self._clean_batches(self.benchmark.test, rows)
+            correct = [(self.model(images).argmax(-1) == labels).sum() for images, labels in batches]
+            accuracies.append(100 * int(torch.stack(correct).sum()) / len(rows))
+        self.model.train()
+        return accuracies
+
+    def _save(self, index: int) -> None:
+        """Writes the model, what the method keeps, and the task's factors before their merge."""
+        folder = self.folder / "checkpoints"
+        about = {"task": str(index), "method": self.config.method, "scale": str(self.config.scale)}
+        write_tensors(folder / "model.safetensors", self.model.state_dict(), about)
+        write_tensors(folder / "method.safetensors", self.method.state_dict(), about)
+        write_tensors(folder / f"factors-{index}.safetensors", self.reports[index].factors, about)
+
+    def _log_task(self, index: int) -> None:
+        row = self.matrix[index]
+        LOG.info(
+            "task %d/%d: accuracy on all seen %.2f %%, on the new classes %.2f %%, %.1f s",
+            *(index + 1, len(self.benchmark.tasks), sum(row) / len(row), row[-1], self.seconds[index]),
+        )
+
+    def _task(self, index: int) -> Task:
+        first = sum(len(classes) for classes in self.benchmark.tasks[:index])
+        return Task(
+            index=index,
+            total=len(self.benchmark.tasks),
+            first=first,
+            classes=len(self.benchmark.tasks[index]),
+            clean_batches=lambda: self._clean_batches(self.benchmark.train, self.train_rows[index]),
+        )
+
+    def _training_batches(self, index: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The task's images in random order, augmented."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, index, epoch, "data"))
+        rows = self.train_rows[index]
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        return self._to_device(self.benchmark.train.stream(rows.split(self.config.batch_size), generator))
+
+    def _clean_batches(self, split: Split, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._to_device(split.stream(rows.split(EVALUATION_BATCH)))
+
+    def _to_device(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Moves batches to the model's device, their class ids mapped to the model's outputs."""
+        for images, labels in batches:
+            outputs = self.positions[labels]
+            yield images.to(self.device, non_blocking=True), outputs.to(self.device, non_blocking=True)
+
+    def _total_steps(self) -> int:
+        return self.config.epochs * sum(-(-len(rows) // self.config.batch_size) for rows in self.train_rows)
+
+    def _test_sizes(self) -> list[int]:
+        """Number of test images of each task learned so far."""
+        return [len(rows) for rows in self.test_rows[: len(self.matrix)]]
+
+    def _check_tasks(self) -> None:
+        for index, (train, test) in enumerate(zip(self.train_rows, self.test_rows, strict=True)):
+            if not len(train) or not len(test):
+                raise ArgumentError(f"task {index + 1} has {len(train)} training and {len(test)} test images")
+
+
+def derive_seed(seed: int, task: int, epoch: int, purpose: str) -> int:
+    """A 63-bit seed for one purpose in one epoch of one task."""
+    digest = hashlib.sha256(f"{seed}/{task}/{epoch}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """Learning rate in ``epoch``: constant, or half a cosine over the task's epochs (stepped once an epoch)."""
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+
+
+def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """A fresh optimizer over ``parameters``."""
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adam": lambda: torch.optim.Adam(parameters, lr=config.lr, fused=True),
+        "adamw": lambda: torch.optim.AdamW(parameters, lr=config.lr, fused=True),
+        "sgd": lambda: torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, fused=True),
+    }
+    return makers[config.optimizer]()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; "auto" is the first GPU if there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ArgumentError(f"--device {name}: no such device; cpu, cuda, cuda:1, ... or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+    if device.type not in ("cpu", "cuda"):
+        raise ArgumentError(f"--device {name}: only cpu and cuda devices are supported")
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> str:
+    """Either "bf16" or "off"; "auto" is bf16 where the hardware multiplies it (half the time on a CPU with AMX)."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "off"
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Chooses repeatable kernels; a GPU needs a fixed cuBLAS workspace for it, set before its first product."""
+    torch.backends.cudnn.benchmark = False
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _mean_or_none(values: Any) -> float | None:
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else None

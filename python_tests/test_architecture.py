@@ -1,0 +1,103 @@
+"""Who may know whom: the imports of each module, the includes and sources of the C++ side."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "janus_ext"
+CSRC = ROOT / "csrc"
+
+# A name stands for the module and, if it is a folder, all in it. All may know `errors`; entry points know everything.
+ALLOWED = {
+    "errors": set(),
+    "_native": set(),
+    "reference": set(),
+    "metrics": set(),
+    "config": set(),
+    "checkpoint": set(),
+    "ops": {"_native", "reference"},
+    "estimator": {"ops"},
+    "margin": {"ops"},
+    "rectifier": {"ops", "estimator", "lora"},
+    "lora": {"ops"},
+    "backbone": {"checkpoint"},
+    "report": {"checkpoint", "metrics"},
+    "data": {"config", "data"},
+    "methods": {"estimator", "margin", "rectifier", "lora", "methods"},
+    "trainer": {"methods.base", "data.benchmark", "metrics", "checkpoint", "config"},
+}
+ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info"}
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def runtime_imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports when it runs; imports for type checkers only do not count."""
+    found = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are written in full here"
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            known = {name for name in submodules if name.removeprefix("janus_ext.") in MODULES}
+            found.update(known or {node.module})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return {name.removeprefix("janus_ext.") for name in found if name.startswith("janus_ext.")}
+
+
+def covers(rule: str, module: str) -> bool:
+    return module == rule or module.startswith(rule + ".")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_it_may_know(module):
+    if module in ENTRY_POINTS:
+        return
+    room = module.split(".")[0]
+    assert room in ALLOWED, f"janus_ext/{module}: new here? Say in ALLOWED what it may know."
+    allowed = ALLOWED[room] | {"errors"}
+    strangers = {name for name in runtime_imports(MODULES[module]) if not any(covers(rule, name) for rule in allowed)}
+    assert not strangers, f"{module} may know {sorted(allowed)}, but it imports {sorted(strangers)}"
+
+
+def test_the_import_reader_sees_an_import(tmp_path):
+    source = tmp_path / "m.py"
+    source.write_text("from janus_ext import metrics, ops\ndef f():\n    from janus_ext.methods.janus import Janus\n")
+    assert runtime_imports(source) == {"metrics", "ops", "methods.janus"}
+
+
+def test_there_is_no_utils_module():
+    assert not list(PACKAGE.rglob("util*.py"))
+
+
+def sources(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in CSRC.rglob(pattern))
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_cmake_lists_exactly_the_sources_that_exist():
+    listed = re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT)) for path in sources("*.cpp", "*.cu"))
+
+
+@pytest.mark.parametrize("path", sources("*.h", "*.cpp", "*.cu"), ids=lambda path: str(path.relative_to(CSRC)))
+def test_includes(path):
+    found = includes(path)
+    assert "torch/extension.h" not in found, "torch/extension.h takes half a minute a file and brings Python along"
+    assert "torch/torch.h" not in found and "torch/all.h" not in found, "include the headers of the ops that are used"
+    if path.name != "bindings.cpp":
+        assert not [name for name in found if name.startswith("pybind11/") or name == "Python.h"]
+    if path.parent.name == "kernels":
+        assert not [name for name in found if name.startswith(("ATen/", "c10/", "torch/"))], "kernels are torch-free"

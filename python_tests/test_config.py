@@ -1,0 +1,98 @@
+"""The configuration: resolved defaults, and refusals that name the flag."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from janus_ext.config import BenchmarkName, MethodName, TrainConfig
+from janus_ext.data import BENCHMARKS
+from janus_ext.errors import ArgumentError
+from janus_ext.methods import METHODS
+from janus_ext.trainer import learning_rate, pick_amp, pick_device
+
+
+def test_a_method_fills_in_its_own_defaults():
+    janus = TrainConfig().resolved()
+    assert (janus.rectify, janus.estimator) == ("exact", "gram") and janus.margin_weight > 0
+    lora = TrainConfig(method="lora").resolved()
+    assert (lora.rectify, lora.estimator, lora.margin_weight) == ("none", "none", 0.0)
+
+
+def test_what_the_user_says_wins():
+    config = TrainConfig(rectify="none", margin_weight=0.0).resolved()
+    assert (config.rectify, config.estimator, config.margin_weight) == ("none", "gram", 0.0)
+
+
+def test_choices_and_registries_agree():
+    assert set(get_args(MethodName)) == set(METHODS)
+    assert set(get_args(BenchmarkName)) == set(BENCHMARKS)
+
+
+def test_the_resolved_configuration_is_json():
+    config = TrainConfig(output=Path("runs/x"), seed=(1, 2)).resolved()
+    stored = json.loads(json.dumps(config.to_json(), allow_nan=False))
+    assert stored["output"] == "runs/x" and stored["seed"] == [1, 2]
+    assert stored.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_every_field_is_explained_to_the_user():
+    import inspect
+
+    source = inspect.getsource(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        assert re.search(rf'\n    {field.name}: .*\n    """[^\n]+\."""\n', source), field.name
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        ({"rank": 0}, "--rank"),
+        ({"epochs": 0}, "--epochs"),
+        ({"batch_size": 0}, "--batch-size"),
+        ({"tasks": 0}, "--tasks"),
+        ({"limit_per_class": 0}, "--limit-per-class"),
+        ({"lr": 0.0}, "--lr"),
+        ({"lr": float("nan")}, "--lr"),
+        ({"damping": 0.0}, "--damping"),
+        ({"share": 1.5}, "--share"),
+        ({"energy_start": -0.1}, "--energy-start"),
+        ({"energy_end": 1.1}, "--energy-end"),
+        ({"energy_start": 0.9, "energy_end": 0.5}, "--energy-end"),
+        ({"margin": 2.0}, "--margin"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"margin_weight": -1.0}, "--margin-weight"),
+        ({"clip_norm": 0.0}, "--clip-norm"),
+        ({"seed": ()}, "--seed"),
+        ({"seed": (3, 3)}, "--seed"),
+        ({"rectify": "project", "estimator": "none"}, "--rectify project"),
+        ({"method": "lora", "rectify": "exact"}, "--rectify"),
+        ({"method": "lora", "margin_weight": 0.5}, "--margin-weight"),
+    ],
+)
+def test_a_refusal_names_the_flag(change, flag):
+    with pytest.raises(ArgumentError, match=re.escape(flag)):
+        TrainConfig(**change).resolved()
+
+
+def test_learning_rate_schedules():
+    cosine = TrainConfig(lr=1.0, epochs=4)
+    assert [learning_rate(cosine, e) for e in range(4)] == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466])
+    assert learning_rate(TrainConfig(lr=1.0, epochs=4, schedule="constant"), 3) == 1.0
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    for name in ("gpu9", "cuda:99", "meta"):
+        with pytest.raises(ArgumentError, match="--device"):
+            pick_device(name)
+
+
+def test_autocast_is_chosen_by_the_hardware_unless_said():
+    cpu = torch.device("cpu")
+    assert pick_amp("off", cpu) == "off" and pick_amp("bf16", cpu) == "bf16"
+    assert pick_amp("auto", cpu) in ("off", "bf16")

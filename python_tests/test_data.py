@@ -1,0 +1,151 @@
+"""Class orders, splits, and the embedded benchmark."""
+
+import json
+import zipfile
+
+import pytest
+import torch
+
+from janus_ext.config import TrainConfig
+from janus_ext.data import emoji
+from janus_ext.data.benchmark import Benchmark, MemorySplit
+from janus_ext.data.tasks import class_order, split_classes, split_sha256
+from janus_ext.errors import ArgumentError, DataError
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Benchmark:
+    return emoji.load(TrainConfig())
+
+
+# tasks ---------------------------------------------------------------------------------------------------------------
+def test_class_order_is_the_identity_without_a_seed_and_a_fixed_permutation_with_one():
+    assert class_order(5) == (0, 1, 2, 3, 4)
+    assert class_order(6, seed=200) == (2, 4, 0, 3, 5, 1)  # the same on every machine, for ever
+    assert sorted(class_order(50, seed=1)) == list(range(50))
+    assert class_order(50, seed=1) != class_order(50, seed=2)
+
+
+@pytest.mark.parametrize(("classes", "tasks"), [(200, 10), (7, 3), (5, 5), (4, 1)])
+def test_tasks_partition_the_order_almost_evenly(classes, tasks):
+    order = class_order(classes, seed=3)
+    groups = split_classes(order, tasks)
+    assert tuple(c for group in groups for c in group) == order
+    assert len(groups) == tasks and max(map(len, groups)) - min(map(len, groups)) <= 1
+
+
+@pytest.mark.parametrize("tasks", [0, 6, -1])
+def test_an_impossible_number_of_tasks_names_the_flag(tasks):
+    with pytest.raises(ArgumentError, match=r"--tasks must lie in 1\.\.5"):
+        split_classes(range(5), tasks)
+
+
+def test_fingerprint_ignores_the_order_of_samples_and_sees_everything_else():
+    base = split_sha256(["a", "b"], ["c"], [(0,), (1,)])
+    assert base == split_sha256(["b", "a"], ["c"], [(0,), (1,)])
+    others = [
+        split_sha256(["a"], ["b", "c"], [(0,), (1,)]),
+        split_sha256(["a", "b"], ["c"], [(1,), (0,)]),
+        split_sha256(["a", "b"], ["c"], [(0, 1)]),
+    ]
+    assert len({base, *others}) == 4
+
+
+# splits --------------------------------------------------------------------------------------------------------------
+def tiny_split(augmentation=None) -> MemorySplit:
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 3, 4, 4).contiguous()
+    return MemorySplit(images, torch.tensor([2, 0, 2, 1, 0, 2]), list("abcdef"), augmentation)
+
+
+def test_a_split_is_a_map_style_data_set():
+    split = tiny_split()
+    image, label = split[3]
+    assert len(split) == 6 and image.dtype == torch.uint8 and image.shape == (3, 4, 4) and int(label) == 1
+
+
+def test_selection_by_class_and_limit():
+    split = tiny_split()
+    assert split.of_classes([0, 1]).tolist() == [1, 3, 4]
+    assert split.first_per_class(2).tolist() == [0, 1, 2, 3, 4]
+    taken = split.take(torch.tensor([5, 1]))
+    assert taken.samples == ("f", "b") and taken.labels.tolist() == [2, 0] and int(taken.images[0, 0, 0, 0]) == 5
+
+
+def test_a_stream_is_augmented_only_with_a_generator():
+    split = tiny_split(augmentation=lambda images, generator: images + 100)
+    batches = [torch.tensor([0, 1]), torch.tensor([2])]
+    assert [int(images.max()) for images, _ in split.stream(batches)] == [1, 2]
+    assert [int(images.max()) for images, _ in split.stream(batches, torch.Generator())] == [101, 102]
+
+
+def test_a_split_of_uneven_parts_is_refused():
+    with pytest.raises(DataError, match="2 names"):
+        MemorySplit(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.zeros(3), ["a", "b"])
+
+
+# the embedded benchmark ----------------------------------------------------------------------------------------------
+def test_emoji_has_the_published_size(benchmark):
+    assert (len(benchmark.train), len(benchmark.test)) == (1200, 400)
+    assert [len(classes) for classes in benchmark.tasks] == [20] * 10
+    assert len(set(benchmark.class_names)) == 200
+    assert torch.bincount(benchmark.train.labels).tolist() == [6] * 200
+    assert torch.bincount(benchmark.test.labels).tolist() == [2] * 200
+
+
+def test_emoji_train_and_test_are_disjoint_and_keep_families_together(benchmark):
+    train, test = set(benchmark.train.samples), set(benchmark.test.samples)
+    assert not train & test
+    for pair in (("openmoji", "openmoji-black"), ("fluent-3d", "fluent-flat")):
+        codes = [{s.split("/")[1] for s in test if s.split("/")[0] == style} for style in pair]
+        assert codes[0] == codes[1], pair
+
+
+def test_emoji_tasks_mix_categories(benchmark):
+    table = emoji.read_table(emoji.ASSETS / "emoji.json")
+    categories = [c["category"] for c in sorted(table["concepts"], key=lambda c: c["code"])]
+    assert all(len({categories[c] for c in classes}) >= 4 for classes in benchmark.tasks)
+
+
+def test_positions_invert_the_class_order(benchmark):
+    order = torch.tensor(benchmark.class_order)
+    assert torch.equal(benchmark.positions[order], torch.arange(200))
+
+
+def test_shuffled_orders_follow_the_seed(benchmark):
+    orders = [emoji.load(TrainConfig(shuffle_classes=True, seed=(s,))).class_order for s in (0, 1, 0)]
+    assert orders[0] == orders[2] != orders[1]
+    assert benchmark.class_order not in orders
+
+
+def test_limited_benchmark_keeps_every_class():
+    small = emoji.load(TrainConfig(limit_per_class=1, tasks=4))
+    assert (len(small.train), len(small.test), len(small.tasks)) == (200, 200, 4)
+
+
+def test_augmentation_is_repeatable_and_keeps_the_ground_white(benchmark):
+    images = benchmark.train.images[:16]
+    augment = emoji.RandomAffine()
+    first, again, other = (augment(images, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.dtype == torch.uint8 and first.shape == images.shape
+    white = torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)
+    assert torch.equal(augment(white, torch.Generator().manual_seed(0)), white)
+
+
+def test_augmentation_without_amplitude_changes_nothing(benchmark):
+    images = benchmark.train.images[:4]
+    still = emoji.RandomAffine(zoom=(1.0, 1.0), aspect=0.0, shift=0.0, brightness=0.0, contrast=0.0)
+    difference = still(images, torch.Generator()).int() - images.int()
+    assert difference.abs().max() <= 1
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    table = {"styles": ["noto"], "concepts": [{"code": "1f600", "name": "grin", "test_styles": []}]}
+    (tmp_path / "emoji.json").write_text(json.dumps(table))
+    (tmp_path / "emoji.zip").write_bytes(b"not a zip")
+    with pytest.raises(DataError, match="emoji.zip cannot be read"):
+        emoji.load(TrainConfig(tasks=1), tmp_path)
+    with zipfile.ZipFile(tmp_path / "emoji.zip", "w") as archive:
+        archive.writestr("noto/other.txt", "")
+    with pytest.raises(DataError, match=r"lacks noto/1f600\.png"):
+        emoji.load(TrainConfig(tasks=1), tmp_path)

@@ -1,0 +1,66 @@
+"""The formulae of the accuracy matrix against numbers worked out by hand."""
+
+import pytest
+
+from janus_ext import metrics
+from janus_ext.errors import ArgumentError
+
+# Three tasks of 10, 20 and 70 test images.
+MATRIX = [[80.0], [60.0, 90.0], [70.0, 75.0, 50.0]]
+SIZES = [10, 20, 70]
+
+
+def test_task_weighted_accuracies():
+    assert metrics.accuracy(MATRIX) == pytest.approx(65.0)  # (70 + 75 + 50) / 3
+    assert metrics.trajectory(MATRIX) == pytest.approx([80.0, 75.0, 65.0])
+    assert metrics.mean_average_accuracy(MATRIX) == pytest.approx(220 / 3)
+
+
+def test_sample_weighted_accuracies():
+    # after task 2: (10 * 60 + 20 * 90) / 30 = 80; after task 3: (700 + 1500 + 3500) / 100 = 57
+    assert metrics.trajectory_sample_weighted(MATRIX, SIZES) == pytest.approx([80.0, 80.0, 57.0])
+    assert metrics.accuracy_sample_weighted(MATRIX, SIZES) == pytest.approx(57.0)
+    assert metrics.mean_average_accuracy_sample_weighted(MATRIX, SIZES) == pytest.approx(217 / 3)
+
+
+def test_both_weightings_agree_for_equal_sizes():
+    assert metrics.accuracy_sample_weighted(MATRIX, [7, 7, 7]) == pytest.approx(metrics.accuracy(MATRIX))
+
+
+def test_backward_transfer_and_forgetting_look_at_different_peaks():
+    rows = [[50.0], [70.0, 90.0], [60.0, 75.0, 40.0]]
+    assert metrics.backward_transfer(rows) == pytest.approx(-2.5)  # ((60 - 50) + (75 - 90)) / 2
+    assert metrics.forgetting(rows) == pytest.approx(12.5)  # ((70 - 60) + (90 - 75)) / 2
+
+
+def test_plasticity_is_the_mean_of_the_diagonal():
+    assert metrics.plasticity(MATRIX) == pytest.approx(220 / 3)
+
+
+def test_a_single_task_has_no_transfer():
+    assert metrics.backward_transfer([[42.0]]) is None
+    assert metrics.forgetting([[42.0]]) is None
+    assert metrics.accuracy([[42.0]]) == 42.0
+
+
+def test_summary_uses_the_names_of_the_results_file():
+    summary = metrics.summarize(MATRIX, SIZES)
+    expected = {"acc", "maa", "bwt", "forgetting", "plasticity", "acc_sample_weighted", "maa_sample_weighted"}
+    assert summary.keys() == expected
+    assert summary["acc"] == pytest.approx(65.0)
+
+
+def test_mean_and_sample_deviation():
+    assert metrics.mean_and_std([1.0, 2.0, 6.0]) == pytest.approx((3.0, 7**0.5))
+    assert metrics.mean_and_std([4.0]) == (4.0, None)
+
+
+@pytest.mark.parametrize("matrix", [[], [[1.0, 2.0]], [[1.0], [1.0]]])
+def test_a_matrix_that_is_not_triangular_is_refused(matrix):
+    with pytest.raises(ArgumentError, match="rows of 1, 2, 3"):
+        metrics.accuracy(matrix)
+
+
+def test_sizes_must_fit_the_matrix():
+    with pytest.raises(ArgumentError, match="3 positive numbers"):
+        metrics.accuracy_sample_weighted(MATRIX, [10, 20])

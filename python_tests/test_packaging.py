@@ -1,0 +1,241 @@
+"""The installed package: finding and refusing the compiled library, the build record, `janus_ext.info`, the backend."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from janus_ext import _native, info, ops
+from janus_ext.errors import NativeError
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_native = pytest.mark.skipif(not _native.available(), reason=_native.reason())
+
+
+def run(*arguments, cwd, **environment):
+    """Runs this Python in a folder; the environment of the tests does not decide whether the library is required."""
+    env = {key: value for key, value in os.environ.items() if key not in ("JANUS_EXT_REQUIRE_NATIVE", "PYTHONPATH")}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=env | environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the Python sources without compiled libraries, as a clone would have them; version 9.9.9."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "assets")
+    shutil.copytree(ROOT / "janus_ext", tmp_path / "janus_ext", ignore=ignore)
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "janus-ext"\nversion = "9.9.9"\n')
+    return tmp_path
+
+
+@pytest.fixture
+def bare_checkout(checkout):
+    """The same where no library is installed: a distribution of the same name, found first, that holds no files."""
+    metadata = checkout / "janus_ext-9.9.9.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: janus-ext\nVersion: 9.9.9\n")
+    (metadata / "RECORD").write_text("")
+    return checkout
+
+
+@pytest.fixture
+def fresh_state(monkeypatch):
+    """`_native` as it is before the first load; its present state comes back afterwards."""
+    monkeypatch.setattr(_native, "_state", None)
+    monkeypatch.setenv("JANUS_EXT_REQUIRE_NATIVE", "1")
+    return monkeypatch
+
+
+# -------------------------------------------------------------------------------------------------- finding the library
+
+
+@needs_native
+def test_the_build_record_is_complete_and_fits_this_torch():
+    record = _native.build_info()
+    assert record["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    assert record["torch_cuda"] == (torch.version.cuda or "")
+    assert record["cplusplus"] >= 202002
+    assert record["compiler"] and record["version"] and record["python"]
+    assert record["cuda_ops"] != bool(record["cuda_reason"])
+    assert bool(record["cuda_architectures"]) == record["cuda_ops"] == bool(record["nvcc"])
+
+
+@needs_native
+def test_every_op_has_a_compiled_cpu_kernel():
+    assert {op: info.kernels(op)[0] for op in ops.OPS} == dict.fromkeys(ops.OPS, "compiled")
+
+
+@needs_native
+def test_loading_twice_changes_nothing():
+    before = _native.folder()
+    _native.load()
+    _native.require()
+    assert _native.folder() == before
+
+
+@needs_native
+def test_a_checkout_uses_the_installed_library_and_says_when_its_version_differs(checkout):
+    result = run("-m", "janus_ext.info", cwd=checkout)
+    assert result.returncode == 0, result.stderr
+    assert f"compiled CPU ops: loaded from {_native.folder()}" in result.stdout
+
+    result = run("-c", "import janus_ext.ops; print(janus_ext.ops.__file__)", cwd=checkout)
+    assert result.stdout.strip() == str(checkout / "janus_ext" / "ops.py")
+    installed = _native.build_info()["version"]
+    assert f"the compiled library is janus-ext {installed}, this checkout is 9.9.9: pip install" in result.stderr
+
+
+@needs_native
+def test_one_openmp_runtime_in_the_process(tmp_path):
+    code = (
+        "import torch; from janus_ext import ops; torch.ones(9).sum(); "
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.rsplit('/', 1)[-1]})"
+    )
+    result = run("-c", code, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("libgomp") + result.stdout.count("libiomp") + result.stdout.count("libomp") == 1
+
+
+# ------------------------------------------------------------------------------------------------- refusing the library
+
+
+def test_a_missing_library_is_one_warning_with_the_way_out(bare_checkout):
+    code = "from janus_ext import ops, _native; _native.load(); print(_native.available(), _native.cuda_available())"
+    result = run("-c", code, cwd=bare_checkout)
+    assert result.stdout.split() == ["False", "False"], result.stderr
+    assert result.stderr.count("Warning") == 1
+    assert "install the project with `pip install .`" in result.stderr
+
+
+def test_a_required_library_that_is_missing_stops_the_import(bare_checkout):
+    result = run("-c", "import janus_ext.ops", cwd=bare_checkout, JANUS_EXT_REQUIRE_NATIVE="1")
+    assert result.returncode != 0
+    assert "NativeError: the compiled ops of janus_ext are asked for and not loaded: libjanus_ops.so" in result.stderr
+
+
+@needs_native
+@pytest.mark.parametrize("found", ["2.10.1", "2.99.0+cu130"])
+def test_another_torch_is_refused_with_both_versions(fresh_state, found):
+    fresh_state.setattr(torch, "__version__", found)
+    built = "built for torch [^,]+, you have " + found.replace(".", r"\.").replace("+", r"\+")
+    with pytest.raises(NativeError, match=built + r": pip install --force-reinstall --no-deps \."):
+        _native.load()
+    assert not _native.available()
+
+
+def record(**changes):
+    abi = torch.compiled_with_cxx11_abi()
+    return {"torch": "2.13.0", "torch_cuda": "", "cxx11_abi": abi, "cuda_ops": False, **changes}
+
+
+def test_mismatch_compares_minor_versions_only():
+    assert _native._mismatch(record(), "2.13.4+cpu") == ""
+    assert _native._mismatch(record(), "2.12.1") == (
+        "built for torch 2.13.0, you have 2.12.1: pip install --force-reinstall --no-deps ."
+    )
+
+
+def test_mismatch_of_abi_and_of_cuda(monkeypatch):
+    other = record(cxx11_abi=not torch.compiled_with_cxx11_abi())
+    assert "another C++ ABI than your torch 2.13.0" in _native._mismatch(other, "2.13.0")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    wrong = record(cuda_ops=True, torch_cuda="13.0")
+    assert "with CUDA 13.0, you have CUDA 12.8" in _native._mismatch(wrong, "2.13.0")
+
+
+@needs_native
+def test_a_library_of_another_python_is_refused(fresh_state):
+    fresh_state.setattr(_native.importlib.machinery, "EXTENSION_SUFFIXES", [".cpython-399.so"])
+    with pytest.raises(NativeError, match="were built for another Python than this 3"):
+        _native.load()
+
+
+@needs_native
+def test_a_library_built_for_other_schemas_is_an_error_and_no_abort(tmp_path):
+    code = (
+        "import torch; from janus_ext import _native; library = torch.library.Library('janus_ext', 'DEF')\n"
+        "with _native.loading(): library.define('margin_loss(Tensor features) -> Tensor')"
+    )
+    (tmp_path / "janus_ext").mkdir()
+    (tmp_path / "janus_ext" / "__init__.py").touch()
+    for name in ("_native.py", "errors.py"):
+        shutil.copy(ROOT / "janus_ext" / name, tmp_path / "janus_ext" / name)
+    result = run("-c", code, cwd=tmp_path)
+    assert result.returncode == 1
+    assert f"the library in {_native.folder()} was built for other ops: pip install" in result.stderr
+
+
+def test_a_library_that_does_not_load_names_itself(tmp_path):
+    broken = tmp_path / "libjanus_ops.so"
+    broken.write_bytes(b"not a library")
+    assert str(broken) in _native._load_library(broken)
+
+
+# ------------------------------------------------------------------------------------------------------ janus_ext.info
+
+
+def test_info_prints_every_op_and_ends_with_zero():
+    result = run("-m", "janus_ext.info", cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines() if line.split()[:1] and line.split()[0] in ops.OPS]
+    for word in ("built with", "autograd", "compiled CPU ops:", "compiled CUDA ops:", "GPU:", torch.__version__):
+        assert word in result.stdout
+
+
+def test_info_still_reports_where_a_required_library_is_missing(bare_checkout):
+    result = run("-m", "janus_ext.info", cwd=bare_checkout, JANUS_EXT_REQUIRE_NATIVE="1")
+    assert result.returncode == 1, result.stderr
+    assert "reference" in result.stdout and "install the project with `pip install .`" in result.stdout
+    assert run("-m", "janus_ext.info", cwd=bare_checkout).returncode == 0
+
+
+def test_every_op_has_a_fake_kernel():
+    assert {op: info.kernels(op)[2] for op in ops.OPS} == dict.fromkeys(ops.OPS, "yes")
+
+
+# --------------------------------------------------------------------------------------------------- the build backend
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    pytest.importorskip("packaging")
+    spec = importlib.util.spec_from_file_location("janus_build", ROOT / "cmake" / "janus_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "_requires_for_wheel", lambda settings: ["ninja"], raising=False)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("answer", "asks"),
+    [
+        ({"version": "2.13.0+cpu", "root": "/t"}, False),
+        ({"version": "2.10.0", "root": "/t"}, True),
+        ({"version": "2.14.0.dev1", "root": "/t"}, True),
+        ({"error": "No module named 'torch'"}, True),
+    ],
+)
+def test_the_build_asks_for_torch_only_where_none_fits(backend, monkeypatch, answer, asks):
+    monkeypatch.setattr(backend, "probe", lambda interpreter: answer)
+    requires = backend.get_requires_for_build_wheel()
+    assert ("torch" in " ".join(requires)) == asks
+    assert requires[0] == "ninja"
+
+
+def test_a_torch_out_of_range_is_named_with_the_range_and_the_way_out(backend, monkeypatch):
+    monkeypatch.setattr(backend, "probe", lambda interpreter: {"version": "2.10.0", "root": "/t"})
+    torch_found, error = backend.find_torch()
+    assert torch_found is None
+    assert "torch<2.14,>=2.11" in error and "torch 2.10.0 in /t" in error and "without --no-build-isolation" in error
+
+
+def test_cmake_is_told_the_running_torch(backend, tmp_path):
+    backend.write_cmake(tmp_path / "facts.cmake")
+    facts = (tmp_path / "facts.cmake").read_text()
+    assert f"set(JANUS_TORCH_VERSION [==[{torch.__version__}]==])" in facts
+    assert "set(JANUS_TORCH_ERROR [==[]==])" in facts

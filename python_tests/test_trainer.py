@@ -1,0 +1,512 @@
+"""Training end to end: the command, the run folder, repeatability, exactness, the ablation rows, and the errors."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from janus_ext import checkpoint, report, train
+from janus_ext.backbone import ContinualClassifier, load_backbone, prepare_torchvision
+from janus_ext.config import TrainConfig
+from janus_ext.data import emoji
+from janus_ext.data.benchmark import Benchmark, MemorySplit
+from janus_ext.errors import ArgumentError, CheckpointError, TrainingError
+from janus_ext.methods import METHODS
+from janus_ext.methods.base import Method, Step
+from janus_ext.trainer import Trainer, derive_seed
+
+ARCHITECTURE = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_drop_rate": 0.5}
+ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
+    "nothing": ("none", "none", 0.0),
+    "DML": ("none", "none", 0.5),
+    "OE": ("project", "gram", 0.0),
+    "GR": ("tangent", "none", 0.0),
+    "OE+GR": ("tangent", "gram", 0.0),
+    "OE+DML": ("project", "gram", 0.5),
+    "all": ("tangent", "gram", 0.5),
+    "OE+GR exact": ("exact", "gram", 0.0),
+    "all exact": ("exact", "gram", 0.5),
+}
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A tiny vision transformer in the layout of the embedded one."""
+    prepare_torchvision()
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(num_classes=0, **ARCHITECTURE)
+    metadata = {
+        "architecture": json.dumps(ARCHITECTURE),
+        "normalize": json.dumps({"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}),
+    }
+    path = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
+    save_file({key: value.half() for key, value in model.state_dict().items()}, path, metadata)
+    return path
+
+
+@pytest.fixture(scope="session")
+def benchmark() -> Benchmark:
+    """Six classes in three tasks, a class being a pattern of coloured patches under noise; class order 5 .. 0."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(0, 256, (6, 3, 4, 4), generator=generator).float()
+    patterns = patterns.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+    def split(name: str, per_class: int) -> MemorySplit:
+        labels = torch.arange(6).repeat_interleave(per_class)
+        noise = 25 * torch.randn(len(labels), 3, 32, 32, generator=generator)
+        images = (patterns[labels] + noise).clamp(0, 255).to(torch.uint8)
+        return MemorySplit(images, labels, [f"{name}/{i}" for i in range(len(labels))])
+
+    names = tuple("abcdef")
+    return Benchmark("patterns", names, split("train", 8), split("test", 4), ((5, 4), (3, 2), (1, 0)), 32)
+
+
+def make_trainer(benchmark: Benchmark, weights: Path, folder: Path, cls: type[Trainer] = Trainer, **changes) -> Trainer:
+    settings = {
+        "rank": 4,
+        "epochs": 3,
+        "batch_size": 8,
+        "lr": 1e-2,
+        "amp": "off",
+        "energy_start": 0.9,
+        "energy_end": 0.9,
+    }
+    config = TrainConfig(weights=str(weights), **(settings | changes)).resolved()
+    torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
+    amp = torch.bfloat16 if config.amp == "bf16" else None
+    model = ContinualClassifier(load_backbone("emoji", str(weights)), amp)
+    return cls(config, benchmark, model, METHODS[config.method](model, config), folder)
+
+
+def without_time(results: dict) -> dict:
+    return {key: value for key, value in results.items() if key != "seconds"}
+
+
+def weights_of(trainer: Trainer) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in trainer.model.state_dict().items()}
+
+
+# the command ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def run_folder(weights, tmp_path_factory) -> Path:
+    """A run of the command on the embedded images: 4 tasks, one training image per class."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    flags = f"--weights {weights} --tasks 4 --limit-per-class 1 --epochs 1 --batch-size 64 --output {folder}"
+    assert train.main(flags.split()) == 0
+    return folder
+
+
+def test_the_run_folder_is_complete(run_folder):
+    expected = {"config.json", "metrics.jsonl", "results.json", "checkpoints", "plots", "log.txt"}
+    assert {path.name for path in run_folder.iterdir()} == expected
+    factors = {f"factors-{t}.safetensors" for t in range(4)}
+    assert {p.name for p in (run_folder / "checkpoints").iterdir()} == {
+        "model.safetensors",
+        "method.safetensors",
+    } | factors
+    assert {p.stem for p in (run_folder / "plots").iterdir()} == set(report.PLOTS)
+    assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 4
+    assert "task 4/4" in (run_folder / "log.txt").read_text()
+
+
+def test_the_results_file_has_every_promised_name_and_no_nan(run_folder):
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} in results.json")
+
+    results = json.loads((run_folder / "results.json").read_text(), parse_constant=refuse)
+    promised = """benchmark method seed class_order split_sha256 accuracy_matrix acc maa bwt forgetting plasticity
+        acc_sample_weighted maa_sample_weighted violation danger basis_rank seconds versions"""
+    assert set(promised.split()) <= results.keys()
+    assert [len(row) for row in results["accuracy_matrix"]] == [1, 2, 3, 4]
+    assert results["violation"][0] is None and all(v <= 1e-5 for v in results["violation"][1:])
+    assert results["danger"][0] is None and all(0 < d <= 1 for d in results["danger"][1:])
+    assert all(rank.keys() == {"blocks.0.attn.qkv", "blocks.1.attn.qkv"} for rank in results["basis_rank"])
+    assert sorted(results["class_order"]) == list(range(200)) and len(results["split_sha256"]) == 64
+    assert results["versions"]["torch"] == importlib.metadata.version("torch")
+
+
+def test_the_configuration_is_stored_resolved(run_folder):
+    config = json.loads((run_folder / "config.json").read_text())
+    assert (config["rectify"], config["tasks"], config["epochs"], config["limit_per_class"]) == ("exact", 4, 1, 1)
+
+
+def test_a_finished_run_is_not_overwritten(run_folder, capsys):
+    before = (run_folder / "results.json").read_bytes()
+    assert train.main(["--output", str(run_folder)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "--output" in message and "finished" in message
+    assert (run_folder / "results.json").read_bytes() == before
+
+
+def test_the_default_folder_is_numbered_when_it_holds_a_finished_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(seed=(7,))
+    assert train.choose_folder(config) == Path("runs/emoji-janus-7")
+    for name in ("emoji-janus-7", "emoji-janus-7-2"):
+        checkpoint.make_folder(Path("runs") / name)
+        checkpoint.write_json(Path("runs") / name / "results.json", {})
+    assert train.choose_folder(config) == Path("runs/emoji-janus-7-3")
+    assert train.choose_folder(replace(config, seed=(1, 2))) == Path("runs/emoji-janus")
+
+
+def test_an_unfinished_run_starts_over(tmp_path):
+    config = TrainConfig().resolved()
+    train.prepare_folder(tmp_path, config)
+    checkpoint.append_json_line(tmp_path / "metrics.jsonl", {"epoch": 0})
+    checkpoint.write_tensors(checkpoint.make_folder(tmp_path / "checkpoints") / "factors-9.safetensors", {})
+    train.prepare_folder(tmp_path, config)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "checkpoints"}
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+def test_files_of_others_are_never_touched(tmp_path, name, capsys):
+    (tmp_path / name).write_text('{"model_type": "vit"}')
+    assert train.main(["--output", str(tmp_path)]) == 2
+    assert "no run of this program" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, '{"model_type": "vit"}')]
+
+
+def test_several_seeds_make_a_summary(weights, tmp_path, capsys):
+    flags = f"--weights {weights} --method lora --tasks 2 --limit-per-class 1 --epochs 1 --batch-size 200 --no-plots"
+    assert train.main([*flags.split(), "--seed", "3", "4", "--output", str(tmp_path / "many")]) == 0
+    summary = json.loads((tmp_path / "many" / "summary.json").read_text())
+    runs = [json.loads((tmp_path / "many" / f"seed-{s}" / "results.json").read_text()) for s in (3, 4)]
+    assert summary["seeds"] == [3, 4] and summary["acc"]["values"] == [run["acc"] for run in runs]
+    assert summary["acc"]["mean"] == pytest.approx(sum(run["acc"] for run in runs) / 2)
+    assert not (tmp_path / "many" / "seed-3" / "plots").exists()
+    assert "2 seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--rank", "0"], "--rank"),
+        (["--weights", "nowhere.safetensors"], "--weights nowhere.safetensors"),
+        (["--backbone", "vit_of_dreams"], "--backbone vit_of_dreams"),
+        (["--tasks", "201"], "--tasks"),
+        (["--device", "cuda:64"], "--device"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(flags, part, tmp_path, capsys):
+    assert train.main([*flags, "--output", str(tmp_path / "x")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("janus_ext.train: ") and message.count("\n") == 1 and part in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    flags = "--benchmark --method --rectify --estimator --margin-weight --tasks --backbone --weights --rank --epochs"
+    flags += " --batch-size --lr --energy-start --energy-end --shuffle-classes --seed --device --amp --output --share"
+    flags += " --limit-per-class --clip-norm --margin --temperature --scale --damping --balance --optimizer --schedule"
+    assert [flag for flag in flags.split() if flag not in text] == []
+
+
+def test_importing_the_package_pulls_in_no_heavy_library():
+    code = (
+        "import sys, janus_ext; print(sorted({'timm', 'torchvision', 'PIL', 'matplotlib', 'tyro'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# repeatability -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_same_seed_is_bit_identical_and_another_is_not(benchmark, weights, tmp_path, amp):
+    runs = {}
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        trainer = make_trainer(benchmark, weights, tmp_path / name, seed=(seed,), amp=amp)
+        runs[name] = (without_time(trainer.run()), weights_of(trainer))
+    assert runs["first"][0] == runs["again"][0]
+    assert all(torch.equal(value, runs["again"][1][key]) for key, value in runs["first"][1].items())
+    assert not torch.equal(runs["first"][1]["heads.0.weight"], runs["other"][1]["heads.0.weight"])
+
+
+def test_the_past_of_the_random_generators_does_not_matter(benchmark, weights, tmp_path):
+    first = make_trainer(benchmark, weights, tmp_path / "a")
+    first.run()
+    second = make_trainer(benchmark, weights, tmp_path / "b")
+    torch.rand(1000)
+    second.run()
+    assert all(torch.equal(value, weights_of(second)[key]) for key, value in weights_of(first).items())
+
+
+def test_sequential_lora_is_janus_with_everything_off(benchmark, weights, tmp_path):
+    lora = make_trainer(benchmark, weights, tmp_path / "a", method="lora")
+    lora.run()
+    off = {"rectify": "none", "estimator": "none", "margin_weight": 0.0}
+    janus = make_trainer(benchmark, weights, tmp_path / "b", **off)
+    janus.run()
+    assert all(torch.equal(value, weights_of(janus)[key]) for key, value in weights_of(lora).items())
+
+
+# what a run must achieve ---------------------------------------------------------------------------------------------
+def test_separable_classes_are_learned(benchmark, weights, tmp_path):
+    results = make_trainer(benchmark, weights, tmp_path / "run", epochs=8, method="lora").run()
+    assert results["plasticity"] >= 75.0
+
+
+@pytest.mark.parametrize("row", ABLATION)
+def test_every_row_of_the_ablation_runs(benchmark, weights, tmp_path, row):
+    rectify, estimator, weight = ABLATION[row]
+    changes = {"rectify": rectify, "estimator": estimator, "margin_weight": weight}
+    results = make_trainer(benchmark, weights, tmp_path / "run", **changes).run()
+    assert len(results["accuracy_matrix"]) == 3
+    assert results["violation"][0] is None and results["danger"][2] is not None
+    if estimator == "none":
+        assert results["violation"] == [None] * 3 and results["basis_rank"] == [{}] * 3
+    else:
+        assert all(v <= 1e-5 for v in results["violation"][1:]) == (rectify == "exact")
+
+
+class KeepingTrainer(Trainer):
+    """Keeps the weights after each task."""
+
+    def _save(self, index: int) -> None:
+        super()._save(index)
+        self.history = [*getattr(self, "history", []), weights_of(self)]
+
+
+def assert_protected_inputs_are_left_alone(trainer: KeepingTrainer, tasks: int) -> None:
+    """method.md, section 5, point 2, from the weights and the factors' files of a whole run."""
+    for task in range(1, tasks):
+        factors, _ = checkpoint.read_tensors(trainer.folder / "checkpoints" / f"factors-{task}.safetensors")
+        for name in trainer.method.layers:
+            before, after = (trainer.history[t][f"backbone.{name}.linear.weight"].double() for t in (task - 1, task))
+            basis = factors[f"{name}.basis"].double()
+            change = after - before
+            assert basis.shape[1] > 0 and change.norm() > 0
+            rounding = torch.finfo(torch.float32).eps * before.norm()
+            assert (change @ basis).norm() <= 1e-5 * change.norm() + rounding
+            update = factors[f"{name}.B"].double() @ factors[f"{name}.A"].double()
+            assert (update @ basis).norm() <= 1e-5 * update.norm()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_exact_rectification_leaves_protected_inputs_alone(benchmark, weights, tmp_path, optimizer, amp):
+    changes = {"optimizer": optimizer, "amp": amp, "clip_norm": 1.0}
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", KeepingTrainer, **changes)
+    trainer.run()
+    assert_protected_inputs_are_left_alone(trainer, tasks=3)
+
+
+def test_exact_rectification_on_the_embedded_benchmark(tmp_path):
+    config = TrainConfig(tasks=4, limit_per_class=1, epochs=2, energy_start=0.9, energy_end=0.95).resolved()
+    model = ContinualClassifier(load_backbone(), torch.bfloat16)
+    method = METHODS["janus"](model, config)
+    trainer = KeepingTrainer(config, emoji.load(config), model, method, tmp_path / "run")
+    results = trainer.run()
+    assert_protected_inputs_are_left_alone(trainer, tasks=4)
+    assert max(results["violation"][1:]) <= 1e-5
+
+
+def test_the_factors_of_the_tasks_add_up_to_the_final_weights(benchmark, weights, tmp_path):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", scale=2.0)
+    name = "blocks.1.attn.qkv"
+    start = trainer.model.state_dict()[f"backbone.{name}.linear.weight"].clone()
+    trainer.run()
+    update = torch.zeros(2, 32, 32, dtype=torch.float64)
+    for task in range(3):
+        factors, metadata = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / f"factors-{task}.safetensors")
+        update += float(metadata["scale"]) * factors[f"{name}.B"].double() @ factors[f"{name}.A"].double()
+    final = trainer.model.state_dict()[f"backbone.{name}.linear.weight"]
+    assert torch.equal(final[:32], start[:32])  # q is not adapted
+    assert torch.allclose((final - start)[32:].double(), update.reshape(64, 32), atol=1e-6)
+
+
+def test_the_saved_model_is_the_evaluated_one(benchmark, weights, tmp_path):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run")
+    results = trainer.run()
+    tensors, _ = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "model.safetensors")
+    fresh = make_trainer(benchmark, weights, tmp_path / "other")
+    for classes in benchmark.tasks:
+        fresh.model.add_task(len(classes))
+    fresh.model.load_state_dict(tensors)
+    assert fresh._evaluate(2) == results["accuracy_matrix"][-1]
+    state, _ = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "method.safetensors")
+    fresh.method.load_state_dict(state)
+    assert torch.equal(fresh.method.prototypes.matrix, trainer.method.prototypes.matrix)
+    assert all(torch.equal(e.basis, trainer.method.estimators[k].basis) for k, e in fresh.method.estimators.items())
+
+
+def test_only_factors_and_the_newest_head_move(benchmark, weights, tmp_path):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", KeepingTrainer, method="lora")
+    trainer.run()
+    first, last = trainer.history[0], trainer.history[-1]
+    moved = {key for key in first if not torch.equal(first[key], last[key])}
+    assert moved and all(".attn.qkv." in key for key in moved)
+
+
+def test_inputs_are_observed_in_the_last_epoch_only(benchmark, weights, tmp_path):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", epochs=4)
+    rows = []
+
+    class Counted(type(trainer.method)):
+        def close_task(self, task):
+            rows.append({estimator.rows for estimator in self.estimators.values()})
+            return super().close_task(task)
+
+    trainer.method.__class__ = Counted
+    trainer.run()
+    assert rows == [{16 * 5}] * 3  # 16 images of 4 patches and a class token; no evaluation, no other epoch
+
+
+def test_prototypes_know_the_models_outputs(benchmark, weights, tmp_path):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run")
+    trainer.run()
+    assert trainer.method.prototypes.classes == [0, 1, 2, 3, 4, 5]
+
+
+def test_accuracy_counts_all_seen_classes(benchmark, weights, tmp_path):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run")
+    trainer.run()
+    logits = trainer.model(benchmark.test.images)
+    right = logits.argmax(-1) == benchmark.positions[benchmark.test.labels]
+    expected = [100 * float(right[rows].float().mean()) for rows in trainer.test_rows]
+    assert logits.shape == (24, 6) and trainer.matrix[-1] == pytest.approx(expected)
+
+
+# errors --------------------------------------------------------------------------------------------------------------
+class Diverging(METHODS["lora"]):
+    """The loss is NaN in task 2, epoch 3, step 2."""
+
+    steps = 0
+
+    def loss(self, images: Tensor, targets: Tensor) -> Step:
+        self.steps += 1
+        step = super().loss(images, targets)
+        return Step(step.loss * float("nan"), step.correct) if self.steps == 6 + 4 + 2 else step
+
+
+def test_a_loss_that_is_not_finite_is_named_by_task_epoch_and_step(benchmark, weights, tmp_path):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="lora")
+    trainer.method.__class__ = Diverging
+    with pytest.raises(TrainingError, match="loss is nan in task 2, epoch 3, step 2"):
+        trainer.run()
+    assert checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "model.safetensors")[1]["task"] == "0"
+
+
+def test_a_method_is_abstract_until_it_trains_and_closes(benchmark):
+    with pytest.raises(TypeError, match="abstract"):
+        Method(None, None)
+
+
+def test_a_task_without_images_is_refused(benchmark, weights, tmp_path):
+    rows = (benchmark.test.labels != 3).nonzero().flatten()
+    rows = rows[benchmark.test.labels[rows] != 2]
+    with pytest.raises(ArgumentError, match="task 2 has 16 training and 0 test images"):
+        make_trainer(replace(benchmark, test=benchmark.test.take(rows)), weights, tmp_path / "run")
+
+
+# backbones -----------------------------------------------------------------------------------------------------------
+def test_a_backbone_file_describes_itself(weights):
+    model = load_backbone("emoji", str(weights))
+    assert model.input_size == 32 and model.input_std == (0.25, 0.25, 0.25)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert isinstance(model.patch_drop, torch.nn.Identity)
+
+
+def test_random_weights_of_a_timm_model_and_resized_images():
+    torch.manual_seed(0)
+    model = ContinualClassifier(load_backbone("vit_tiny_patch16_224", "none"))
+    model.add_task(3)
+    model.add_task(2)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert model.features(images).shape == (2, 192) and model(images).shape == (2, 5)
+
+
+def test_a_timm_model_takes_a_local_file(tmp_path):
+    torch.manual_seed(0)
+    saved = load_backbone("vit_tiny_patch16_224", "none")
+    save_file(saved.state_dict(), tmp_path / "vit.safetensors")
+    loaded = load_backbone("vit_tiny_patch16_224", str(tmp_path / "vit.safetensors"))
+    assert torch.equal(loaded.blocks[3].attn.qkv.weight, saved.blocks[3].attn.qkv.weight)
+
+
+def test_damaged_backbone_files_are_named(weights, tmp_path):
+    truncated = tmp_path / "short.safetensors"
+    truncated.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="short.safetensors"):
+        load_backbone("emoji", str(truncated))
+    bare = tmp_path / "bare.safetensors"
+    save_file({"x": torch.zeros(1)}, bare)
+    with pytest.raises(CheckpointError, match="no vision transformer.*architecture"):
+        load_backbone("emoji", str(bare))
+    with pytest.raises(CheckpointError, match="vit_tiny_patch16_224"):
+        load_backbone("vit_tiny_patch16_224", str(truncated))
+
+
+def test_an_unknown_model_is_answered_with_similar_names():
+    with pytest.raises(ArgumentError, match="similar: .*dinov2"):
+        load_backbone("patch14_dinov2")
+
+
+# files ---------------------------------------------------------------------------------------------------------------
+def test_json_has_null_instead_of_nan(tmp_path):
+    checkpoint.write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5, float("-inf")], "b": {"c": (1, None)}})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5, None], "b": {"c": [1, None]}}
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    checkpoint.write_json(path, {"version": 1})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="x.json cannot be written: .*No space left"):
+        checkpoint.write_json(path, {"version": 2})
+    with pytest.raises(CheckpointError, match="No space left"):
+        checkpoint.write_tensors(tmp_path / "y.safetensors", {"t": torch.zeros(2)})
+    assert checkpoint.read_json(path) == {"version": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_tensors_survive_a_round_trip_and_damage_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    shared = torch.arange(6.0)
+    checkpoint.write_tensors(path, {"a": shared, "b": shared.view(2, 3).T, "empty": torch.zeros(4, 0)}, {"task": "3"})
+    tensors, metadata = checkpoint.read_tensors(path)
+    assert torch.equal(tensors["b"], shared.view(2, 3).T) and tensors["empty"].shape == (4, 0)
+    assert metadata == {"task": "3"}
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="x.safetensors"):
+        checkpoint.read_tensors(path)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        checkpoint.read_tensors(tmp_path / "nowhere.safetensors")
+
+
+# reports -------------------------------------------------------------------------------------------------------------
+def test_the_table_shows_matrix_and_headlines(run_folder):
+    results = checkpoint.read_json(run_folder / "results.json")
+    table = report.format_table(results)
+    heading, first = (next(x for x in table.splitlines() if x.startswith(start)) for start in ("      t", "      1"))
+    assert first.index(f"{results['accuracy_matrix'][0][0]:5.1f}") + 5 == heading.index("    1") + 5
+    assert heading.index("    1") == next(x for x in table.splitlines() if "violation " in x).index("    -")
+    for word in ("ACC", "MAA", "BWT", "forgetting", "plasticity", "violation", "danger", "basis rank"):
+        assert word in table
+    assert f"ACC {results['acc']:.2f}" in table
+
+
+def test_a_single_task_without_basis_can_be_reported(benchmark, weights, tmp_path):
+    single = replace(benchmark, tasks=((0, 1, 2, 3, 4, 5),))
+    results = make_trainer(single, weights, tmp_path / "run", method="lora").run()
+    assert results["bwt"] is None and results["forgetting"] is None
+    assert "BWT -" in report.format_table(results)
+    written = report.save_plots(results, tmp_path / "plots")
+    assert [path.stem for path in written] == ["accuracy_matrix", "trajectory"]
