@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import statistics
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ ABLATION: dict[str, dict[str, Any]] = {
 # Where the trials started, spelled out so that they stay what they were when the defaults move.
 START: dict[str, Any] = {
     "lr": 1e-3,
-    "epochs": 20,
-    "energy_start": 0.5,
-    "energy_end": 0.7,
+    "head_lr": 1e-2,
+    "epochs": 12,
+    "energy_start": 0.7,
+    "energy_end": 0.9,
     "damping": 0.1,
     "share": 0.5,
     "balance": True,
@@ -47,23 +49,25 @@ START: dict[str, Any] = {
     "margin": 0.2,
     "temperature": 16.0,
 }
-PLAIN = {"method": "lora", "lr": 1e-3, "epochs": 20, "margin_weight": None}
+PLAIN = {"method": "lora", "lr": 1e-3, "head_lr": 1e-2, "epochs": 12}
 
 # One change at a time from START, which is exact rectification without the margin loss; and plain LoRA beside it.
 TUNING: dict[str, dict[str, Any]] = {
     "start": START,
     "plain LoRA": PLAIN,
-    **{f"lr {v:g}": START | {"lr": v} for v in (5e-4, 2e-3, 4e-3)},
-    **{f"plain LoRA, lr {v:g}": PLAIN | {"lr": v} for v in (5e-4, 2e-3, 4e-3)},
+    "head lr 0.005": START | {"head_lr": 5e-3},
+    "plain LoRA, head lr 0.005": PLAIN | {"head_lr": 5e-3},
     **{
         f"energy {a:g} to {b:g}": START | {"energy_start": a, "energy_end": b}
-        for a, b in ((0.3, 0.5), (0.7, 0.9), (0.9, 0.97))
+        for a, b in ((0.5, 0.7), (0.9, 0.97), (0.97, 0.99))
     },
+    **{f"lr {v:g}": START | {"lr": v} for v in (5e-4, 2e-3)},
+    **{f"plain LoRA, lr {v:g}": PLAIN | {"lr": v} for v in (5e-4, 2e-3)},
+    **{f"DML weight {w:g}": START | {"margin_weight": w} for w in (0.1, 0.5)},
+    "DML weight 0.5, margin 0.4": START | {"margin_weight": 0.5, "margin": 0.4},
+    "no balance": START | {"balance": False},
     **{f"share {v:g}": START | {"share": v} for v in (0.0, 1.0)},
     **{f"damping {v:g}": START | {"damping": v} for v in (0.01, 1.0)},
-    "no balance": START | {"balance": False},
-    **{f"DML weight {w:g}": START | {"margin_weight": w} for w in (0.1, 0.5, 2.0)},
-    **{f"DML weight 0.5, margin {m:g}": START | {"margin_weight": 0.5, "margin": m} for m in (0.0, 0.4)},
 }
 SWEEPS = {"ablation": ABLATION, "tuning": TUNING}
 
@@ -74,6 +78,14 @@ def cell_config(change: dict[str, Any], seed: int) -> dict[str, Any]:
 
     config = TrainConfig(**change, seed=(seed,), shuffle_classes=True, plots=False).resolved().to_json()
     return {key: value for key, value in config.items() if key != "output"}
+
+
+def commit() -> str:
+    """The commit of the checkout, marked when files differ from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip()
 
 
 def assets_sha256() -> str:
@@ -97,12 +109,18 @@ def run_cell(cell: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
         config = TrainConfig(**change, seed=(seed,), shuffle_classes=True, plots=False, output=Path(folder) / "run")
         results = train(config)[0]
     line = {"row": row, "seed": seed, "config": cell_config(change, seed), "assets": assets_sha256()}
-    for metric in METRICS:
-        value = results[metric]
-        known = [v for v in value if v is not None] if isinstance(value, list) else value
-        total = sum(known) if metric == "seconds" else (statistics.fmean(known) if known else None)
-        line[metric] = total if isinstance(value, list) else value
-    return line | {"split_sha256": results["split_sha256"], "versions": results["versions"]}
+    line |= {metric: total_of(metric, results[metric]) for metric in METRICS}
+    return line | {"split_sha256": results["split_sha256"], "versions": results["versions"], "commit": commit()}
+
+
+def total_of(metric: str, value: Any) -> float | None:
+    """One number of a metric: the sum of the seconds, the mean over the tasks that have one, or the number itself."""
+    if not isinstance(value, list):
+        return value
+    known = [v for v in value if v is not None]
+    if metric == "seconds":
+        return sum(known)
+    return statistics.fmean(known) if known else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -117,6 +135,7 @@ def is_done(line: dict[str, Any], row: str, config: dict[str, Any], assets: str)
 
 def sweep(name: str, seeds: list[int], rows: list[str], jobs: int, threads: int, path: Path) -> None:
     """Runs what is missing, `jobs` cells at a time, appending each as it ends."""
+    path.parent.mkdir(exist_ok=True)
     assets, finished = assets_sha256(), read_lines(path)
     wanted = {row: SWEEPS[name][row] for row in rows or SWEEPS[name]}
     cells = [

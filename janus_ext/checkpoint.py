@@ -23,14 +23,6 @@ def write_json(path: Path, value: Any) -> None:
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; CheckpointError if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
     """Appends one line of JSON and flushes it."""
     try:

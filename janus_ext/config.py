@@ -46,9 +46,9 @@ class TrainConfig:
     """Rank of the LoRA factors on the K and V projections of every block."""
     scale: float = 1.0
     """Factor s in W + s B A."""
-    energy_start: float = 0.5
+    energy_start: float = 0.7
     """Share of input energy protected after the first task."""
-    energy_end: float = 0.7
+    energy_end: float = 0.9
     """Share of input energy towards which the protected share grows with the tasks."""
     energy_power: Literal[1, 2] = 1
     """1 measures energy by squared activations (GPM), 2 by their squares again (InfLoRA's code)."""
@@ -58,14 +58,16 @@ class TrainConfig:
     """How the update that both factors can carry is divided: 0 leaves it to A, 0.5 is symmetric, 1 leaves it to B."""
     balance: bool = True
     """Rescale rectified factor gradients to the plain gradients' scale."""
-    epochs: int = 20
+    epochs: int = 12
     """Passes over the training images of each task."""
     batch_size: int = 32
     """Images per step."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Optimizer; its state starts fresh with every task; sgd has momentum 0.9."""
     lr: float = 1e-3
-    """Learning rate at the start of each task."""
+    """Learning rate of the factors at the start of each task."""
+    head_lr: float = 1e-2
+    """Learning rate of the task's head at its start; it learns from nothing and needs larger steps than the factors."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate over the epochs of a task."""
     clip_norm: float | None = None
@@ -99,7 +101,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ArgumentError(f"{_flag(name)} must lie in [{low:g}, {high:g}], got {value:g}")
-        for name in ("lr", "scale", "temperature", "damping", "clip_norm"):
+        for name in ("lr", "head_lr", "scale", "temperature", "damping", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ArgumentError(f"{_flag(name)} must be a positive number, got {value:g}")

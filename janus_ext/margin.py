@@ -50,16 +50,6 @@ class ClassPrototypes:
             raise ArgumentError("nearest needs at least one prototype, got none")
         return self._cosines(features).amax(1)
 
-    def own(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Cosine [N] of each feature [N, dim] to the prototype of its own class, labels [N]."""
-        self._check(features)
-        missing = sorted(set(labels.tolist()) - set(self.classes))
-        if missing:
-            raise ArgumentError(f"labels must name classes with prototypes, got {missing}")
-        rows = {c: i for i, c in enumerate(self.classes)}
-        index = torch.tensor([rows[c] for c in labels.tolist()], device=self.matrix.device)
-        return self._cosines(features).gather(1, index[:, None])[:, 0]
-
     def state_dict(self) -> dict[str, Tensor]:
         """matrix [C, dim] and classes [C]."""
         return {"matrix": self.matrix.clone(), "classes": torch.tensor(self.classes, dtype=torch.int64)}

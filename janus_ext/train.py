@@ -23,11 +23,11 @@ from janus_ext.checkpoint import make_folder, write_json
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
+from janus_ext.info import PACKAGES
 from janus_ext.methods import METHODS
 from janus_ext.trainer import Trainer, be_deterministic, derive_seed, pick_amp, pick_device
 
 LOG = logging.getLogger("janus_ext")
-PACKAGES = ("janus-ext", "torch", "torchvision", "timm", "numpy", "safetensors")
 RUN_FILES = ("metrics.jsonl", "results.json", "config.json", "log.txt")
 
 

@@ -149,7 +149,7 @@ class Trainer:
         torch.manual_seed(derive_seed(self.seed, index, -1, "factors and head"))
         task = self._task(index)
         self.method.begin_task(task)
-        optimizer = make_optimizer(self.config, self.method.trainable())
+        optimizer = make_optimizer(self.config, self.method.trainable(), list(self.model.heads[-1].parameters()))
         self.model.train()
         for epoch in range(self.config.epochs):
             self._train_epoch(task, epoch, optimizer, progress)
@@ -165,16 +165,17 @@ class Trainer:
 
     def _train_epoch(self, task: Task, epoch: int, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         started = time.perf_counter()
-        lr = learning_rate(self.config, epoch)
+        share = schedule(self.config, epoch)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = share * group["peak"]
         torch.manual_seed(derive_seed(self.seed, task.index, epoch, "model"))
         self.method.begin_epoch(is_last=epoch == self.config.epochs - 1)
         progress.begin_epoch(task.index, epoch)
         for images, labels in self._training_batches(task.index, epoch):
             self._step(images, labels - task.first, optimizer, progress)
         progress.read()
-        record = {"task": task.index, "epoch": epoch, "loss": progress.loss, "accuracy": progress.accuracy, "lr": lr}
+        record = {"task": task.index, "epoch": epoch, "loss": progress.loss, "accuracy": progress.accuracy}
+        record["lr"], record["head_lr"] = (group["lr"] for group in optimizer.param_groups)
         append_json_line(self.folder / "metrics.jsonl", record | {"seconds": time.perf_counter() - started})
 
     def _step(self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
@@ -184,7 +185,8 @@ class Trainer:
         step.loss.backward()
         self.method.after_backward()
         if self.config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.method.trainable(), self.config.clip_norm)
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         optimizer.step()
         progress.add(step.loss, step.correct, len(images))
 
@@ -260,19 +262,21 @@ def derive_seed(seed: int, task: int, epoch: int, purpose: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """Learning rate in ``epoch``: constant, or half a cosine over the task's epochs (stepped once an epoch)."""
-    if config.schedule == "constant":
-        return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+def schedule(config: TrainConfig, epoch: int) -> float:
+    """Share of the peak learning rates in ``epoch``: 1, or half a cosine over the task's epochs (stepped once each)."""
+    return 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
 
 
-def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """A fresh optimizer over ``parameters``."""
+def make_optimizer(config: TrainConfig, factors: list[nn.Parameter], head: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """A fresh optimizer over the method's parameters and the newest head; each group's "peak" is its learning rate."""
+    groups = [
+        {"params": factors, "lr": config.lr, "peak": config.lr},
+        {"params": head, "lr": config.head_lr, "peak": config.head_lr},
+    ]
     makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "adam": lambda: torch.optim.Adam(parameters, lr=config.lr, fused=True),
-        "adamw": lambda: torch.optim.AdamW(parameters, lr=config.lr, fused=True),
-        "sgd": lambda: torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, fused=True),
+        "adam": lambda: torch.optim.Adam(groups, fused=True),
+        "adamw": lambda: torch.optim.AdamW(groups, fused=True),
+        "sgd": lambda: torch.optim.SGD(groups, momentum=0.9, fused=True),
     }
     return makers[config.optimizer]()
 

@@ -9,11 +9,12 @@ from typing import get_args
 import pytest
 import torch
 
+from janus_ext import ops
 from janus_ext.config import BenchmarkName, MethodName, TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.errors import ArgumentError
 from janus_ext.methods import METHODS
-from janus_ext.trainer import learning_rate, pick_amp, pick_device
+from janus_ext.trainer import pick_amp, pick_device, schedule
 
 
 def test_a_method_fills_in_its_own_defaults():
@@ -21,6 +22,10 @@ def test_a_method_fills_in_its_own_defaults():
     assert (janus.rectify, janus.estimator) == ("exact", "gram") and janus.margin_weight > 0
     lora = TrainConfig(method="lora").resolved()
     assert (lora.rectify, lora.estimator, lora.margin_weight) == ("none", "none", 0.0)
+
+
+def test_the_trainer_and_the_ops_share_their_defaults():
+    assert (TrainConfig().damping, TrainConfig().share) == (ops.DAMPING, ops.SHARE)
 
 
 def test_what_the_user_says_wins():
@@ -58,6 +63,7 @@ def test_every_field_is_explained_to_the_user():
         ({"limit_per_class": 0}, "--limit-per-class"),
         ({"lr": 0.0}, "--lr"),
         ({"lr": float("nan")}, "--lr"),
+        ({"head_lr": -1.0}, "--head-lr"),
         ({"damping": 0.0}, "--damping"),
         ({"share": 1.5}, "--share"),
         ({"energy_start": -0.1}, "--energy-start"),
@@ -80,9 +86,9 @@ def test_a_refusal_names_the_flag(change, flag):
 
 
 def test_learning_rate_schedules():
-    cosine = TrainConfig(lr=1.0, epochs=4)
-    assert [learning_rate(cosine, e) for e in range(4)] == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466])
-    assert learning_rate(TrainConfig(lr=1.0, epochs=4, schedule="constant"), 3) == 1.0
+    cosine = TrainConfig(epochs=4)
+    assert [schedule(cosine, e) for e in range(4)] == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466])
+    assert schedule(TrainConfig(epochs=4, schedule="constant"), 3) == 1.0
 
 
 def test_devices():

@@ -8,6 +8,7 @@ from conftest import TOLERANCE, assert_close, orthonormal, relative_error
 from torch import nn
 
 from janus_ext import ArgumentError, LoRALinear, LoRAQKV, TaskBoundaryError, inject, ops
+from janus_ext.backbone import prepare_torchvision
 from janus_ext.lora import violation
 
 MODES = ["none", "project", "tangent", "exact"]
@@ -310,22 +311,26 @@ def test_a_plain_lora_layer_does_violate() -> None:
 
 
 def test_a_frozen_vit_block_keeps_its_outputs(device: str) -> None:
-    block = Attention(24, 3).double().to(device)
-    layers = inject(block, rank=3)
-    V = orthonormal(24, 8, device=device)
-    layer = layers["qkv"]
-    layer.protect(V)
-    tokens = torch.randn(4, 5, 8, dtype=torch.float64, device=device) @ V.mT
+    prepare_torchvision()
+    from timm.models.vision_transformer import Block
+
+    block = Block(48, 3, qkv_bias=True).double().to(device)
+    layer = inject(block, rank=3)["attn.qkv"]
+    tokens = torch.randn(2, 5, 48, dtype=torch.float64, device=device)
     before = block(tokens).detach()
+    layer.protect(torch.linalg.qr(block.norm1(tokens).flatten(0, 1).T).Q)  # what qkv sees of these tokens
     optimizer = torch.optim.Adam([layer.A, layer.B], lr=1e-2)
     for _ in range(20):
         optimizer.zero_grad()
-        block(torch.randn(4, 5, 24, dtype=torch.float64, device=device)).square().sum().backward()
+        block(torch.randn(4, 5, 48, dtype=torch.float64, device=device)).square().sum().backward()
         optimizer.step()
+    others = torch.randn_like(tokens)
+    moved = block(others).detach()
     assert layer.delta().norm() > 1e-2
     assert relative_error(block(tokens), before) <= 1e-10
     layer.merge()
     assert relative_error(block(tokens), before) <= 1e-10
+    assert relative_error(block(others), moved) <= 1e-10
 
 
 class Attention(nn.Module):

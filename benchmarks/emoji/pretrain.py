@@ -31,11 +31,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from ridge import ASSETS, declare_torchvision_ops
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-declare_torchvision_ops()
+from janus_ext.backbone import EMBEDDED, prepare_torchvision
+
+prepare_torchvision()
 from timm.models.vision_transformer import VisionTransformer  # noqa: E402
 
 LOG = Path(__file__).with_suffix(".log")
@@ -502,7 +503,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, metavar="FILE.npz", help="from build_images.py")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of the checkpoints")
-    parser.add_argument("--output", type=Path, default=ASSETS / "backbone.safetensors", metavar="FILE")
+    parser.add_argument("--output", type=Path, default=EMBEDDED, metavar="FILE")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     (options.work / "rendezvous").unlink(missing_ok=True)

@@ -10,67 +10,31 @@ of the training part; the ridge strength is chosen on the training part by leavi
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import sys
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-ASSETS = Path(__file__).resolve().parents[2] / "janus_ext" / "assets"
+from janus_ext.backbone import EMBEDDED, ContinualClassifier, load_backbone
+from janus_ext.data import emoji
+
 LAMBDAS = torch.logspace(-3, 5, 33, dtype=torch.float64)
 
 
-def declare_torchvision_ops() -> None:
-    """Let timm be imported beside a CPU-only torch when torchvision is a CUDA build.
-
-    That build's compiled library cannot be loaded then, and ``import torchvision`` fails on registering the fake of an
-    operator that does not exist (pytorch #157648). Declaring the two schemas first avoids it; neither is called.
-    """
-    if torch.version.cuda is not None or hasattr(declare_torchvision_ops, "library"):
-        return
-    try:
-        torch._C._get_schema("torchvision::nms", "")
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        declare_torchvision_ops.library = library  # the declarations live as long as this object
-
-
-def load_backbone(path: Path) -> tuple[nn.Module, dict[str, list[float]]]:
-    """The timm model in evaluation mode (float32) and its normalisation from a backbone file."""
-    declare_torchvision_ops()
-    from timm.models.vision_transformer import VisionTransformer
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}
-    model = VisionTransformer(**json.loads(metadata["architecture"]))
-    model.load_state_dict(weights)
-    return model.eval(), json.loads(metadata["normalize"])
-
-
-def load_benchmark(assets: Path) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Images uint8 [N, 3, 64, 64], labels, styles and style families int64 [N], and the test mask bool [N]."""
-    table = json.loads((assets / "emoji.json").read_text(encoding="utf-8"))
+def load_benchmark() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images uint8 [N, 3, 64, 64], labels and style families int64 [N], and the test mask bool [N]."""
+    table, drawings = emoji.read_table(emoji.ASSETS / "emoji.json"), emoji.read_images(emoji.ASSETS / "emoji.zip")
     styles = table["styles"]
     group = {style: index for index, family in enumerate(table["families"]) for style in family}
     images, rows = [], []
-    with zipfile.ZipFile(assets / "emoji.zip") as archive:
-        for label, concept in enumerate(table["concepts"]):
-            for s, style in enumerate(styles):
-                data = archive.read(f"{style}/{concept['code']}.png")
-                images.append(np.asarray(Image.open(io.BytesIO(data))))
-                rows.append((label, s, group.get(style, len(styles) + s), style in concept["test_styles"]))
-    labels, style_ids, families, test = (torch.tensor(column) for column in zip(*rows, strict=True))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), labels, style_ids, families, test
+    for label, concept in enumerate(table["concepts"]):
+        for s, style in enumerate(styles):
+            images.append(drawings[f"{style}/{concept['code']}"])
+            rows.append((label, group.get(style, len(styles) + s), style in concept["test_styles"]))
+    labels, families, test = (torch.tensor(column) for column in zip(*rows, strict=True))
+    return torch.stack(images), labels, families, test
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -79,11 +43,10 @@ def raw_pixels(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def backbone_features(model: nn.Module, images: Tensor, normalize: dict[str, list[float]]) -> Tensor:
-    """Final-norm CLS features float64 [N, D] of images uint8 [N, 3, 64, 64]."""
-    mean, std = (torch.tensor(normalize[key]).view(3, 1, 1) for key in ("mean", "std"))
-    batches = ((batch.float() / 255 - mean) / std for batch in images.split(200))
-    return torch.cat([model.forward_features(batch)[:, 0].double() for batch in batches])
+def backbone_features(path: Path, images: Tensor) -> Tensor:
+    """Final-norm CLS features float64 [N, D] of images uint8 [N, 3, 64, 64] under the weights in ``path``."""
+    model = ContinualClassifier(load_backbone("emoji", str(path))).eval()
+    return torch.cat([model.features(batch).double() for batch in images.split(200)])
 
 
 def standardise(features: Tensor, train: Tensor) -> Tensor:
@@ -126,13 +89,13 @@ def mean_accuracy(features: Tensor, labels: Tensor, test: Tensor) -> float:
 def main() -> int:
     """Print the table; exit status 1 when the backbone is less than 8 points above raw pixels."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", type=Path, default=ASSETS / "backbone.safetensors", metavar="FILE")
-    model, normalize = load_backbone(parser.parse_args().backbone)
-    images, labels, _, families, test = load_benchmark(ASSETS)
+    parser.add_argument("--backbone", type=Path, default=EMBEDDED, metavar="FILE")
+    path = parser.parse_args().backbone
+    images, labels, families, test = load_benchmark()
     print(f"{int((~test).sum())} train and {int(test.sum())} test images of {int(labels.max()) + 1} concepts")
     print("| features | dimension | ridge | lambda | nearest class mean |\n|---|---|---|---|---|")
     accuracy = {}
-    for name, x in (("raw 16 x 16", raw_pixels(images)), ("backbone", backbone_features(model, images, normalize))):
+    for name, x in (("raw 16 x 16", raw_pixels(images)), ("backbone", backbone_features(path, images))):
         accuracy[name], lam = ridge_accuracy(x, labels, families, test)
         ncm = mean_accuracy(x, labels, test)
         print(f"| {name} | {x.shape[1]} | {100 * accuracy[name]:.2f} % | {lam:.3g} | {100 * ncm:.2f} % |")

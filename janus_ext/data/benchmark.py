@@ -91,7 +91,6 @@ class Benchmark:
     train: Split
     test: Split
     tasks: tuple[tuple[int, ...], ...]
-    image_size: int
 
     @property
     def class_order(self) -> tuple[int, ...]:

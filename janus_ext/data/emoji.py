@@ -82,7 +82,6 @@ def load(config: TrainConfig, assets: Path = ASSETS) -> Benchmark:
         train=_build_split(parts["train"], concepts, images, RandomAffine()),
         test=_build_split(parts["test"], concepts, images, None),
         tasks=split_classes(order, config.tasks or DEFAULT_TASKS),
-        image_size=IMAGE_SIZE,
     )
     return benchmark if config.limit_per_class is None else benchmark.limited(config.limit_per_class)
 

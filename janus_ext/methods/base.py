@@ -75,7 +75,7 @@ class Method(ABC):
 
     @abstractmethod
     def trainable(self) -> list[nn.Parameter]:
-        """What the optimizer of the current task moves."""
+        """What the optimizer of the current task moves, beside the newest head."""
 
     def begin_epoch(self, is_last: bool) -> None:  # noqa: B027 - a hook, most methods need none
         """Called before each epoch; ``is_last`` in the last one of the task."""

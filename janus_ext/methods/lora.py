@@ -35,8 +35,7 @@ class SequentialLoRA(Method):
         )
 
     def trainable(self) -> list[nn.Parameter]:
-        factors = [p for layer in self.layers.values() for p in (layer.A, layer.B)]
-        return factors + list(self.model.heads[-1].parameters())
+        return [factor for layer in self.layers.values() for factor in (layer.A, layer.B)]
 
     def loss(self, images: Tensor, targets: Tensor) -> Step:
         features = self.model.features(images)
