@@ -46,9 +46,9 @@ class TrainConfig:
     """Rank of the LoRA factors on the K and V projections of every block."""
     scale: float = 1.0
     """Factor s in W + s B A."""
-    energy_start: float = 0.7
+    energy_start: float = 0.9
     """Share of input energy protected after the first task."""
-    energy_end: float = 0.9
+    energy_end: float = 0.97
     """Share of input energy towards which the protected share grows with the tasks."""
     energy_power: Literal[1, 2] = 1
     """1 measures energy by squared activations (GPM), 2 by their squares again (InfLoRA's code)."""
@@ -64,7 +64,7 @@ class TrainConfig:
     """Images per step."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Optimizer; its state starts fresh with every task; sgd has momentum 0.9."""
-    lr: float = 1e-3
+    lr: float = 8e-3
     """Learning rate of the factors at the start of each task."""
     head_lr: float = 1e-2
     """Learning rate of the task's head at its start; it learns from nothing and needs larger steps than the factors."""
