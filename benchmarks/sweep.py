@@ -50,7 +50,9 @@ START: dict[str, Any] = {
     "margin": 0.2,
     "temperature": 16.0,
 }
-PLAIN = {"method": "lora", "lr": 1e-3, "head_lr": 1e-2, "epochs": 12}
+PLAIN = {"method": "lora"} | {
+    name: value for name, value in START.items() if name not in ("margin_weight", "margin", "temperature")
+}
 
 # One change at a time from START, which is exact rectification without the margin loss; and plain LoRA beside it.
 TUNING: dict[str, dict[str, Any]] = {

@@ -211,6 +211,29 @@ def test_every_dtype_equals_float64(device: str, dtype: torch.dtype, mode: str, 
         assert_close(got, want, dtype, factor=10)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "k"), [(30, 9), (30, 0), (0, 5)], ids=str)  # r = 3, n = 12: k = n - r, none, no rows
+def test_qkv_of_every_dtype_equals_float64(device: str, dtype: torch.dtype, mode: str, rows: int, k: int) -> None:
+    working = torch.promote_types(dtype, torch.float32)
+    n = m = 12
+    c = case(n=n, m=3 * m, k=k, rows=rows)
+    c |= {"A": torch.randn(2, 3, n, dtype=torch.float64) / 3, "B": torch.randn(2, m, 3, dtype=torch.float64)}
+    kinds = {"x": dtype, "weight": dtype, "bias": dtype, "A": working, "B": working, "basis": working}
+    c = {name: t.to(kinds[name]) for name, t in c.items()}
+    seed = torch.randn(rows, 3 * m).to(dtype)
+    results = []
+    for where, wide in ((device, False), ("cpu", True)):
+        t = {name: (v.double() if wide else v).to(where, copy=True) for name, v in c.items()}
+        t["x"] = t["x"].mT.contiguous().mT  # columns first
+        leaves = [t[name].requires_grad_() for name in ("x", "A", "B")]
+        y = ops.lora_qkv(**t, scale=0.7, rectify=mode, balance=True)
+        y.backward(seed.to(where, y.dtype))
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, dtype, factor=10)
+
+
 def test_empty_batch_and_non_contiguous_input(device: str) -> None:
     c = {name: t.to(device) for name, t in case().items()}
     empty = dict(c, x=torch.zeros(0, 20, dtype=torch.float64, device=device), A=c["A"].clone().requires_grad_())

@@ -70,6 +70,16 @@ def test_batched_form_equals_the_backward(device: str, mode: str) -> None:
         assert_close(got, want, torch.float64, 10)
 
 
+def test_gradients_of_any_strides_are_rewritten_in_place(device: str) -> None:
+    A, B, gA, gB, V = layers_of(torch.float64, device, "exact")
+    strided = [[g.mT.contiguous().mT for g in gs] for gs in (gA, gB)]
+    strided_A, strided_B = ([t.mT.contiguous().mT for t in ts] for ts in (A, B))
+    ops.rectify_(A, B, gA, gB, V)
+    ops.rectify_(strided_A, strided_B, *strided, V)
+    for got, want in zip(strided[0] + strided[1], gA + gB, strict=True):
+        assert_close(got, want, torch.float64, 10)
+
+
 def test_wrong_layer_is_named_and_nothing_is_written(device: str) -> None:
     A, B, gA, gB, V = layers_of(torch.float64, device, "exact")
     before = [g.clone() for g in gA]
