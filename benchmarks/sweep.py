@@ -87,6 +87,10 @@ _CHOSEN = TUNING["lr 0.008, energy 0.9 to 0.97"]
 for _weight, _margin in ((0.2, 0.2), (0.5, 0.2), (0.5, 0.5)):
     _change = {"margin_weight": _weight, "margin": _margin}
     TUNING[f"lr 0.008, energy 0.9 to 0.97, DML weight {_weight:g}, margin {_margin:g}"] = _CHOSEN | _change
+# Third round: the form of the rectification at the chosen rate and energies.
+_FINAL = TUNING["lr 0.008, energy 0.9 to 0.97, DML weight 0.5, margin 0.2"]
+for _name, _value in (("share", 0.0), ("share", 1.0), ("damping", 0.01), ("damping", 1.0), ("balance", False)):
+    TUNING[f"chosen, {_name} {_value:g}"] = _FINAL | {_name: _value}
 SWEEPS = {"ablation": ABLATION, "tuning": TUNING}
 
 
