@@ -38,7 +38,8 @@ class LoRALayer(nn.Module):
         balance: bool,
     ) -> None:
         super().__init__()
-        _check_options(linear, shape_A[-2], rectify, rectify_in)
+        check_rectification(type(self).__name__, scale, rectify, damping, share)
+        _check_rank(linear, shape_A[-2], rectify_in)
         self.linear = linear.requires_grad_(False)
         self.scale, self.rectify, self.rectify_in = scale, rectify, rectify_in
         self.damping, self.share, self.balance = damping, share, balance
@@ -167,9 +168,15 @@ def project_rows_(A: Tensor, basis: Tensor) -> None:
     A.copy_(safe * (before / after.clamp_min(torch.finfo(torch.float64).tiny)))
 
 
-def _check_options(linear: nn.Linear, rank: int, rectify: str, rectify_in: str) -> None:
-    if rectify not in ops.RECTIFY:
-        raise ArgumentError(f"rectify must be one of {', '.join(ops.RECTIFY)}, got '{rectify}'")
+def check_rectification(who: str, scale: float, rectify: str, damping: float, share: float) -> None:
+    """The ops' own check of these options, early: ArgumentError where a module is made, not in its first forward."""
+    try:
+        ops.check_rectify(who, scale, rectify, damping, share)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+
+
+def _check_rank(linear: nn.Linear, rank: int, rectify_in: str) -> None:
     if rectify_in not in RECTIFY_IN:
         raise ArgumentError(f"rectify_in must be one of {', '.join(RECTIFY_IN)}, got '{rectify_in}'")
     if not 1 <= rank <= min(linear.in_features, linear.out_features):

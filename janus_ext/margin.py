@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from janus_ext import ops
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, StatisticsError
 
 
 class ClassPrototypes:
@@ -30,11 +30,16 @@ class ClassPrototypes:
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add every class among `labels` [N] with the normalised mean of its `features` [N, dim].
 
-        Raises ArgumentError when a class is already there: old prototypes are never updated.
+        Raises ArgumentError when a class is already there (old prototypes are never updated), StatisticsError when the
+        features are none or not finite.
         """
         self._check(features)
         if tuple(labels.shape) != (len(features),):
             raise ArgumentError(f"labels must be [{len(features)}], one a feature, got {list(labels.shape)}")
+        if not len(features) or not bool(torch.isfinite(features).all()):
+            raise StatisticsError(
+                f"features must be finite and at least one, got {list(features.shape)} with NaN or none"
+            )
         new = labels.unique().tolist()
         known = sorted(set(new) & set(self.classes))
         if known:

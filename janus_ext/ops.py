@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from janus_ext import _native, reference
-from janus_ext.reference import DAMPING, RECTIFY, SHARE, is_empty, project
+from janus_ext.reference import DAMPING, RECTIFY, SHARE, check_rectify, is_empty, project
 
 __all__ = [
     "DAMPING",
@@ -23,6 +23,7 @@ __all__ = [
     "RECTIFY",
     "SHARE",
     "TARGETS",
+    "check_rectify",
     "extend_basis",
     "gram_update_",
     "is_empty",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from janus_ext import ops
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.estimator import OnlineEstimator
-from janus_ext.lora import LoRALayer, project_rows_
+from janus_ext.lora import LoRALayer, check_rectification, project_rows_
 
 
 class LoRAPair(NamedTuple):
@@ -88,6 +88,7 @@ class GradientRectifier:
     ) -> None:
         if not 0 <= energy <= 1:
             raise ArgumentError(f"GradientRectifier: energy must be in [0, 1], got {energy:g}")
+        check_rectification("GradientRectifier", 1.0, rectify, damping, share)
         options = {"rectify": rectify, "damping": damping, "share": share, "balance": balance}
         self.energy, self.energy_power = energy, energy_power
         self._entries = [_entry(name, item, options) for name, item in _named(layers)]

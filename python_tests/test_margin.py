@@ -5,7 +5,7 @@ import torch
 from conftest import TOLERANCE, assert_close
 from torch.nn import functional as F
 
-from janus_ext import ArgumentError, ClassPrototypes, DecoupledMarginLoss, ops
+from janus_ext import ArgumentError, ClassPrototypes, DecoupledMarginLoss, StatisticsError, ops
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -117,6 +117,14 @@ def test_prototypes_are_unit_class_means() -> None:
         assert_close(row, F.normalize(f[labels == c].double().mean(0), dim=0), torch.float32)
     cosines = F.normalize(f, dim=1) @ prototypes.matrix.T
     assert_close(prototypes.nearest(f), cosines.amax(1), torch.float32)
+
+
+@pytest.mark.parametrize("features", [torch.zeros(0, 4), torch.full((2, 4), float("nan"))], ids=["none", "nan"])
+def test_prototypes_of_bad_features_are_refused(features: torch.Tensor) -> None:
+    prototypes = ClassPrototypes(4)
+    with pytest.raises(StatisticsError, match="features must be finite"):
+        prototypes.add(features, torch.zeros(len(features), dtype=torch.int64))
+    assert len(prototypes) == 0
 
 
 def test_prototypes_are_never_updated() -> None:

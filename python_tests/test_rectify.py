@@ -204,10 +204,11 @@ def test_commit_before_the_merge_raises() -> None:
             "q: A must be float32 or float64",
         ),
         (lambda: GradientRectifier({"q": (torch.zeros(2, 8), torch.zeros(2, 8))}), r"q: A and B must be \[r, n\]"),
+        (lambda: GradientRectifier([], rectify="all"), "GradientRectifier: rectify must be one of none, project"),
         (lambda: GradientRectifier({"q": 3}), r"q: must be a LoRA layer or \(A, B"),
         (lambda: GradientRectifier({"q": (torch.zeros(2, 8), torch.zeros(8, 2))}, energy=2), "energy must be in"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_wrong_arguments_are_named(build: object, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
