@@ -1,4 +1,4 @@
-"""janus_ext: Janus-LoRA, continual learning of Vision Transformers without old images and without forgetting.
+"""janus_ext: Janus-LoRA, continual learning of Vision Transformers without keeping old images.
 
 Online Estimation, Gradient Rectification and Decoupled Margin Loss as PyTorch ops (`janus_ext.ops`), as modules
 (below), and in a trainer (`python -m janus_ext.train`).

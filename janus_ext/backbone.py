@@ -7,7 +7,9 @@ kernels for is enough for transforms, data sets and models (pytorch #157648, vis
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,30 @@ _torchvision_stub: torch.library.Library | None = None
 
 
 def prepare_torchvision() -> None:
-    """Makes ``import torchvision`` (and timm) possible beside a CPU-only PyTorch; call it before importing either."""
+    """Makes ``import torchvision`` (and timm) possible beside a CPU-only PyTorch; call it before importing either.
+
+    Nothing is declared where torchvision's own library loads: it declares the operators itself, and twice is an abort.
+    """
     global _torchvision_stub
-    if torch.version.cuda is not None or _torchvision_stub is not None:
+    if torch.version.cuda is not None or _torchvision_stub is not None or _torchvision_library_loads():
         return
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _torchvision_stub = library  # the declarations live as long as this object
+
+
+def _torchvision_library_loads() -> bool:
+    """Whether torchvision's compiled library can be loaded into this process; afterwards it is."""
+    spec = importlib.util.find_spec("torchvision")
+    folders = spec.submodule_search_locations if spec is not None else None
+    libraries = [path for folder in folders or () for path in sorted(Path(folder).glob("_C*.so"))]
     try:
-        torch._C._dispatch_find_schema_or_throw("torchvision::nms", "")
-    except RuntimeError:  # no such schema yet
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _torchvision_stub = library  # the declarations live as long as this object
+        for path in libraries:
+            torch.ops.load_library(path)
+    except OSError:  # a CUDA build beside a CPU torch: what it links is not there
+        return False
+    return bool(libraries)
 
 
 def load_backbone(name: str = "emoji", weights: str = "pretrained") -> nn.Module:
@@ -45,7 +60,7 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained") -> nn.Module
     the keys "architecture" and "normalize" in its metadata for "emoji", a checkpoint that timm reads for other names.
     The result carries ``input_mean``, ``input_std`` (3 numbers each) and ``input_size`` (pixels).
     """
-    if weights not in ("pretrained", "none") and not Path(weights).is_file():
+    if weights not in ("pretrained", "none") and not os.path.isfile(weights):
         raise CheckpointError(f"--weights {weights}: no such file (or one of: pretrained, none)")
     return _load_embedded(weights) if name == "emoji" else _load_timm(name, weights)
 

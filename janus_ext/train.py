@@ -92,7 +92,10 @@ def choose_folder(config: TrainConfig) -> Path:
 
 def is_finished(folder: Path) -> bool:
     """True if ``folder`` holds the results of a run, or of any seed of a run over several."""
-    return (folder / "results.json").exists() or any(folder.glob("seed-*/results.json"))
+    try:
+        return (folder / "results.json").exists() or any(folder.glob("seed-*/results.json"))
+    except OSError as error:
+        raise CheckpointError(f"--output {folder} cannot be read: {error}") from error
 
 
 def prepare_folder(folder: Path, config: TrainConfig) -> None:

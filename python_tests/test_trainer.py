@@ -169,6 +169,13 @@ def test_an_unfinished_run_starts_over(tmp_path):
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("flag", ["--output", "--weights"])
+def test_names_too_long_for_the_file_system_are_one_line(flag, capsys):
+    assert train.main([flag, "x" * 300]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and flag in message
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "config.json"])
 def test_files_of_others_are_never_touched(tmp_path, name, capsys):
     (tmp_path / name).write_text('{"model_type": "vit"}')
