@@ -2,7 +2,7 @@
 // own).
 //
 //   R = P C^p P,  eigenvalues l_1 >= l_2 >= ...;  smallest q with  tr(V^T C^p V) + l_1 + ... + l_q >= energy * tr(C^p)
-//   V <- orth([V, u_1 .. u_q]);  eigenvalues below n eps(dtype of C) (largest eigenvalue of C^p) are rounding
+//   V <- [V, orth(P [u_1 .. u_q])];  eigenvalues that are rounding of C, or of its factor, are no candidates
 #pragma once
 
 #include <ATen/ops/cat.h>
@@ -18,6 +18,7 @@
 #include <limits>
 
 #include "checks.h"
+#include "factor.h"
 
 namespace janus {
 
@@ -34,20 +35,20 @@ inline int64_t directions_needed(const Tensor& values, const Tensor& have, const
   return std::min(std::min(wanted, values.numel()), room);
 }
 
-// How many of `values`, descending, stand above the rounding of a Gram matrix whose largest eigenvalue is `largest`.
-inline int64_t count_candidates(const Tensor& values, double largest, at::ScalarType gram_type) {
-  const double eps =
-      gram_type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
-  return (values > static_cast<double>(values.numel()) * eps * largest).sum().item<int64_t>();
+inline double epsilon(at::ScalarType type) {
+  return type == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
 }
 
-// Q of the QR factorisation of M [n, k'] with the signs of M's columns; the first `kept` columns barely move.
-inline Tensor orthonormalise(const Tensor& M, int64_t kept) {
-  if (M.size(1) == kept) return M;
-  const auto [Q, R] = at::linalg_qr(M);
-  const Tensor diagonal = R.diagonal();
-  const Tensor ones = at::ones_like(diagonal);
-  return Q * at::where(diagonal < 0, -ones, ones);
+inline int64_t count_above(const Tensor& values, double threshold) {
+  return (values > threshold).sum().item<int64_t>();
+}
+
+// [V, orth(P u)] for u [n, q] that lies outside V but for rounding. V itself does not move, nor do the signs of u.
+inline Tensor grown(const Tensor& V, const Tensor& u) {
+  if (u.size(1) == 0) return V;
+  const auto [Q, R] = at::linalg_qr(project(u.mT(), V).mT());
+  const Tensor diagonal = R.diagonal(), ones = at::ones_like(diagonal);
+  return at::cat({V, Q * at::where(diagonal < 0, -ones, ones)}, 1);
 }
 
 inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energy, int64_t max_rank,
@@ -67,10 +68,31 @@ inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energ
   const Tensor values = ascending.flip(0), inside = at::matmul(V.mT(), at::matmul(C, V));
   const int64_t n = V.size(0), k = V.size(1);
   const double inner = k > 0 ? at::linalg_eigvalsh(inside)[k - 1].item<double>() : 0;
-  const auto candidates = count_candidates(values, std::max(values[0].item<double>(), inner), gram.scalar_type());
+  const double largest = std::max(values[0].item<double>(), inner);
+  const auto candidates = count_above(values, static_cast<double>(n) * epsilon(gram.scalar_type()) * largest);
   const auto added = directions_needed(values.slice(0, 0, candidates), inside.trace(), C.trace(), energy, max_rank - k);
   const Tensor leading = vectors.slice(1, n - added, n).flip(1);
-  return orthonormalise(at::cat({V, leading}, 1), k).to(basis.scalar_type()).contiguous();
+  return grown(V, leading).to(basis.scalar_type()).contiguous();
+}
+
+// The same from C = U diag(S^2) U^T, which is not formed, and the trace that C had before it was truncated.
+inline Tensor extend_basis_factor(const Tensor& basis, const Tensor& U, const Tensor& S, const Tensor& total,
+                                  double energy, int64_t max_rank) {
+  check_extend_basis_factor(basis, U, S, total, energy, max_rank);
+  const double trace = total.item<double>(), largest = S.amax().item<double>();
+  TORCH_CHECK_VALUE(std::isfinite(trace) && std::isfinite(largest) && at::isfinite(U).all().item<bool>(),
+                    "extend_basis_factor: U, S and total must be finite, got NaN or infinite entries");
+  TORCH_CHECK_VALUE(trace > 0 && largest > 0, "extend_basis_factor: total and the largest of S must be positive, got ",
+                    trace, " and ", largest);
+  const int64_t n = basis.size(0), k = basis.size(1);
+  const Tensor V = basis.to(at::kDouble), scaled = U.to(at::kDouble) * (S.to(at::kDouble) / largest);
+  const Tensor inside = at::matmul(V.mT(), scaled).square().sum();
+  const LeftFactor rest = left_factor(project(scaled.mT(), V).mT());
+  const double noise = static_cast<double>(n) * epsilon(U.scalar_type());  // of a singular value, the largest being 1
+  const auto candidates = count_above(rest.values, noise * noise);
+  const Tensor whole = total.to(at::kDouble) / (largest * largest);
+  const auto added = directions_needed(rest.values.slice(0, 0, candidates), inside, whole, energy, max_rank - k);
+  return grown(V, rest.vectors(added)).to(basis.scalar_type()).contiguous();
 }
 
 }  // namespace janus

@@ -125,20 +125,61 @@ inline void check_gram_update(const Tensor& gram, const Tensor& x, double decay)
   TORCH_CHECK_VALUE(0 < decay && decay <= 1, op, ": decay must be in (0, 1], got ", decay);
 }
 
-inline void check_extend_basis(const Tensor& basis, const Tensor& gram, double energy, int64_t max_rank,
-                               int64_t energy_power) {
-  const std::string op = "extend_basis";
+inline void check_basis(const std::string& op, const Tensor& basis) {
   check_dtype(op, "basis", basis, kWorking);
   TORCH_CHECK_VALUE(basis.dim() == 2 && basis.size(1) <= basis.size(0) && basis.size(0) > 0, op,
                     ": basis must be [n, k] with k <= n and n > 0, got ", list_text(basis.sizes()));
+}
+
+inline void check_growth(const std::string& op, const Tensor& basis, double energy, int64_t max_rank) {
   const int64_t n = basis.size(0), k = basis.size(1);
-  check_dtype(op, "gram", gram, kWorking);
-  check_shape(op, "gram", gram, {n, n});
-  check_device(op, "gram", gram, basis);
   TORCH_CHECK_VALUE(0 <= energy && energy <= 1, op, ": energy must be in [0, 1], got ", energy);
   TORCH_CHECK_VALUE(k <= max_rank && max_rank <= n, op, ": max_rank must be from k = ", k, " to n = ", n, ", got ",
                     max_rank);
+}
+
+inline void check_extend_basis(const Tensor& basis, const Tensor& gram, double energy, int64_t max_rank,
+                               int64_t energy_power) {
+  const std::string op = "extend_basis";
+  check_basis(op, basis);
+  check_dtype(op, "gram", gram, kWorking);
+  check_shape(op, "gram", gram, {basis.size(0), basis.size(0)});
+  check_device(op, "gram", gram, basis);
+  check_growth(op, basis, energy, max_rank);
   TORCH_CHECK_VALUE(energy_power == 1 || energy_power == 2, op, ": energy_power must be 1 or 2, got ", energy_power);
+}
+
+// U [n, l] and S [l] of an incremental SVD, alike: float32 or float64, on one device, 1 <= l <= n.
+inline void check_factor(const std::string& op, const char* name_U, const Tensor& U, const char* name_S,
+                         const Tensor& S) {
+  check_dtype(op, name_U, U, kWorking);
+  TORCH_CHECK_VALUE(U.dim() == 2 && U.size(1) > 0 && U.size(1) <= U.size(0), op, ": ", name_U,
+                    " must be [n, l] with 0 < l <= n, got ", list_text(U.sizes()));
+  check_dtype(op, name_S, S, {U.scalar_type()});
+  check_shape(op, name_S, S, {U.size(1)});
+  check_device(op, name_S, S, U);
+}
+
+inline void check_isvd_update(const Tensor& basis, const Tensor& singular_values, const Tensor& x, double decay) {
+  const std::string op = "isvd_update";
+  check_factor(op, "basis", basis, "singular_values", singular_values);
+  check_dtype(op, "x", x, kInputs);
+  check_last(op, "x", x, basis.size(0));
+  check_device(op, "x", x, basis);
+  TORCH_CHECK_VALUE(0 < decay && decay <= 1, op, ": decay must be in (0, 1], got ", decay);
+}
+
+inline void check_extend_basis_factor(const Tensor& basis, const Tensor& U, const Tensor& S, const Tensor& total,
+                                      double energy, int64_t max_rank) {
+  const std::string op = "extend_basis_factor";
+  check_basis(op, basis);
+  const int64_t n = basis.size(0);
+  check_factor(op, "U", U, "S", S);
+  TORCH_CHECK_VALUE(U.size(0) == n, op, ": U must be [n, l] with n = ", n, ", got ", list_text(U.sizes()));
+  check_device(op, "U", U, basis);
+  check_dtype(op, "total", total, {at::kDouble});
+  check_shape(op, "total", total, {});
+  check_growth(op, basis, energy, max_rank);
 }
 
 inline void check_lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& A,

@@ -1,10 +1,12 @@
-// Decoupled Margin Loss, device-independent: mean_i (1/tau) log(1 + sum_c exp(z_ic)), z_ic = tau (f^_i . p_c - margin)
+// Decoupled Margin Loss, device-independent: mean_i (1/tau) log(1 + sum_c exp(z_ic)), z_ic = tau (q_ic - margin) with
+// the cosines q_ic = f_i . p_c / |f_i|. With w_ic = exp(z_ic) / (1 + sum_c exp(z_ic)),
 //
-//   dL/df_i = (I - f^_i f^_i^T) (sum_c w_ic p_c) / (N |f_i|),   w_ic = exp(z_ic) / (1 + sum_c exp(z_ic))
+//   dL/df_i = (sum_c w_ic p_c - (sum_c w_ic q_ic) f_i / |f_i|) / (N |f_i|)
 //
-// Two products through ATen; the rows in between are the device's own.
+// Two products through ATen, f P^T and w P; the rows in between are the device's own. Unit vectors are never formed.
 #pragma once
 
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/promote_types.h>
@@ -18,7 +20,8 @@
 
 namespace janus {
 
-// `weigh_rows(cosines [N, C], margin, tau)` overwrites the cosines with w and returns the N values log(1 + sum exp(z)).
+// `weigh_rows(products [N, C], norm [N, 1], margin, tau)`, the products f_i . p_c, returns w_ic / (N |f_i|) [N, C] and,
+// [N, 1] each, log(1 + sum_c exp(z_ic)) and sum_c w_ic q_ic / (N |f_i|^2). It may overwrite the products.
 template <typename WeighRows>
 std::tuple<Tensor, Tensor> margin_loss(const Tensor& features, const Tensor& prototypes, double margin,
                                        double temperature, WeighRows weigh_rows) {
@@ -30,11 +33,8 @@ std::tuple<Tensor, Tensor> margin_loss(const Tensor& features, const Tensor& pro
   const double tiny = std::sqrt(type == at::kDouble ? std::numeric_limits<double>::min()
                                                     : static_cast<double>(std::numeric_limits<float>::min()));
   const Tensor norm = at::linalg_vector_norm(f, 2, at::IntArrayRef{1}, /*keepdim=*/true).clamp_min(tiny);
-  const Tensor unit = f / norm;
-  Tensor weights = at::mm(unit, p.t());
-  const Tensor losses = weigh_rows(weights, margin, temperature);
-  const Tensor push = at::mm(weights, p);
-  const Tensor grad = (push - (push * unit).sum(1, /*keepdim=*/true) * unit) / (norm * N);
+  const auto [weights, losses, along] = weigh_rows(at::mm(f, p.t()), norm, margin, temperature);
+  const Tensor grad = (f * along).addmm_(weights, p, /*beta=*/-1);
   return {losses.mean() / temperature, grad.to(features.scalar_type()).contiguous()};
 }
 

@@ -25,8 +25,10 @@ __all__ = [
     "TARGETS",
     "check_rectify",
     "extend_basis",
+    "extend_basis_factor",
     "gram_update_",
     "is_empty",
+    "isvd_update",
     "lora_linear",
     "lora_qkv",
     "margin_loss",
@@ -41,7 +43,10 @@ _OPTIONS = (
 )
 _SCHEMAS = (
     "gram_update_(Tensor(a!) gram, Tensor x, float decay=1.0) -> ()",
+    "isvd_update(Tensor basis, Tensor singular_values, Tensor x, float decay=1.0, bool shrink=False) "
+    "-> (Tensor, Tensor)",
     "extend_basis(Tensor basis, Tensor gram, float energy, int max_rank, int energy_power=1) -> Tensor",
+    "extend_basis_factor(Tensor basis, Tensor U, Tensor S, Tensor total, float energy, int max_rank) -> Tensor",
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? basis=None, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     "lora_qkv(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? basis=None, "
@@ -110,7 +115,41 @@ def _(gram: Tensor, x: Tensor, decay: float = 1.0) -> None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------- extend_basis
+# ---------------------------------------------------------------------------------------------------------- isvd_update
+
+
+def isvd_update(
+    basis: Tensor, singular_values: Tensor, x: Tensor, decay: float = 1.0, shrink: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Incremental SVD of all rows seen: memory n x l where `gram_update_` takes n x n (Online Estimation).
+
+    Rows X are taken in blocks of l; of [diag(S) U^T; X] the l leading right singular vectors and values are kept. Exact
+    as long as all rows seen have rank l or less, else what is dropped is lost.
+
+    Args:
+        basis: U, [n, l], float32 or float64, orthonormal columns (zero columns where the singular value is 0); l <= n.
+        singular_values: S, [l], U's dtype, not negative; all zero at the start.
+        x: [..., n], float64, float32, bfloat16 or float16; finite.
+        decay: in (0, 1], of what was seen before, in its Gram matrix: S is multiplied by its square root.
+        shrink: subtract the smallest of the l squared values from each of them (Frequent Directions, Liberty 2013; with
+            decay 1, M all rows and M_j its best rank-j approximation, for every unit v and every j < l:
+            0 <= |M v|^2 - |diag(S) U^T v|^2 <= |M - M_j|_F^2 / (l - j)).
+
+    Returns:
+        New U [n, l], orthonormal, and S [l], descending.
+    """
+    with torch.no_grad():
+        return torch.ops.janus_ext.isvd_update(basis, singular_values, x, decay, shrink)
+
+
+@torch.library.register_fake("janus_ext::isvd_update", lib=_library)
+def _(
+    basis: Tensor, singular_values: Tensor, x: Tensor, decay: float = 1.0, shrink: bool = False
+) -> tuple[Tensor, Tensor]:
+    return basis.new_empty(basis.shape), singular_values.new_empty(singular_values.shape)
+
+
+# ------------------------------------------------------------------------------------ extend_basis, extend_basis_factor
 
 
 def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, energy_power: int = 1) -> Tensor:
@@ -127,7 +166,7 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
         energy_power: 1 (energy as GPM defines it) or 2 (squared eigenvalues, as InfLoRA's code thresholds).
 
     Returns:
-        [n, k'], k <= k' <= max_rank, basis's dtype; computed in float64, its span contains the old one.
+        [n, k'], k <= k' <= max_rank, basis's dtype: the old columns as they are, then new ones; computed in float64.
     """
     with torch.no_grad():
         return torch.ops.janus_ext.extend_basis(basis, gram, energy, max_rank, energy_power)
@@ -135,6 +174,34 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
 
 @torch.library.register_fake("janus_ext::extend_basis", lib=_library)
 def _(basis: Tensor, gram: Tensor, energy: float, max_rank: int, energy_power: int = 1) -> Tensor:
+    return basis.new_empty(basis.shape[0], torch.library.get_ctx().new_dynamic_size())
+
+
+def extend_basis_factor(
+    basis: Tensor, U: Tensor, S: Tensor, total: float | Tensor, energy: float, max_rank: int
+) -> Tensor:
+    """`extend_basis` from an incremental SVD, C = U diag(S^2) U^T; no n x n matrix is formed.
+
+    Directions whose singular value is below n * eps * (largest of S) never count. A sketch has lost energy: where it
+    cannot reach the share of `total` that is asked for, all it holds is taken.
+
+    Args:
+        basis: [n, k], float32 or float64, orthonormal; k = 0 starts from nothing.
+        U, S: [n, l] and [l] as `isvd_update` returns them, float32 or float64, finite, not all zero.
+        total: sum |x|^2 of all rows seen (decayed as they were), a positive number or a float64 scalar tensor.
+        energy, max_rank: as in `extend_basis`.
+
+    Returns:
+        As `extend_basis`.
+    """
+    if not isinstance(total, Tensor):
+        total = torch.tensor(float(total), dtype=torch.float64, device=basis.device)
+    with torch.no_grad():
+        return torch.ops.janus_ext.extend_basis_factor(basis, U, S, total, energy, max_rank)
+
+
+@torch.library.register_fake("janus_ext::extend_basis_factor", lib=_library)
+def _(basis: Tensor, U: Tensor, S: Tensor, total: Tensor, energy: float, max_rank: int) -> Tensor:
     return basis.new_empty(basis.shape[0], torch.library.get_ctx().new_dynamic_size())
 
 

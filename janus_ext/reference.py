@@ -5,6 +5,7 @@ s, and V [n, k], an orthonormal basis of the protected input subspace. P = I - V
 paper" is Chen et al., "Janus-LoRA", ICML 2026, arXiv 2605.28495; what is not marked so is this project's definition.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
@@ -165,20 +166,65 @@ def gram_update_(gram: Tensor, x: Tensor, decay: float = 1.0) -> None:
     gram.mul_(decay).add_(update + torch.triu(update, 1).mT)
 
 
-def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, energy_power: int = 1) -> Tensor:
-    """Grow V by the fewest directions that capture `energy` of C^p; see `janus_ext.ops.extend_basis`."""
-    op = "extend_basis"
+def check_basis(op: str, basis: Tensor) -> None:
+    """V [n, k], float32 or float64, k <= n."""
     _require_dtype(op, "basis", basis, WORKING_DTYPES)
     _require(
         basis.dim() == 2 and basis.shape[1] <= basis.shape[0] and basis.shape[0] > 0,
         f"{op}: basis must be [n, k] with k <= n and n > 0, got {list(basis.shape)}",
     )
+
+
+def check_growth(op: str, basis: Tensor, energy: float, max_rank: int) -> None:
+    """How far a basis [n, k] may grow."""
+    n, k = basis.shape
+    _require(0 <= energy <= 1, f"{op}: energy must be in [0, 1], got {energy:g}")
+    _require(k <= max_rank <= n, f"{op}: max_rank must be from k = {k} to n = {n}, got {max_rank}")
+
+
+def check_factor(op: str, name_U: str, U: Tensor, name_S: str, S: Tensor) -> None:
+    """U [n, l] and S [l] of an incremental SVD, alike: float32 or float64, on one device, 1 <= l <= n."""
+    _require_dtype(op, name_U, U, WORKING_DTYPES)
+    _require(
+        U.dim() == 2 and 0 < U.shape[1] <= U.shape[0],
+        f"{op}: {name_U} must be [n, l] with 0 < l <= n, got {list(U.shape)}",
+    )
+    _require_dtype(op, name_S, S, (U.dtype,))
+    _require_shape(op, name_S, S, (U.shape[1],))
+    _require_device(op, U, **{name_S: S})
+
+
+def isvd_update(
+    basis: Tensor, singular_values: Tensor, x: Tensor, decay: float = 1.0, shrink: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Leading right singular vectors and values of [diag(S) U^T; X], by blocks; see `janus_ext.ops.isvd_update`."""
+    op = "isvd_update"
+    check_factor(op, "basis", basis, "singular_values", singular_values)
+    n, l = basis.shape  # noqa: E741 - the paper's letter
+    _require_dtype(op, "x", x, INPUT_DTYPES)
+    _require_last(op, "x", x, n)
+    _require_device(op, basis, x=x)
+    _require(0 < decay <= 1, f"{op}: decay must be in (0, 1], got {decay:g}")
+    U, S = basis.clone(), singular_values * decay**0.5
+    for block in x.reshape(-1, n).split(l):
+        M = torch.cat([S[:, None] * U.mT, block.to(U.dtype)])
+        _require(bool(torch.isfinite(M).all()), f"{op}: x and the state must be finite, got NaN or infinite entries")
+        _, values, rows = torch.linalg.svd(M.double(), full_matrices=False)
+        squares = values[:l] ** 2
+        squares = squares - squares[-1] if shrink else squares
+        U, S = rows[:l].mT.to(U), squares.sqrt().to(S)
+    return U.contiguous(), S
+
+
+def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, energy_power: int = 1) -> Tensor:
+    """Grow V by the fewest directions that capture `energy` of C^p; see `janus_ext.ops.extend_basis`."""
+    op = "extend_basis"
+    check_basis(op, basis)
     n, k = basis.shape
     _require_dtype(op, "gram", gram, WORKING_DTYPES)
     _require_shape(op, "gram", gram, (n, n))
     _require_device(op, basis, gram=gram)
-    _require(0 <= energy <= 1, f"{op}: energy must be in [0, 1], got {energy:g}")
-    _require(k <= max_rank <= n, f"{op}: max_rank must be from k = {k} to n = {n}, got {max_rank}")
+    check_growth(op, basis, energy, max_rank)
     _require(energy_power in (1, 2), f"{op}: energy_power must be 1 or 2, got {energy_power}")
     C = gram.double()
     _require(bool(torch.isfinite(C).all()), f"{op}: gram must be finite, got NaN or infinite entries")
@@ -193,10 +239,37 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
     values, vectors = values.flip(0), vectors.flip(1)
     inside = V.mT @ C @ V
     largest = max(float(values[0]), float(torch.linalg.eigvalsh(inside)[-1]) if k else 0.0)
-    candidates = int((values > n * torch.finfo(gram.dtype).eps * largest).sum())
-    added = directions_needed(values[:candidates], inside.trace(), C.trace(), energy, max_rank - k)
-    extended = torch.cat([V, vectors[:, :added]], dim=1)
-    return orthonormalise(extended, kept=k).to(basis.dtype).contiguous()
+    candidates = values[values > n * torch.finfo(gram.dtype).eps * largest]
+    added = directions_needed(candidates, inside.trace(), C.trace(), energy, max_rank - k)
+    return grown(V, vectors[:, :added]).to(basis.dtype).contiguous()
+
+
+def extend_basis_factor(basis: Tensor, U: Tensor, S: Tensor, total: Tensor, energy: float, max_rank: int) -> Tensor:
+    """The same for C = U diag(S^2) U^T, truncated from trace `total`; see `janus_ext.ops.extend_basis_factor`."""
+    op = "extend_basis_factor"
+    check_basis(op, basis)
+    n, k = basis.shape
+    check_factor(op, "U", U, "S", S)
+    _require(U.shape[0] == n, f"{op}: U must be [n, l] with n = {n}, got {list(U.shape)}")
+    _require_device(op, basis, U=U)
+    _require_dtype(op, "total", total, (torch.float64,))
+    _require_shape(op, "total", total, ())
+    check_growth(op, basis, energy, max_rank)
+    trace, largest = float(total), float(S.amax())
+    _require(
+        math.isfinite(trace) and math.isfinite(largest) and bool(torch.isfinite(U).all()),
+        f"{op}: U, S and total must be finite, got NaN or infinite entries",
+    )
+    _require(
+        trace > 0 and largest > 0,
+        f"{op}: total and the largest of S must be positive, got {trace:g} and {largest:g}",
+    )
+    V, scaled = basis.double(), U.double() * (S.double() / largest)
+    vectors, values, _ = torch.linalg.svd(project(scaled.mT, V).mT, full_matrices=False)
+    candidates = values[values > n * torch.finfo(U.dtype).eps]  # below: rounding of the factor, whose largest is 1
+    inside, whole = (V.mT @ scaled).square().sum(), total / largest**2
+    added = directions_needed(candidates**2, inside, whole, energy, max_rank - k)
+    return grown(V, vectors[:, :added]).to(basis.dtype).contiguous()
 
 
 def directions_needed(values: Tensor, have: Tensor, total: Tensor, energy: float, room: int) -> int:
@@ -207,12 +280,12 @@ def directions_needed(values: Tensor, have: Tensor, total: Tensor, energy: float
     return min(wanted, values.numel(), room)
 
 
-def orthonormalise(M: Tensor, kept: int) -> Tensor:
-    """Q of the QR factorisation of M [n, k'] with the signs of M's columns; the first `kept` columns barely move."""
-    if M.shape[1] == kept:
-        return M
-    Q, R = torch.linalg.qr(M)
-    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+def grown(V: Tensor, u: Tensor) -> Tensor:
+    """[V, orth(P u)] for u [n, q] that lies outside V but for rounding; V itself does not move, nor the signs of u."""
+    if u.shape[1] == 0:
+        return V
+    Q, R = torch.linalg.qr(project(u.mT, V).mT)
+    return torch.cat([V, Q * torch.where(R.diagonal() < 0, -1.0, 1.0)], dim=1)
 
 
 # ----------------------------------------------------------------------------------------------- Gradient Rectification

@@ -29,6 +29,13 @@ def sample_inputs(op: str, device: str, dtype: torch.dtype = torch.float64) -> l
     return {
         "gram_update_": [{"gram": gram, "x": x, "decay": d} for d in (1.0, 0.5)],
         "extend_basis": [{"basis": V, "gram": gram, "energy": 0.9, "max_rank": 10, "energy_power": p} for p in (1, 2)],
+        "isvd_update": [
+            {"basis": V, "singular_values": make(k).abs(), "x": x, "decay": 0.5, "shrink": s} for s in (False, True)
+        ],
+        "extend_basis_factor": [
+            {"basis": V, "U": orthonormal(n, 7, dtype, device), "S": torch.linspace(2, 0.5, 7).to(device, dtype), "energy": e, "max_rank": 10,
+             "total": torch.tensor(20.0, dtype=torch.float64, device=device)} for e in (0.2, 0.99)
+        ],
         "lora_linear": [{**linear, **mode} for mode in modes] + [dict(linear, basis=None)],
         "lora_qkv": [{**qkv, **mode} for mode in modes],
         "lora_backward": [dict(backward, rectify=mode, need_x=mode != "none") for mode in reference.RECTIFY],
@@ -70,7 +77,7 @@ def test_compiled_agrees_with_reference(device: str, op: str, dtype: torch.dtype
             out = function(**arguments)
             results.append(flat(arguments if out is None else out))
         for got, want in zip(*results, strict=True):
-            if op == "extend_basis":
+            if op in ("extend_basis", "extend_basis_factor", "isvd_update") and got.dim() == 2:
                 got, want = subspace(got), subspace(want)
             assert_close(got, want, dtype, 10)
 
@@ -130,6 +137,37 @@ BAD = [
     ),
     ("extend_basis", {"gram": torch.full((12, 12), float("nan"))}, ValueError, "gram must be finite"),
     ("extend_basis", {"gram": torch.zeros(12, 12)}, ValueError, "gram must have a positive trace, got 0"),
+    (
+        "isvd_update",
+        {"x": torch.full((2, 12), float("inf"))},
+        ValueError,
+        "x and the state must be finite, got NaN or inf",
+    ),
+    ("isvd_update", {"decay": 2.0}, ValueError, r"decay must be in \(0, 1\], got 2"),
+    ("isvd_update", {"basis": torch.zeros(3, 4)}, ValueError, r"basis must be \[n, l\] with 0 < l <= n, got \[3, 4\]"),
+    ("isvd_update", {"singular_values": torch.zeros(4)}, TypeError, "singular_values must be float64, got float32"),
+    ("isvd_update", {"x": torch.zeros(2, 7)}, ValueError, r"x must be \[..., n\] with n = 12, got \[2, 7\]"),
+    ("extend_basis_factor", {"U": torch.zeros(9, 7)}, TypeError, "S must be float32, got float64"),
+    (
+        "extend_basis_factor",
+        {"U": torch.zeros(9, 7, dtype=torch.float64)},
+        ValueError,
+        r"U must be \[n, l\] with n = 12, got \[9, 7\]",
+    ),
+    ("extend_basis_factor", {"total": torch.tensor(1.0)}, TypeError, "total must be float64, got float32"),
+    (
+        "extend_basis_factor",
+        {"total": torch.tensor(0.0, dtype=torch.float64)},
+        ValueError,
+        "total and the largest of S must be positive, got 0 and",
+    ),
+    (
+        "extend_basis_factor",
+        {"S": torch.full((7,), float("nan"), dtype=torch.float64)},
+        ValueError,
+        "U, S and total must be finite",
+    ),
+    ("extend_basis_factor", {"max_rank": 13}, ValueError, "max_rank must be from k = 4 to n = 12, got 13"),
     ("lora_linear", {"rectify": "all"}, ValueError, "rectify must be one of none, project, tangent, exact, got 'all'"),
     ("lora_linear", {"scale": 0.0}, ValueError, "scale must be finite and not zero, got 0"),
     ("lora_linear", {"damping": -1.0}, ValueError, "damping must be positive and finite, got -1"),

@@ -67,8 +67,8 @@ void add_upper_blocks_bfloat16(const Tensor& C, const Tensor& rows, double decay
   const float beta = std::max(static_cast<float>(decay), std::numeric_limits<float>::min());
   for (int begin = 0; begin < n; begin += kBFloat16Columns) {
     const int end = std::min(n, begin + static_cast<int>(kBFloat16Columns));
-    cblas_gemm_bf16bf16f32(kColumnMajor, kPlain, kTransposed, end - begin, end, N, 1, X + begin, n, X, n,
-                           beta, out + begin, n);
+    cblas_gemm_bf16bf16f32(kColumnMajor, kPlain, kTransposed, end - begin, end, N, 1, X + begin, n, X, n, beta,
+                           out + begin, n);
   }
 }
 

@@ -1,20 +1,24 @@
 // margin_loss on the CPU: the shared algebra of margin.h, its rows by ATen's vectorised in-place passes.
 #include "../margin.h"
 
-#include <ATen/ops/exp.h>
+#include <ATen/ops/addcmul.h>
 #include <torch/library.h>
 
 namespace janus {
 namespace {
 
 // The 1 in the denominator is the hinge's own zero, which takes part in the maximum.
-Tensor weigh_rows(Tensor& cosines, double margin, double temperature) {
-  cosines.sub_(margin).mul_(temperature);
-  const Tensor top = cosines.amax(1, /*keepdim=*/true).clamp_min(0);
-  cosines.sub_(top).exp_();
-  const Tensor sum = cosines.sum(1, /*keepdim=*/true) + (-top).exp();
-  cosines.div_(sum);
-  return top + sum.log();
+std::tuple<Tensor, Tensor, Tensor> weigh_rows(const Tensor& products, const Tensor& norm, double margin,
+                                              double temperature) {
+  const Tensor slope = temperature / norm;
+  const Tensor largest = products.amax(1, /*keepdim=*/true).mul_(slope).sub_(temperature * margin);
+  const Tensor top = largest.clamp_min_(0);
+  const Tensor weights = at::addcmul(-top - temperature * margin, products, slope).exp_();
+  const Tensor sum = weights.sum(1, /*keepdim=*/true).add_((-top).exp_());
+  const Tensor gain = sum * norm * products.size(0);
+  const Tensor along = (weights * products).sum(1, /*keepdim=*/true).div_(gain).div_(norm).div_(norm);
+  weights.div_(gain);
+  return {weights, top + sum.log(), along};
 }
 
 std::tuple<Tensor, Tensor> margin_loss_cpu(const Tensor& features, const Tensor& prototypes, double margin,

@@ -2,7 +2,7 @@
 #include "margin.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -11,14 +11,21 @@
 namespace janus {
 namespace {
 
-Tensor weigh_rows(const Tensor& cosines, double margin, double temperature) {
-  const int64_t N = cosines.size(0), C = cosines.size(1);
-  const Tensor losses = at::empty({N}, cosines.options());
-  AT_DISPATCH_FLOATING_TYPES(cosines.scalar_type(), "margin_loss", [&] {
-    C10_CUDA_CHECK(kernels::margin_weigh_rows(cosines.mutable_data_ptr<scalar_t>(), losses.mutable_data_ptr<scalar_t>(),
-                                              N, C, margin, temperature, c10::cuda::getCurrentCUDAStream()));
+std::tuple<Tensor, Tensor, Tensor> weigh_rows(const Tensor& products, const Tensor& norm, double margin,
+                                              double temperature) {
+  const Tensor losses = at::empty_like(norm), along = at::empty_like(norm);
+  AT_DISPATCH_FLOATING_TYPES(products.scalar_type(), "margin_loss", [&] {
+    const kernels::MarginRows<scalar_t> rows{
+        .products = products.mutable_data_ptr<scalar_t>(),
+        .norm = norm.const_data_ptr<scalar_t>(),
+        .losses = losses.mutable_data_ptr<scalar_t>(),
+        .along = along.mutable_data_ptr<scalar_t>(),
+        .count = products.size(0),
+        .columns = products.size(1),
+    };
+    C10_CUDA_CHECK(kernels::margin_weigh_rows(rows, margin, temperature, c10::cuda::getCurrentCUDAStream()));
   });
-  return losses;
+  return {products, losses, along};
 }
 
 std::tuple<Tensor, Tensor> margin_loss_cuda(const Tensor& features, const Tensor& prototypes, double margin,

@@ -1,8 +1,10 @@
-// The rows of margin_loss on CUDA: from the cosines q_c of a feature and all old prototypes
+// The rows of margin_loss on CUDA: from the products f . p_c of a feature and all old prototypes, with q_c = f . p_c /
+// |f|
 //
 //   z_c = tau (q_c - margin),  loss = log(1 + sum_c exp(z_c)),  w_c = exp(z_c) / (1 + sum_c exp(z_c))
 //
-// A block takes a row of any length. The largest z is found first and taken out of all exponents, so nothing overflows.
+// the loss, the weights w_c / (N |f|) and their sum along f, sum_c w_c q_c / (N |f|^2). A block takes a row of any
+// length. The largest z is found first and taken out of all exponents, so nothing overflows.
 #include "margin.h"
 
 namespace janus::kernels {
@@ -40,36 +42,44 @@ __device__ T reduce_block(T value, Op op, T* shared) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) weigh_rows_kernel(T* cosines, T* losses, int64_t columns, T margin,
-                                                              T temperature) {
+__global__ void __launch_bounds__(kThreads) weigh_rows_kernel(T* products, const T* norm, T* losses, T* along,
+                                                              int64_t columns, T margin, T temperature) {
   __shared__ T shared[kThreads];
-  T* row = cosines + blockIdx.x * columns;
+  T* row = products + blockIdx.x * columns;
+  const T length = norm[blockIdx.x];
+  const auto z = [&](T product) { return temperature * (product / length - margin); };
   T top = 0;  // the hinge's own zero takes part in the maximum; a NaN does not, but reaches the sum
-  for (int64_t c = threadIdx.x; c < columns; c += kThreads) top = Largest{}(top, temperature * (row[c] - margin));
+  for (int64_t c = threadIdx.x; c < columns; c += kThreads) top = Largest{}(top, z(row[c]));
   top = reduce_block(top, Largest{}, shared);
 
-  T sum = threadIdx.x == 0 ? exp(-top) : T{0};
+  T sum = threadIdx.x == 0 ? exp(-top) : T{0}, inside = 0;
   for (int64_t c = threadIdx.x; c < columns; c += kThreads) {
-    row[c] = exp(temperature * (row[c] - margin) - top);
-    sum += row[c];
+    const T weight = exp(z(row[c]) - top);
+    sum += weight;
+    inside += weight * row[c] / length;
+    row[c] = weight;
   }
   sum = reduce_block(sum, Sum{}, shared);
+  inside = reduce_block(inside, Sum{}, shared);
 
-  for (int64_t c = threadIdx.x; c < columns; c += kThreads) row[c] /= sum;
-  if (threadIdx.x == 0) losses[blockIdx.x] = top + log(sum);
+  const T gain = sum * length * static_cast<T>(gridDim.x);
+  for (int64_t c = threadIdx.x; c < columns; c += kThreads) row[c] /= gain;
+  if (threadIdx.x > 0) return;
+  losses[blockIdx.x] = top + log(sum);
+  along[blockIdx.x] = inside / gain / length;
 }
 
 }  // namespace
 
 template <typename T>
-cudaError_t margin_weigh_rows(T* cosines, T* losses, int64_t rows, int64_t columns, double margin, double temperature,
-                              cudaStream_t stream) {
-  weigh_rows_kernel<<<static_cast<unsigned>(rows), kThreads, 0, stream>>>(
-      cosines, losses, columns, static_cast<T>(margin), static_cast<T>(temperature));
+cudaError_t margin_weigh_rows(const MarginRows<T>& rows, double margin, double temperature, cudaStream_t stream) {
+  weigh_rows_kernel<<<static_cast<unsigned>(rows.count), kThreads, 0, stream>>>(
+      rows.products, rows.norm, rows.losses, rows.along, rows.columns, static_cast<T>(margin),
+      static_cast<T>(temperature));
   return cudaGetLastError();
 }
 
-template cudaError_t margin_weigh_rows(float*, float*, int64_t, int64_t, double, double, cudaStream_t);
-template cudaError_t margin_weigh_rows(double*, double*, int64_t, int64_t, double, double, cudaStream_t);
+template cudaError_t margin_weigh_rows(const MarginRows<float>&, double, double, cudaStream_t);
+template cudaError_t margin_weigh_rows(const MarginRows<double>&, double, double, cudaStream_t);
 
 }  // namespace janus::kernels

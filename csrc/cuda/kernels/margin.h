@@ -7,9 +7,17 @@
 
 namespace janus::kernels {
 
-// cosines [rows, columns], contiguous: overwritten with the weights w. losses [rows]: log(1 + sum_c exp(z_c)).
 template <typename T>
-cudaError_t margin_weigh_rows(T* cosines, T* losses, int64_t rows, int64_t columns, double margin, double temperature,
-                              cudaStream_t stream);
+struct MarginRows {
+  T* products;    // [count, columns], contiguous; in: f . p_c; out: w_c / (count |f|)
+  const T* norm;  // [count]: |f|, positive
+  T* losses;      // [count]: log(1 + sum_c exp(z_c))
+  T* along;       // [count]: sum_c w_c q_c / (count |f|^2)
+  int64_t count, columns;
+};
+
+// One launch on `stream`.
+template <typename T>
+cudaError_t margin_weigh_rows(const MarginRows<T>& rows, double margin, double temperature, cudaStream_t stream);
 
 }  // namespace janus::kernels

@@ -1,0 +1,46 @@
+// Left singular vectors and squared singular values of a tall matrix: what an incremental SVD keeps and a basis grows
+// by.
+//
+//   M = Q R,  R R^T = Z diag(values) Z^T in float64,  M = (Q Z) diag(sqrt(values)) (right singular vectors)^T
+//
+// Q Z is orthonormal to the dtype's rounding whatever M's rank, which an eigendecomposition of M^T M would not give,
+// and a symmetric eigendecomposition of R R^T is several times faster than an SVD of R. Squaring R costs nothing that
+// counts: float64 resolves singular values down to 1e-8 of the largest.
+#pragma once
+
+#include <ATen/ops/geqrf.h>
+#include <ATen/ops/linalg_eigh.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/ormqr.h>
+#include <ATen/ops/triu.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "checks.h"
+
+namespace janus {
+
+struct LeftFactor {
+  Tensor householder, tau;  // Q, as LAPACK keeps it
+  Tensor Z;                 // [p, p], columns by descending value; p = min(n, columns of M)
+  Tensor values;            // [p], float64, descending, not negative
+
+  // The first `count` left singular vectors, [n, count], column-major.
+  Tensor vectors(int64_t count) const {
+    const Tensor padded = at::zeros({count, householder.size(0)}, householder.options()).mT();
+    padded.slice(0, 0, Z.size(0)).copy_(Z.slice(1, 0, count));
+    return at::ormqr(householder, tau, padded);
+  }
+};
+
+inline LeftFactor left_factor(const Tensor& M) {
+  const auto [householder, tau] = at::geqrf(M);
+  const int64_t p = std::min(M.size(0), M.size(1));
+  const Tensor R = at::triu(householder.slice(0, 0, p)).to(at::kDouble);
+  const auto [ascending, Z] = at::linalg_eigh(at::matmul(R, R.mT()));
+  return {householder, tau, Z.flip(1), ascending.flip(0).clamp_min(0)};
+}
+
+}  // namespace janus

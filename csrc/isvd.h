@@ -1,0 +1,39 @@
+// Incremental SVD, device-independent: U [n, l], S [l] of all rows seen, by blocks of rows X.
+//
+//   [diag(S) U^T ; X] = (left singular vectors) diag(S') U'^T, of which the l leading values and vectors are kept;
+//   shrink: S'^2 <- S'^2 - S'_l^2 (Frequent Directions, Liberty 2013)
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
+
+#include <tuple>
+
+#include "factor.h"
+
+namespace janus {
+
+inline std::tuple<Tensor, Tensor> isvd_update(const Tensor& basis, const Tensor& singular_values, const Tensor& x,
+                                              double decay, bool shrink) {
+  check_isvd_update(basis, singular_values, x, decay);
+  const int64_t n = basis.size(0), l = basis.size(1);
+  const Tensor rows = x.reshape({-1, n});
+  Tensor U = basis.clone(), S = singular_values * std::sqrt(decay);
+  if (rows.size(0) == 0) return {U, S};
+  const Tensor stacked = at::empty({l + std::min(l, rows.size(0)), n}, basis.options());  // its transpose is M
+  for (int64_t begin = 0; begin < rows.size(0); begin += l) {
+    const Tensor block = rows.slice(0, begin, begin + l), used = stacked.slice(0, 0, l + block.size(0));
+    used.slice(0, 0, l).copy_(U.mT()).mul_(S.unsqueeze(1));
+    used.slice(0, l).copy_(block);
+    TORCH_CHECK_VALUE(at::isfinite(used).all().item<bool>(),
+                      "isvd_update: x and the state must be finite, got NaN or infinite entries");
+    const LeftFactor factor = left_factor(used.mT());
+    Tensor squares = factor.values.slice(0, 0, l);
+    if (shrink) squares = squares - squares[l - 1];
+    U = factor.vectors(l);
+    S = squares.sqrt().to(basis.scalar_type());
+  }
+  return {U.contiguous(), S};
+}
+
+}  // namespace janus
