@@ -12,6 +12,7 @@
 #include <ATen/ops/linalg_eigvalsh.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 
@@ -24,7 +25,7 @@ namespace janus {
 
 // M P = M - (M V) V^T for M [..., n].
 inline Tensor project(const Tensor& M, const OptionalTensor& basis) {
-  return is_empty(basis) ? M : M - at::matmul(at::matmul(M, *basis), basis->mT());
+  return is_empty(basis) ? M : at::matmul(at::matmul(M, *basis), basis->mT()).neg_().add_(M);
 }
 
 // The rule above for the candidates `values`, descending: at most `room`, and all of them if none reaches the energy.
@@ -80,19 +81,22 @@ inline Tensor extend_basis_factor(const Tensor& basis, const Tensor& U, const Te
                                   double energy, int64_t max_rank) {
   check_extend_basis_factor(basis, U, S, total, energy, max_rank);
   const double trace = total.item<double>(), largest = S.amax().item<double>();
-  TORCH_CHECK_VALUE(std::isfinite(trace) && std::isfinite(largest) && at::isfinite(U).all().item<bool>(),
-                    "extend_basis_factor: U, S and total must be finite, got NaN or infinite entries");
+  const auto* message = "extend_basis_factor: U, S and total must be finite, got NaN or infinite entries";
+  TORCH_CHECK_VALUE(std::isfinite(trace) && std::isfinite(largest), message);
   TORCH_CHECK_VALUE(trace > 0 && largest > 0, "extend_basis_factor: total and the largest of S must be positive, got ",
                     trace, " and ", largest);
   const int64_t n = basis.size(0), k = basis.size(1);
-  const Tensor V = basis.to(at::kDouble), scaled = U.to(at::kDouble) * (S.to(at::kDouble) / largest);
-  const Tensor inside = at::matmul(V.mT(), scaled).square().sum();
-  const LeftFactor rest = left_factor(project(scaled.mT(), V).mT());
+  const Tensor V = basis.to(at::kDouble), V_U = basis.to(U.scalar_type());
+  const Tensor rows = at::mul(U.mT(), (S / largest).unsqueeze(1)).contiguous();  // C = rows^T rows, but for largest^2
+  const Tensor inside = at::matmul(rows, V_U).to(at::kDouble).square().sum();
+  const Tensor whole = total / (largest * largest);
   const double noise = static_cast<double>(n) * epsilon(U.scalar_type());  // of a singular value, the largest being 1
-  const auto candidates = count_above(rest.values, noise * noise);
-  const Tensor whole = total.to(at::kDouble) / (largest * largest);
-  const auto added = directions_needed(rest.values.slice(0, 0, candidates), inside, whole, energy, max_rank - k);
-  return grown(V, rest.vectors(added)).to(basis.scalar_type()).contiguous();
+  const Tensor directions = [&] {
+    const LeftFactor rest = left_factor(project(rows, V_U).mT(), message);
+    const auto candidates = count_above(rest.values, noise * noise);
+    return rest.vectors(directions_needed(rest.values.slice(0, 0, candidates), inside, whole, energy, max_rank - k));
+  }();
+  return grown(V, directions.to(at::kDouble)).to(basis.scalar_type()).contiguous();
 }
 
 }  // namespace janus

@@ -8,7 +8,9 @@
 // counts: float64 resolves singular values down to 1e-8 of the largest.
 #pragma once
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/geqrf.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ormqr.h>
@@ -29,18 +31,21 @@ struct LeftFactor {
 
   // The first `count` left singular vectors, [n, count], column-major.
   Tensor vectors(int64_t count) const {
-    const Tensor padded = at::zeros({count, householder.size(0)}, householder.options()).mT();
+    Tensor padded = at::zeros({count, householder.size(0)}, householder.options()).mT();
     padded.slice(0, 0, Z.size(0)).copy_(Z.slice(1, 0, count));
-    return at::ormqr(householder, tau, padded);
+    return at::ormqr_out(padded, householder, tau, padded);
   }
 };
 
-inline LeftFactor left_factor(const Tensor& M) {
-  const auto [householder, tau] = at::geqrf(M);
+// M [n, c], column-major, is overwritten: Q takes its place. `message` says what was not finite.
+inline LeftFactor left_factor(Tensor M, const char* message) {
   const int64_t p = std::min(M.size(0), M.size(1));
-  const Tensor R = at::triu(householder.slice(0, 0, p)).to(at::kDouble);
+  Tensor tau = at::empty({p}, M.options());
+  at::geqrf_out(M, tau, M);
+  const Tensor R = at::triu(M.slice(0, 0, p)).to(at::kDouble);
+  TORCH_CHECK_VALUE(at::isfinite(R).all().item<bool>(), message);  // whatever is not finite in M has spread to R
   const auto [ascending, Z] = at::linalg_eigh(at::matmul(R, R.mT()));
-  return {householder, tau, Z.flip(1), ascending.flip(0).clamp_min(0)};
+  return {M, tau, Z.flip(1), ascending.flip(0).clamp_min(0)};
 }
 
 }  // namespace janus

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
 
 #include <tuple>
 
@@ -18,16 +17,16 @@ inline std::tuple<Tensor, Tensor> isvd_update(const Tensor& basis, const Tensor&
   check_isvd_update(basis, singular_values, x, decay);
   const int64_t n = basis.size(0), l = basis.size(1);
   const Tensor rows = x.reshape({-1, n});
-  Tensor U = basis.clone(), S = singular_values * std::sqrt(decay);
-  if (rows.size(0) == 0) return {U, S};
+  Tensor U = basis, S = singular_values * std::sqrt(decay);
+  if (rows.size(0) == 0) return {U.clone(), S};
   const Tensor stacked = at::empty({l + std::min(l, rows.size(0)), n}, basis.options());  // its transpose is M
   for (int64_t begin = 0; begin < rows.size(0); begin += l) {
     const Tensor block = rows.slice(0, begin, begin + l), used = stacked.slice(0, 0, l + block.size(0));
     used.slice(0, 0, l).copy_(U.mT()).mul_(S.unsqueeze(1));
+    U.reset();  // its memory serves the new vectors
     used.slice(0, l).copy_(block);
-    TORCH_CHECK_VALUE(at::isfinite(used).all().item<bool>(),
-                      "isvd_update: x and the state must be finite, got NaN or infinite entries");
-    const LeftFactor factor = left_factor(used.mT());
+    const LeftFactor factor =
+        left_factor(used.mT(), "isvd_update: x and the state must be finite, got NaN or infinite entries");
     Tensor squares = factor.values.slice(0, 0, l);
     if (shrink) squares = squares - squares[l - 1];
     U = factor.vectors(l);
