@@ -90,10 +90,12 @@ inline Tensor extend_basis_factor(const Tensor& basis, const Tensor& U, const Te
   const Tensor rows = at::mul(U.mT(), (S / largest).unsqueeze(1)).contiguous();  // C = rows^T rows, but for largest^2
   const Tensor inside = at::matmul(rows, V_U).to(at::kDouble).square().sum();
   const Tensor whole = total / (largest * largest);
-  const double noise = static_cast<double>(n) * epsilon(U.scalar_type());  // of a singular value, the largest being 1
+  // Rounding of the factor, and of squaring it in float64; its largest singular value is 1.
+  const double noise = static_cast<double>(n) *
+                       std::max(static_cast<double>(n) * std::pow(epsilon(U.scalar_type()), 2), epsilon(at::kDouble));
   const Tensor directions = [&] {
     const LeftFactor rest = left_factor(project(rows, V_U).mT(), message);
-    const auto candidates = count_above(rest.values, noise * noise);
+    const auto candidates = count_above(rest.values, noise);
     return rest.vectors(directions_needed(rest.values.slice(0, 0, candidates), inside, whole, energy, max_rank - k));
   }();
   return grown(V, directions.to(at::kDouble)).to(basis.scalar_type()).contiguous();

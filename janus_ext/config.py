@@ -11,7 +11,7 @@ from janus_ext.errors import ArgumentError
 BenchmarkName = Literal["emoji"]
 MethodName = Literal["janus", "lora"]
 Rectify = Literal["auto", "none", "project", "tangent", "exact"]
-Estimator = Literal["auto", "gram", "none"]
+Estimator = Literal["auto", "gram", "isvd", "none"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TrainConfig:
     rectify: Rectify = "auto"
     """Gradient rectification (GR); auto: exact with --method janus, none with --method lora."""
     estimator: Estimator = "auto"
-    """Online estimation (OE) of the protected inputs, none protects nothing; auto: gram with --method janus."""
+    """Online estimation (OE) of the protected inputs: gram (exact), isvd (less memory), none; auto: the method's."""
     margin_weight: float | None = None
     """Weight of the decoupled margin loss (DML), 0 leaves it out; by default 0.5 with --method janus."""
     margin: float = 0.2
@@ -114,6 +114,8 @@ class TrainConfig:
                 f"--energy-end {self.energy_end:g} is below --energy-start {self.energy_start:g}: "
                 "what one task protects cannot be given up by the next"
             )
+        if self.estimator == "isvd" and self.energy_power == 2:
+            raise ArgumentError("--energy-power 2 needs the Gram matrix: use --estimator gram, not isvd")
         if self.rectify == "project" and self.estimator == "none":
             raise ArgumentError(
                 "--rectify project removes what --estimator found; with --estimator none it does nothing"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext import ops
 from janus_ext.errors import ArgumentError, StatisticsError
+from janus_ext.statistics import SKETCH_RANK, Gram, Sketch, Statistics
 
-ESTIMATORS = ("gram",)
+ESTIMATORS = ("gram", "isvd")
 
 
 class OnlineEstimator:
@@ -21,12 +21,20 @@ class OnlineEstimator:
 
     Args:
         dim: input width n of the layer.
-        estimator: "gram", the exact n x n matrix sum x x^T.
+        estimator: "gram", the exact n x n matrix sum x x^T; or "isvd", an incremental SVD in n x l numbers, exact while
+            the inputs have rank l or less.
+        rank: l of "isvd", at most dim; None: 256, or dim where that is less. "gram" has none.
         decay: in (0, 1]; the statistics are multiplied by it before each observed batch.
+        shrink: "isvd" as Frequent Directions, see `janus_ext.ops.isvd_update`.
         name: of the layer, for messages.
-        energy_power: 1 or 2, see `janus_ext.ops.extend_basis`.
+        energy_power: 1 or 2, see `janus_ext.ops.extend_basis`; "isvd" knows 1 only.
         dtype: float32 or float64, of statistics and basis.
         device: of both.
+
+    Attributes:
+        basis: V [dim, k], what is protected.
+        statistics: what was seen since the last commit.
+        rows: how many inputs that were.
 
     Raises:
         ArgumentError: a value outside these.
@@ -36,8 +44,10 @@ class OnlineEstimator:
         self,
         dim: int,
         estimator: str = "gram",
-        *,
+        rank: int | None = None,
         decay: float = 1.0,
+        *,
+        shrink: bool = False,
         name: str = "layer",
         energy_power: int = 1,
         dtype: torch.dtype = torch.float32,
@@ -51,15 +61,32 @@ class OnlineEstimator:
             raise ArgumentError(f"OnlineEstimator: decay must be in (0, 1], got {decay:g}")
         if energy_power not in (1, 2):
             raise ArgumentError(f"OnlineEstimator: energy_power must be 1 or 2, got {energy_power}")
-        self.dim, self.decay, self.name, self.energy_power = dim, decay, name, energy_power
-        self.gram = torch.zeros(dim, dim, dtype=dtype, device=device)
+        self.dim, self.decay, self.name = dim, decay, name
+        self.statistics: Statistics
+        if estimator == "gram":
+            if rank is not None or shrink:
+                raise ArgumentError("OnlineEstimator: rank and shrink belong to estimator='isvd', got 'gram'")
+            self.statistics = Gram(dim, energy_power, dtype, device)
+        else:
+            rank = min(dim, SKETCH_RANK) if rank is None else rank
+            if not 1 <= rank <= dim:
+                raise ArgumentError(f"OnlineEstimator: rank must be from 1 to dim = {dim}, got {rank}")
+            if energy_power != 1:
+                raise ArgumentError("OnlineEstimator: energy_power must be 1 with estimator='isvd', got 2")
+            self.statistics = Sketch(dim, rank, shrink, dtype, device)
         self.basis = torch.zeros(dim, 0, dtype=dtype, device=device)
         self.rows = 0
         self._warned = False
 
     def observe(self, x: Tensor) -> None:
-        """Add the inputs x [..., dim] of one batch, any floating dtype."""
-        ops.gram_update_(self.gram, x.detach(), self.decay)
+        """Add the inputs x [..., dim] of one batch, any floating dtype.
+
+        Raises StatisticsError where "isvd" meets NaN or inf; "gram" carries them on to the commit, which raises.
+        """
+        try:
+            self.statistics.observe(x.detach(), self.decay)
+        except ValueError as error:
+            raise StatisticsError(f"{self.name}: {error}; nothing was added") from error
         self.rows += x.numel() // self.dim
 
     def extended(self, energy: float, max_rank: int | None = None) -> Tensor:
@@ -81,11 +108,11 @@ class OnlineEstimator:
         if self.rows == 0:
             raise StatisticsError(f"{self.name}: commit needs observed inputs, got none since the last commit")
         try:
-            basis = ops.extend_basis(self.basis, self.gram, energy, cap, self.energy_power)
+            basis = self.statistics.extended(self.basis, energy, cap)
         except ValueError as error:
             raise StatisticsError(f"{self.name}: {error}; the previous basis stays in force") from error
-        if basis.shape[1] == cap < self.dim and not self._warned:
-            self._warn_of_cap(energy, cap)
+        if not self._warned:
+            self._warn_of_what_is_missing(basis, energy, cap)
         return basis
 
     def commit(self, energy: float, max_rank: int | None = None) -> Tensor:
@@ -94,44 +121,61 @@ class OnlineEstimator:
         Arguments and errors as there; when it raises, nothing has changed.
         """
         self.basis = self.extended(energy, max_rank)
-        self.gram.zero_()
+        self.statistics.clear()
         self.rows = 0
         return self.basis
 
-    def _warn_of_cap(self, energy: float, cap: int) -> None:
-        wanted = ops.extend_basis(self.basis, self.gram, energy, self.dim, self.energy_power).shape[1]
-        if wanted > cap:
+    def _warn_of_what_is_missing(self, basis: Tensor, energy: float, cap: int) -> None:
+        """One warning a layer, where the cap or the sketch's rank keeps the basis from the energy."""
+        message = None
+        if basis.shape[1] == cap < self.dim:
+            wanted = self.statistics.extended(self.basis, energy, self.dim).shape[1]
+            if wanted > cap:
+                message = f"an energy of {energy:g} wants {wanted} protected directions, the cap is {cap}"
+        elif isinstance(self.statistics, Sketch):
+            held = self.statistics.energy_in(basis)
+            if held < energy - torch.finfo(basis.dtype).eps * self.dim:
+                rank = len(self.statistics.S)
+                message = f"an energy of {energy:g} was asked, the sketch of rank {rank} holds {held:.4g}: raise rank"
+        if message is not None:
             self._warned = True
-            warnings.warn(
-                f"{self.name}: an energy of {energy:g} wants {wanted} protected directions, the cap is {cap}",
-                stacklevel=3,
-            )
+            warnings.warn(f"{self.name}: {message}", stacklevel=4)
 
     def merge(self, other: "OnlineEstimator") -> None:
         """Add what another estimator of the same layer and task observed; `other` is not changed."""
         if other.dim != self.dim:
             raise ArgumentError(f"{self.name}: other must have dim {self.dim}, got {other.dim}")
-        self.gram += other.gram.to(self.gram)
+        if type(other.statistics) is not type(self.statistics):
+            kinds = [type(e.statistics).__name__ for e in (self, other)]
+            raise ArgumentError(f"{self.name}: other must hold a {kinds[0]}, got a {kinds[1]}")
+        self.statistics.merge(other.statistics)
         self.rows += other.rows
 
     def all_reduce(self, group: Any = None) -> None:
         """Sum the statistics over the processes of a `torch.distributed` group (None: all): the same on every one."""
-        rows = torch.tensor(self.rows, device=self.gram.device)
-        torch.distributed.all_reduce(self.gram, group=group)
+        rows = torch.tensor(self.rows, device=self.basis.device)
+        self.statistics.all_reduce(group)
         torch.distributed.all_reduce(rows, group=group)
         self.rows = int(rows)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """gram [dim, dim], basis [dim, k] and the number of observed rows."""
-        return {"gram": self.gram.clone(), "basis": self.basis.clone(), "rows": torch.tensor(self.rows)}
+        """Copies of the statistics (gram [dim, dim], or U [dim, l], S [l] and total), basis [dim, k], rows."""
+        tensors = {**self.statistics.tensors(), "basis": self.basis, "rows": torch.tensor(self.rows)}
+        return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict()`; raises ArgumentError when it belongs to another width."""
-        if tuple(state["gram"].shape) != (self.dim, self.dim) or state["basis"].shape[0] != self.dim:
+        """Continue from `state_dict()`; raises ArgumentError when it is of another width, kind or rank."""
+        shapes = {name: list(tensor.shape) for name, tensor in self.statistics.tensors().items()}
+        found = {name: list(state[name].shape) if name in state else None for name in shapes}
+        if found != shapes or state["basis"].shape[0] != self.dim:
             raise ArgumentError(
-                f"{self.name}: state must have gram [{self.dim}, {self.dim}], got {list(state['gram'].shape)} "
+                f"{self.name}: state must have {_listed(shapes)}, got {_listed(found)} "
                 f"with basis {list(state['basis'].shape)}"
             )
-        self.gram = state["gram"].to(self.gram, copy=True)
-        self.basis = state["basis"].to(self.gram, copy=True)
+        self.statistics.load(state)
+        self.basis = state["basis"].to(self.basis, copy=True)
         self.rows = int(state["rows"])
+
+
+def _listed(shapes: dict[str, list[int] | None]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -182,8 +182,8 @@ def extend_basis_factor(
 ) -> Tensor:
     """`extend_basis` from an incremental SVD, C = U diag(S^2) U^T; no n x n matrix is formed.
 
-    Directions whose singular value is below n * eps * (largest of S) never count. A sketch has lost energy: where it
-    cannot reach the share of `total` that is asked for, all it holds is taken.
+    Directions whose singular value is below n * eps or 1.5e-8 sqrt(n) times the largest of S never count. A sketch has
+    lost energy: where it cannot reach the share of `total` that is asked for, all it holds is taken.
 
     Args:
         basis: [n, k], float32 or float64, orthonormal; k = 0 starts from nothing.

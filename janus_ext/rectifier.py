@@ -68,6 +68,7 @@ class GradientRectifier:
         rectify: for pairs: "none", "project", "tangent" (only while nothing is protected) or "exact". Own layers have
             their own, and must be made with rectify_in="step".
         damping, share, balance: for pairs; see `janus_ext.ops.lora_linear`.
+        estimator, estimator_rank: "gram" or "isvd" and its rank, see `OnlineEstimator`.
         energy_power: see `janus_ext.ops.extend_basis`.
 
     Raises:
@@ -84,19 +85,21 @@ class GradientRectifier:
         damping: float = ops.DAMPING,
         share: float = ops.SHARE,
         balance: bool = True,
+        estimator: str = "gram",
+        estimator_rank: int | None = None,
         energy_power: int = 1,
     ) -> None:
         if not 0 <= energy <= 1:
             raise ArgumentError(f"GradientRectifier: energy must be in [0, 1], got {energy:g}")
         check_rectification("GradientRectifier", 1.0, rectify, damping, share)
         options = {"rectify": rectify, "damping": damping, "share": share, "balance": balance}
-        self.energy, self.energy_power = energy, energy_power
+        self.energy = energy
         self._entries = [_entry(name, item, options) for name, item in _named(layers)]
         if not self._entries:
             raise ArgumentError("GradientRectifier: layers must hold at least one LoRA layer or (A, B) pair, got none")
-        self.estimators = self._make_estimators()
+        self.estimators = self._make_estimators(estimator, estimator_rank, energy_power)
 
-    def _make_estimators(self) -> dict[str, OnlineEstimator]:
+    def _make_estimators(self, kind: str, rank: int | None, energy_power: int) -> dict[str, OnlineEstimator]:
         """One for each observed module: pairs that share a module share their input, hence the estimator."""
         estimators: dict[str, OnlineEstimator] = {}
         by_module: dict[int, OnlineEstimator] = {}
@@ -105,7 +108,7 @@ class GradientRectifier:
             if key not in by_module:
                 where = {"dtype": entry.A.dtype, "device": entry.A.device}
                 by_module[key] = OnlineEstimator(
-                    entry.A.shape[-1], name=entry.name, energy_power=self.energy_power, **where
+                    entry.A.shape[-1], kind, rank, name=entry.name, energy_power=energy_power, **where
                 )
             estimators[entry.name] = by_module[key]
         return estimators

@@ -266,9 +266,11 @@ def extend_basis_factor(basis: Tensor, U: Tensor, S: Tensor, total: Tensor, ener
     )
     V, scaled = basis.double(), U.double() * (S.double() / largest)
     vectors, values, _ = torch.linalg.svd(project(scaled.mT, V).mT, full_matrices=False)
-    candidates = values[values > n * torch.finfo(U.dtype).eps]  # below: rounding of the factor, whose largest is 1
+    # Rounding of the factor, and of squaring it in float64, as the compiled op does; its largest singular value is 1.
+    noise = n * max(n * torch.finfo(U.dtype).eps ** 2, torch.finfo(torch.float64).eps)
+    squares = values[values**2 > noise] ** 2
     inside, whole = (V.mT @ scaled).square().sum(), total / largest**2
-    added = directions_needed(candidates**2, inside, whole, energy, max_rank - k)
+    added = directions_needed(squares, inside, whole, energy, max_rank - k)
     return grown(V, vectors[:, :added]).to(basis.dtype).contiguous()
 
 

@@ -62,7 +62,7 @@ def test_split_order_and_merge_do_not_matter(device: str) -> None:
     parts[0].merge(parts[1])
     parts[0].merge(parts[2])
     assert parts[0].rows == whole.rows == 120
-    assert_close(parts[0].gram, whole.gram, torch.float64)
+    assert_close(parts[0].statistics.gram, whole.statistics.gram, torch.float64)
 
 
 def test_all_reduce_equals_one_process(tmp_path) -> None:
@@ -76,7 +76,7 @@ def _reduce_worker(rank: int, store: str) -> None:
     estimator.observe(x[rank::2])
     estimator.all_reduce()
     assert estimator.rows == 64
-    assert_close(estimator.gram, x.mT @ x, torch.float64)
+    assert_close(estimator.statistics.gram, x.mT @ x, torch.float64)
     torch.distributed.destroy_process_group()
 
 
@@ -85,7 +85,7 @@ def test_commit_starts_new_statistics_and_grows_the_basis() -> None:
     directions = torch.eye(10, dtype=torch.float64)
     estimator.observe(torch.randn(30, 3, dtype=torch.float64) @ directions[:3])
     assert estimator.commit(1.0).shape == (10, 3)
-    assert estimator.rows == 0 and not estimator.gram.any()
+    assert estimator.rows == 0 and not estimator.statistics.gram.any()
     estimator.observe(torch.randn(30, 2, dtype=torch.float64) @ directions[2:4])
     assert estimator.commit(1.0).shape == (10, 4)
 
@@ -121,7 +121,7 @@ def test_cap_warns_once_with_both_numbers() -> None:
     ("use", "message"),
     [
         (lambda: OnlineEstimator(6, decay=2.0), r"decay must be in \(0, 1\], got 2"),
-        (lambda: OnlineEstimator(6, "svd"), "estimator must be one of gram, got 'svd'"),
+        (lambda: OnlineEstimator(6, "svd"), "estimator must be one of gram, isvd, got 'svd'"),
         (lambda: OnlineEstimator(6, energy_power=3), "energy_power must be 1 or 2, got 3"),
         (lambda: OnlineEstimator(6).commit(2.0), r"energy must be in \[0, 1\], got 2"),
         (lambda: OnlineEstimator(6).commit(0.9, max_rank=7), "max_rank must be from k = 0 to dim = 6, got 7"),
@@ -142,7 +142,7 @@ def test_state_dict_round_trip() -> None:
     other = OnlineEstimator(6)
     other.load_state_dict(estimator.state_dict())
     assert torch.equal(other.commit(0.9), estimator.commit(0.9))
-    with pytest.raises(ArgumentError, match=r"gram \[7, 7\], got \[6, 6\]"):
+    with pytest.raises(ArgumentError, match=r"gram \[7, 7\], got gram \[6, 6\]"):
         OnlineEstimator(7).load_state_dict(estimator.state_dict())
 
 

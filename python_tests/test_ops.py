@@ -33,8 +33,9 @@ def sample_inputs(op: str, device: str, dtype: torch.dtype = torch.float64) -> l
             {"basis": V, "singular_values": make(k).abs(), "x": x, "decay": 0.5, "shrink": s} for s in (False, True)
         ],
         "extend_basis_factor": [
-            {"basis": V, "U": orthonormal(n, 7, dtype, device), "S": torch.linspace(2, 0.5, 7).to(device, dtype), "energy": e, "max_rank": 10,
-             "total": torch.tensor(20.0, dtype=torch.float64, device=device)} for e in (0.2, 0.99)
+            {"basis": V, "U": orthonormal(n, 7, dtype, device), "S": torch.linspace(2, 0.5, 7).to(device, dtype),
+             "total": torch.tensor(20.0, dtype=torch.float64, device=device), "energy": e, "max_rank": 10}
+            for e in (0.2, 0.99)
         ],
         "lora_linear": [{**linear, **mode} for mode in modes] + [dict(linear, basis=None)],
         "lora_qkv": [{**qkv, **mode} for mode in modes],

@@ -296,7 +296,7 @@ def test_commit_is_all_or_nothing_and_clears_the_optimizer() -> None:
         rectifier.commit()
     assert rectifier.estimators["0"].rows == 40 and rectifier.estimators["0"].basis.shape[1] == 0
     assert optimizer.state[layers[0].A]
-    rectifier.estimators["1"].gram.copy_(torch.diag(torch.logspace(0, -3, 24)))
+    rectifier.estimators["1"].statistics.gram.copy_(torch.diag(torch.logspace(0, -3, 24)))
     rectifier.commit()
     assert not optimizer.state[layers[0].A]
 
