@@ -1,14 +1,18 @@
-"""The registry of kernel benchmarks: a stable name, what is timed, and what it is timed against."""
+"""The registry of kernel benchmarks: a stable name, what is timed, what it is timed against, and the target."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from janus_ext import ops, reference
+
+Run = Callable[[], Any]
+Build = Callable[[str], tuple[Run, Run]]
 
 
 @dataclass(frozen=True)
@@ -17,16 +21,19 @@ class Case:
 
     name: str
     against: str
-    build: Callable[[str], tuple[Callable[[], Any], Callable[[], Any]]]
+    build: Build
+    targets: dict[str, float] = field(default_factory=dict)
+    """Ratio to reach, by device."""
     tolerance: float = 1e-4
+    """Largest relative difference of the two results."""
 
 
 def _orthonormal(n: int, k: int, device: str) -> Tensor:
     return torch.linalg.qr(torch.randn(n, k, device=device)).Q.contiguous()
 
 
-def _gram(rows: int, n: int) -> Callable[[str], tuple[Callable[[], Any], Callable[[], Any]]]:
-    def build(device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _gram(rows: int, n: int) -> Build:
+    def build(device: str) -> tuple[Run, Run]:
         x = torch.randn(rows, n, device=device)
         ours, theirs = torch.zeros(n, n, device=device), torch.zeros(n, n, device=device)
         return (
@@ -37,7 +44,34 @@ def _gram(rows: int, n: int) -> Callable[[str], tuple[Callable[[], Any], Callabl
     return build
 
 
-def _rectify(device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _gram_bf16(rows: int, n: int) -> Build:
+    """bfloat16 x, float32 Gram matrix. The library has this product on a GPU; on a CPU x is cast first."""
+
+    def build(device: str) -> tuple[Run, Run]:
+        x = torch.randn(2 * rows if device == "cuda" else rows, n, device=device).bfloat16()
+        ours, theirs = torch.zeros(n, n, device=device), torch.zeros(n, n, device=device)
+
+        def library() -> Tensor:
+            if device == "cuda":
+                return theirs.mul_(0.5).add_(torch.mm(x.mT, x, out_dtype=torch.float32))
+            upcast = x.float()
+            return theirs.mul_(0.5).addmm_(upcast.mT, upcast)
+
+        _no_less_exact(lambda: ops.gram_update_(torch.zeros_like(ours), x), x)
+        return lambda: ops.gram_update_(ours, x, 0.5), library
+
+    return build
+
+
+def _no_less_exact(gram: Callable[[], Tensor], x: Tensor) -> None:
+    """Raises unless the error against float64 is at most that of the float32 product of the same x, to 1e-5."""
+    exact, upcast = x.double().mT @ x.double(), x.float()
+    errors = [float((g.double() - exact).norm() / exact.norm()) for g in (gram(), upcast.mT @ upcast)]
+    if not errors[0] <= errors[1] + 1e-5:
+        raise ValueError(f"gram_update_ of bfloat16 has error {errors[0]:.1e}, the float32 product {errors[1]:.1e}")
+
+
+def _rectify(device: str) -> tuple[Run, Run]:
     """24 pairs 768 x 10 exact, k = 384; K and V of a block share V."""
     n, r, k, blocks = 768, 10, 384, 12
     bases = [_orthonormal(n, k, device) for _ in range(blocks)]
@@ -46,7 +80,7 @@ def _rectify(device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     B = [torch.randn(n, r, device=device) for _ in V]
     grad_A, grad_B = [torch.randn_like(a) for a in A], [torch.randn_like(b) for b in B]
 
-    def call(function: Callable[..., None]) -> Callable[[], Any]:
+    def call(function: Callable[..., None]) -> Run:
         def run() -> list[Tensor]:
             gA, gB = [g.clone() for g in grad_A], [g.clone() for g in grad_B]
             function(A, B, gA, gB, V, [1.0] * len(V))
@@ -57,7 +91,7 @@ def _rectify(device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return call(ops.rectify_), call(torch.no_grad()(reference.rectify_))
 
 
-def _lora_linear(device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _lora_linear(device: str) -> tuple[Run, Run]:
     """Forward and backward, x 12608 x 768, r = 10, k = 384 exact, against the plain layer x A^T B^T under autograd."""
     n, r = 768, 10
     linear = nn.Linear(n, n, device=device).requires_grad_(False)
@@ -65,22 +99,45 @@ def _lora_linear(device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     A = ops.project(torch.randn(r, n, device=device), V).requires_grad_()
     B = torch.randn(n, r, device=device, requires_grad=True)
     x = torch.randn(12608, n, device=device, requires_grad=True)
-    seed = torch.randn(12608, n, device=device)
-
-    def run(forward: Callable[[], Tensor]) -> Callable[[], Any]:
-        def step() -> Tensor:
-            A.grad = B.grad = x.grad = None
-            y = forward()
-            y.backward(seed)
-            return y
-
-        return step
-
-    ours = run(lambda: ops.lora_linear(x, linear.weight, linear.bias, A, B, V))
-    return ours, run(lambda: linear(x) + F.linear(F.linear(x, A), B))
+    return (
+        _step(lambda: ops.lora_linear(x, linear.weight, linear.bias, A, B, V), x, A, B),
+        _step(lambda: linear(x) + F.linear(F.linear(x, A), B), x, A, B),
+    )
 
 
-def _margin(device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _lora_qkv(device: str) -> tuple[Run, Run]:
+    """The same on K and V of a fused qkv, against two plain LoRA layers added to its slices."""
+    n, r = 768, 10
+    linear = nn.Linear(n, 3 * n, device=device).requires_grad_(False)
+    V = _orthonormal(n, 384, device)
+    A = ops.project(torch.randn(2, r, n, device=device), V).requires_grad_()
+    B = torch.randn(2, n, r, device=device, requires_grad=True)
+    x = torch.randn(12608, n, device=device, requires_grad=True)
+
+    def plain() -> Tensor:
+        y = linear(x)
+        y[:, n : 2 * n] += F.linear(F.linear(x, A[0]), B[0])
+        y[:, 2 * n :] += F.linear(F.linear(x, A[1]), B[1])
+        return y
+
+    return _step(lambda: ops.lora_qkv(x, linear.weight, linear.bias, A, B, V), x, A, B), _step(plain, x, A, B)
+
+
+def _step(forward: Callable[[], Tensor], *leaves: Tensor) -> Run:
+    """Forward, and backward from a fixed gradient; the gradients are those of a plain layer but for rectification."""
+    seed = torch.randn_like(forward())
+
+    def run() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        y = forward()
+        y.backward(seed)
+        return y
+
+    return run
+
+
+def _margin(device: str) -> tuple[Run, Run]:
     """Forward and backward, 128 x 768 features, 345 prototypes."""
     features = torch.randn(128, 768, device=device, requires_grad=True)
     prototypes = F.normalize(torch.randn(345, 768, device=device), dim=1)
@@ -100,22 +157,57 @@ def _margin(device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     return run(lambda: ops.margin_loss(features, prototypes, 0.2, 16.0)), run(eager)
 
 
-def _commit(device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """n = 768, k = 200, against the plain-torch reference."""
+def _commit(device: str) -> tuple[Run, Run]:
+    """n = 768, k = 200, energy 0.99 of the squared eigenvalues, as InfLoRA's DualGPM grows its basis."""
     x = torch.randn(4096, 768, device=device) * torch.logspace(0, -2, 768, device=device)
-    gram, V = x.mT @ x, _orthonormal(768, 200, device)
-    return tuple(lambda f=f: _projector(f(V, gram, 0.95, 758)) for f in (ops.extend_basis, reference.extend_basis))
+    gram, V = x.mT @ x / len(x), _orthonormal(768, 200, device)
+    H, F0 = gram.cpu().numpy(), V.cpu().numpy()
+    return (
+        lambda: _projector(ops.extend_basis(V, gram, 0.99, 758, energy_power=2)),
+        lambda: _projector(torch.from_numpy(_dual_gpm(H, F0, 0.99)).to(device)),
+    )
+
+
+def _dual_gpm(H: np.ndarray, basis: np.ndarray, threshold: float) -> np.ndarray:
+    """DualGPM's growing step (Liang & Li 2024): two singular value decompositions of n x n matrices."""
+    total = (np.linalg.svd(H, full_matrices=False)[1] ** 2).sum()
+    U, S, _ = np.linalg.svd(H - basis @ (basis.T @ H), full_matrices=False)
+    share = (total - (S**2).sum()) / total
+    added = 0
+    while share < threshold:
+        share += S[added] ** 2 / total
+        added += 1
+    return np.hstack([basis, U[:, :added]])
 
 
 def _projector(V: Tensor) -> Tensor:
     return V @ V.mT
 
 
+def _isvd(device: str) -> tuple[Run, Run]:
+    """n = 8192, l = 256, 2048 rows of rank 128: both are exact then, and give the same products C z."""
+    n, l = 8192, 256  # noqa: E741
+    x = torch.randn(2048, 128, device=device) @ torch.randn(128, n, device=device) / 128
+    z = torch.randn(n, 4, device=device)
+    start = torch.zeros(n, l, device=device), torch.zeros(l, device=device)
+    gram = torch.zeros(n, n, device=device)
+
+    def sketch() -> Tensor:
+        U, S = ops.isvd_update(*start, x)
+        return U @ (S[:, None] ** 2 * (U.mT @ z))
+
+    return sketch, lambda: ops.gram_update_(gram.zero_(), x) @ z
+
+
 CASES = [
-    Case("gram-768", "C.mul_(d).addmm_(X.T, X)", _gram(12608, 768)),
-    Case("gram-384", "C.mul_(d).addmm_(X.T, X)", _gram(6304, 384)),
-    Case("rectify", "plain-torch reference, layer by layer", _rectify),
-    Case("lora-linear", "plain LoRA layer under autograd, forward + backward", _lora_linear),
-    Case("margin", "eager formula, forward + backward", _margin),
-    Case("commit", "plain-torch reference", _commit),
+    Case("gram-768", "C.mul_(d).addmm_(X.T, X), N = 12608", _gram(12608, 768), {"cpu": 1.4, "cuda": 1.3}),
+    Case("gram-384", "C.mul_(d).addmm_(X.T, X), N = 6304", _gram(6304, 384), {"cpu": 1.4}),
+    Case("gram-bf16-768", "upcast, addmm_ (GPU: mm to float32)", _gram_bf16(12608, 768), {"cpu": 2.0, "cuda": 1.3}),
+    Case("gram-bf16-384", "upcast, addmm_ (GPU: mm to float32)", _gram_bf16(6304, 384), {"cpu": 2.0}),
+    Case("rectify", "plain-torch reference, layer by layer", _rectify, {"cpu": 2.0, "cuda": 10.0}),
+    Case("lora-linear", "plain LoRA layer under autograd", _lora_linear, {"cpu": 1.0, "cuda": 1.0}),
+    Case("lora-qkv", "two plain LoRA layers under autograd", _lora_qkv, {"cpu": 1.0, "cuda": 1.0}),
+    Case("margin", "eager formula", _margin, {"cpu": 1.15}),
+    Case("commit", "DualGPM's SVD route in NumPy", _commit, {"cpu": 3.0}, tolerance=1e-3),
+    Case("isvd", "gram_update_ of the same rows, n = 8192", _isvd, tolerance=1e-3),
 ]

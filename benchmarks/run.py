@@ -2,6 +2,8 @@
 
 python benchmarks/run.py list
 python benchmarks/run.py run [names] [--device cuda] [--json FILE]
+python benchmarks/run.py compare a.json b.json
+python benchmarks/run.py table FILE
 """
 
 import argparse
@@ -54,6 +56,7 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
         "ms": 1e3 * mine,
         "against_ms": 1e3 * other,
         "ratio": ratio,
+        "target": case.targets.get(device),
         "difference": difference,
     }
 
@@ -78,30 +81,70 @@ def processor() -> str:
     return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["list", "run"])
-    parser.add_argument("names", nargs="*", help="only these cases")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    unknown = set(arguments.names) - {case.name for case in CASES}
+def chosen(names: list[str]) -> list[Case]:
+    """The cases of these names, all of them for no name."""
+    unknown = set(names) - {case.name for case in CASES}
     if unknown:
-        parser.error(f"no such case: {', '.join(sorted(unknown))}; `list` prints them")
+        raise SystemExit(f"no such case: {', '.join(sorted(unknown))}; `list` prints them")
+    return [case for case in CASES if not names or case.name in names]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, print, and write JSON where asked."""
     rows = []
-    for case in CASES:
-        if arguments.names and case.name not in arguments.names:
-            continue
-        if arguments.action == "list":
-            print(f"{case.name:<12} against {case.against}")
-            continue
+    for case in chosen(arguments.names):
         rows.append(measure(case, arguments.device, arguments.repeats))
         print(
-            "{case:<12} {ms:8.2f} ms  against {against_ms:8.2f} ms  ratio {ratio:.2f}  ({against})".format(**rows[-1])
+            "{case:<14} {ms:8.2f} ms  against {against_ms:8.2f} ms  ratio {ratio:5.2f}  ({against})".format(**rows[-1])
         )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"about": about(arguments.device), "cases": rows}, indent=1) + "\n")
+
+
+def table(path: Path) -> str:
+    """The README's table of a JSON file."""
+    results = json.loads(path.read_text())
+    lines = ["| case | against | ours, ms | theirs, ms | ratio | target |", "|---|---|---|---|---|---|"]
+    for row in results["cases"]:
+        target = "-" if row["target"] is None else f"{row['target']:g}"
+        lines.append(
+            "| `{case}` | {against} | {ms:.2f} | {against_ms:.2f} | {ratio:.2f} | ".format(**row) + f"{target} |"
+        )
+    return "\n".join(lines)
+
+
+def compare(before: Path, after: Path) -> bool:
+    """Prints how the ratios of two JSON files differ; whether none fell by more than a tenth or is missing."""
+    old, new = ({row["case"]: row["ratio"] for row in json.loads(p.read_text())["cases"]} for p in (before, after))
+    for name in old | new:
+        change = f"{new[name] / old[name] - 1:+8.1%}" if name in old and name in new else "   alone"
+        print(f"{name:<14} {old.get(name, float('nan')):6.2f} -> {new.get(name, float('nan')):6.2f} {change}")
+    return all(name in new and new[name] >= 0.9 * ratio for name, ratio in old.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="the cases")
+    running = actions.add_parser("run", help="measure")
+    running.add_argument("names", nargs="*", help="only these cases")
+    running.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    running.add_argument("--repeats", type=int, default=15)
+    running.add_argument("--json", type=Path)
+    comparing = actions.add_parser("compare", help="ratios of two JSON files; status 1 where one fell by a tenth")
+    comparing.add_argument("before", type=Path)
+    comparing.add_argument("after", type=Path)
+    actions.add_parser("table", help="a JSON file as Markdown").add_argument("json", type=Path)
+    arguments = parser.parse_args()
+    if arguments.action == "list":
+        for case in CASES:
+            print(f"{case.name:<14} against {case.against}")
+    elif arguments.action == "run":
+        run(arguments)
+    elif arguments.action == "table":
+        print(table(arguments.json))
+    elif not compare(arguments.before, arguments.after):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ inline void check_dtype(const std::string& op, const char* name, const Tensor& t
   if (std::find(allowed.begin(), allowed.end(), tensor.scalar_type()) != allowed.end()) return;
   std::string wanted;
   for (auto type : allowed) wanted += (wanted.empty() ? "" : ", ") + dtype_name(type);
-  TORCH_CHECK_TYPE(false, op, ": ", name, " must be ", wanted, ", got ", dtype_name(tensor.scalar_type()));
+  const std::string found = tensor.defined() ? dtype_name(tensor.scalar_type()) : "None";
+  TORCH_CHECK_TYPE(false, op, ": ", name, " must be ", wanted, ", got ", found);
 }
 
 inline void check_shape(const std::string& op, const char* name, const Tensor& tensor, at::IntArrayRef shape) {

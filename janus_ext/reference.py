@@ -35,9 +35,10 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_dtype(op: str, name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
-    if tensor.dtype not in allowed:
+    found = None if tensor is None else tensor.dtype  # the dispatcher lets None pass for a tensor
+    if found not in allowed:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise TypeError(f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise TypeError(f"{op}: {name} must be {wanted}, got {str(found).removeprefix('torch.')}")
 
 
 def _require_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:

@@ -125,6 +125,7 @@ BAD = [
         ValueError,
         r"layer 0: grad_B must hold every element once, got an expanded tensor",
     ),
+    ("gram_update_", {"gram": None}, TypeError, "gram must be float32, float64, got None"),
     ("gram_update_", {"decay": 0.0}, ValueError, r"decay must be in \(0, 1\], got 0"),
     ("gram_update_", {"decay": float("nan")}, ValueError, "decay must be"),
     ("extend_basis", {"energy": 1.5}, ValueError, r"energy must be in \[0, 1\], got 1.5"),
