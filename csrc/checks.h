@@ -210,6 +210,34 @@ inline void check_lora_qkv(const Tensor& x, const Tensor& weight, const Optional
   check_shape(op, "weight", weight, {3 * B.size(1), A.size(2)});
 }
 
+// What the forward saved, and a gradient of its output: nobody else calls this op, but nothing it is given may crash
+// it.
+inline void check_lora_backward(const Tensor& grad_y, const Tensor& x, const Tensor& xA, const Tensor& effective,
+                                const Tensor& weight, const Tensor& A, const Tensor& B, const OptionalTensor& basis,
+                                double scale, std::string_view rectify, double damping, double share,
+                                at::IntArrayRef offsets) {
+  const std::string op = "lora_backward";
+  check_rectify(op, scale, rectify, damping, share);
+  check_factors(op, A, B, basis);
+  check_linear(op, x, weight, std::nullopt, A);
+  check_dtype(op, "effective", effective, {A.scalar_type()});
+  check_shape(op, "effective", effective, A.sizes());
+  check_device(op, "effective", effective, A);
+  auto shape = x.sizes().vec();
+  const auto check_rows = [&](const char* name, const Tensor& rows, int64_t width) {
+    check_dtype(op, name, rows, {x.scalar_type()});
+    shape.back() = width;
+    check_shape(op, name, rows, shape);
+    check_device(op, name, rows, A);
+  };
+  check_rows("grad_y", grad_y, weight.size(0));
+  check_rows("xA", xA, A.size(0) * A.size(1));
+  const int64_t last = weight.size(0) - B.size(1);
+  TORCH_CHECK_VALUE(static_cast<int64_t>(offsets.size()) == A.size(0) &&
+                        std::all_of(offsets.begin(), offsets.end(), [&](int64_t o) { return 0 <= o && o <= last; }),
+                    op, ": offsets must be ", A.size(0), " numbers from 0 to ", last, ", got ", list_text(offsets));
+}
+
 inline void check_margin_loss(const Tensor& features, const Tensor& prototypes, double margin, double temperature) {
   const std::string op = "margin_loss";
   check_dtype(op, "features", features, kInputs);

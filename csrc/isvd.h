@@ -12,14 +12,12 @@
 
 namespace janus {
 
-inline std::tuple<Tensor, Tensor> isvd_update(const Tensor& basis, const Tensor& singular_values, const Tensor& x,
-                                              double decay, bool shrink) {
-  check_isvd_update(basis, singular_values, x, decay);
-  const int64_t n = basis.size(0), l = basis.size(1);
-  const Tensor rows = x.reshape({-1, n});
-  Tensor U = basis, S = singular_values * std::sqrt(decay);
-  if (rows.size(0) == 0) return {U.clone(), S};
-  const Tensor stacked = at::empty({l + std::min(l, rows.size(0)), n}, basis.options());  // its transpose is M
+using Sketch = std::tuple<Tensor, Tensor>;  // U, S
+
+// The rows [N, n], at least one, by blocks of l. What it works on is free again when it returns.
+inline Sketch absorb_rows(Tensor U, Tensor S, const Tensor& rows, bool shrink) {
+  const int64_t n = U.size(0), l = U.size(1);
+  const Tensor stacked = at::empty({l + std::min(l, rows.size(0)), n}, U.options());  // its transpose is factored
   for (int64_t begin = 0; begin < rows.size(0); begin += l) {
     const Tensor block = rows.slice(0, begin, begin + l), used = stacked.slice(0, 0, l + block.size(0));
     used.slice(0, 0, l).copy_(U.mT()).mul_(S.unsqueeze(1));
@@ -30,9 +28,18 @@ inline std::tuple<Tensor, Tensor> isvd_update(const Tensor& basis, const Tensor&
     Tensor squares = factor.values.slice(0, 0, l);
     if (shrink) squares = squares - squares[l - 1];
     U = factor.vectors(l);
-    S = squares.sqrt().to(basis.scalar_type());
+    S = squares.sqrt().to(S.scalar_type());
   }
-  return {U.contiguous(), S};
+  return {U, S};
+}
+
+inline Sketch isvd_update(const Tensor& basis, const Tensor& singular_values, const Tensor& x, double decay,
+                          bool shrink) {
+  check_isvd_update(basis, singular_values, x, decay);
+  const Tensor rows = x.reshape({-1, basis.size(0)}), S = singular_values * std::sqrt(decay);
+  if (rows.size(0) == 0) return {basis.clone(), S};
+  const auto [new_U, new_S] = absorb_rows(basis, S, rows, shrink);
+  return {new_U.contiguous(), new_S};
 }
 
 }  // namespace janus

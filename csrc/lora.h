@@ -64,6 +64,7 @@ inline Triple lora_backward(const Tensor& grad_y, const Tensor& x, const Tensor&
                             const Tensor& weight, const Tensor& A, const Tensor& B, const OptionalTensor& basis,
                             double scale, std::string_view rectify, double damping, double share, bool balance,
                             at::IntArrayRef offsets, bool need_x) {
+  check_lora_backward(grad_y, x, xA, effective, weight, A, B, basis, scale, rectify, damping, share, offsets);
   const auto type = x.scalar_type();
   const int64_t g = A.size(0), r = A.size(1), m = B.size(1);
   const Tensor gy = rows_of(grad_y), rows = rows_of(x);

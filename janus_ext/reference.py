@@ -508,6 +508,11 @@ def lora_backward(
     need_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dL/dx [..., n] (empty unless `need_x`) and the rectified gradients of A [g, r, n] and B [g, m, r]."""
+    op = "lora_backward"
+    check_rectify(op, scale, rectify, damping, share)
+    check_factors(op, A, B, basis)
+    check_linear(op, x, weight, None, A)
+    check_saved(op, grad_y, x, xA, effective, weight, A, B, offsets)
     g, r, n = A.shape
     m = B.shape[1]
     gy, rows = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, n)
@@ -524,6 +529,32 @@ def lora_backward(
         grad_B = torch.stack([scale * (s.mT @ inner[:, i * r : (i + 1) * r]) for i, s in enumerate(slices)]).to(B.dtype)
         grad_A, grad_B = rectified(effective, B, grad_A, grad_B, basis, scale, rectify, damping, share, balance)
     return grad_x, grad_A, grad_B
+
+
+def check_saved(
+    op: str,
+    grad_y: Tensor,
+    x: Tensor,
+    xA: Tensor,
+    effective: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    offsets: Sequence[int],
+) -> None:
+    """What the forward saved, and a gradient of its output."""
+    _require_dtype(op, "effective", effective, (A.dtype,))
+    _require_shape(op, "effective", effective, A.shape)
+    _require_device(op, A, effective=effective)
+    for name, rows, width in (("grad_y", grad_y, weight.shape[0]), ("xA", xA, A.shape[0] * A.shape[1])):
+        _require_dtype(op, name, rows, (x.dtype,))
+        _require_shape(op, name, rows, (*x.shape[:-1], width))
+        _require_device(op, A, **{name: rows})
+    last = weight.shape[0] - B.shape[1]
+    _require(
+        len(offsets) == A.shape[0] and all(0 <= o <= last for o in offsets),
+        f"{op}: offsets must be {A.shape[0]} numbers from 0 to {last}, got {list(offsets)}",
+    )
 
 
 # ------------------------------------------------------------------------------------------------ Decoupled Margin Loss

@@ -96,8 +96,8 @@ class Sketch(Statistics):
 
     def observe(self, x: Tensor, decay: float) -> None:
         U, S = ops.isvd_update(self.U, self.S, x, decay, self.shrink)
-        blocks = x.reshape(-1, x.shape[-1]).split(len(self.S))  # in float64, and never all of x at once
-        self.total = sum((block.double().square().sum() for block in blocks), decay * self.total)
+        lengths = torch.linalg.vector_norm(x, dim=-1, dtype=U.dtype)
+        self.total = decay * self.total + lengths.double().square().sum()
         self.U, self.S = U, S
 
     def extended(self, basis: Tensor, energy: float, cap: int) -> Tensor:

@@ -57,7 +57,7 @@ def test_wrong_calls_raise_and_change_nothing(op: str) -> None:
         before = [t.clone() for t in _strided(sample)]
         try:
             getattr(torch.ops.janus_ext, op)(**sample)
-        except (ValueError, TypeError, IndexError, RuntimeError):
+        except (ValueError, TypeError, RuntimeError):
             refused += 1
             assert all(
                 torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(_strided(sample), before, strict=True)
