@@ -1,6 +1,7 @@
 """When is the Gram matrix the better estimator, and when the incremental SVD? Time and peak memory of both by width.
 
 python benchmarks/estimators.py [--json FILE]
+python benchmarks/estimators.py --table FILE
 
 Each measurement is a process of its own (Linux: the peak is VmHWM, reset before the call): an observation of 2,048
 rows, then the commit to an energy of 0.9. Rows are Gaussian with a spectrum that falls by a factor of 1,000.
@@ -63,11 +64,24 @@ def measure(kind: str, width: int) -> dict[str, Any]:
     return row
 
 
+def table(path: Path) -> str:
+    """The README's table of a JSON file."""
+    lines = ["| width | estimator | observe, ms | peak, MB | commit, ms | peak, MB |", "|---|---|---|---|---|---|"]
+    for row in json.loads(path.read_text())["cases"]:
+        commit = f"{row['commit_ms']:.0f} | {row['commit_mb']:.0f}" if "commit_ms" in row else "- | -"
+        lines.append("| {width} | {estimator} | {observe_ms:.1f} | {observe_mb:.1f} | ".format(**row) + f"{commit} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("ESTIMATOR", "WIDTH"), help=argparse.SUPPRESS)
+    parser.add_argument("--table", type=Path, help="print a JSON file as Markdown")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(arguments.table))
+        return
     if arguments.one:
         print(json.dumps(measure(arguments.one[0], int(arguments.one[1]))))
         return

@@ -34,6 +34,7 @@ ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
     "all": ("tangent", "gram", 0.5),
     "OE+GR exact": ("exact", "gram", 0.0),
     "all exact": ("exact", "gram", 0.5),
+    "all exact, incremental SVD": ("exact", "isvd", 0.5),
 }
 
 

@@ -1,0 +1,77 @@
+"""The benchmarks' registry and tables: figures in the README are those of the JSON files beside them."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def call(command: str) -> subprocess.CompletedProcess[str]:
+    """`command` as the documents spell it, run with this Python at the checkout's root."""
+    words = shlex.split(command)
+    assert words[0] == "python"
+    return subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def results(path: Path, **ratios: float) -> Path:
+    path.write_text(json.dumps({"cases": [{"case": name, "ratio": ratio} for name, ratio in ratios.items()]}))
+    return path
+
+
+def generated_blocks() -> list[tuple[str, str]]:
+    """(command, text) of every generated block of the README."""
+    parts = (ROOT / "README.md").read_text().split("<!-- end -->")[:-1]
+    blocks = [part.rpartition("<!-- ")[2].partition(" -->\n") for part in parts]
+    return [(head.partition(": ")[2], text.strip()) for head, _, text in blocks]
+
+
+@pytest.mark.parametrize(("command", "text"), generated_blocks(), ids=lambda value: value[:40])
+def test_tables_are_what_their_commands_print(command: str, text: str) -> None:
+    done = call(command)
+    assert done.returncode == 0, done.stderr
+    assert text == done.stdout.strip()
+
+
+def test_every_target_is_a_case_and_measured() -> None:
+    listed = [line.split()[0] for line in call("python benchmarks/run.py list").stdout.splitlines()]
+    measured = {row["case"]: row for row in json.loads((BENCHMARKS / "results/cpu.json").read_text())["cases"]}
+    assert list(measured) == listed
+    with_target = {
+        "gram-768",
+        "gram-384",
+        "gram-bf16-768",
+        "gram-bf16-384",
+        "rectify",
+        "lora-linear",
+        "margin",
+        "commit",
+    }
+    assert with_target <= {name for name, row in measured.items() if row["target"]}
+
+
+def test_a_case_runs_and_writes_json(tmp_path: Path) -> None:
+    done = call(f"python benchmarks/run.py run margin --repeats 2 --json {tmp_path / 'a.json'}")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "a.json").read_text())["cases"]
+    assert row["case"] == "margin" and row["ratio"] > 0 and row["difference"] < 1e-4
+
+
+def test_compare_tells_a_loss(tmp_path: Path) -> None:
+    before, same = (
+        results(tmp_path / "a.json", gram=1.5, margin=1.1),
+        results(tmp_path / "b.json", gram=1.45, margin=1.2),
+    )
+    worse, missing = results(tmp_path / "c.json", gram=1.2, margin=1.1), results(tmp_path / "d.json", gram=1.5)
+    codes = [call(f"python benchmarks/run.py compare {before} {after}").returncode for after in (same, worse, missing)]
+    assert codes == [0, 1, 1]
+
+
+def test_unknown_names_are_refused() -> None:
+    done = call("python benchmarks/run.py run nothing")
+    assert done.returncode != 0 and "no such case: nothing" in done.stderr
