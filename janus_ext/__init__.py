@@ -15,7 +15,7 @@ from janus_ext.errors import (
     TaskBoundaryError,
     TrainingError,
 )
-from janus_ext.estimator import OnlineEstimator
+from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.lora import LoRALinear, LoRAQKV, inject
 from janus_ext.margin import ClassPrototypes, DecoupledMarginLoss
 from janus_ext.rectifier import GradientRectifier, LoRAPair
@@ -38,5 +38,6 @@ __all__ = [
     "TaskBoundaryError",
     "TrainingError",
     "inject",
+    "observing",
     "ops",
 ]

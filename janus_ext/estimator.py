@@ -5,10 +5,13 @@ devices by one all-reduce.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from janus_ext.errors import ArgumentError, StatisticsError
 from janus_ext.statistics import SKETCH_RANK, Gram, Sketch, Statistics
@@ -34,7 +37,6 @@ class OnlineEstimator:
     Attributes:
         basis: V [dim, k], what is protected.
         statistics: what was seen since the last commit.
-        rows: how many inputs that were.
 
     Raises:
         ArgumentError: a value outside these.
@@ -75,8 +77,13 @@ class OnlineEstimator:
                 raise ArgumentError("OnlineEstimator: energy_power must be 1 with estimator='isvd', got 2")
             self.statistics = Sketch(dim, rank, shrink, dtype, device)
         self.basis = torch.zeros(dim, 0, dtype=dtype, device=device)
-        self.rows = 0
+        self._rows = torch.zeros((), dtype=torch.int64, device=device)  # a tensor: torch.compile would fix a number
         self._warned = False
+
+    @property
+    def rows(self) -> int:
+        """How many inputs were observed since the last commit."""
+        return int(self._rows)
 
     def observe(self, x: Tensor) -> None:
         """Add the inputs x [..., dim] of one batch, any floating dtype.
@@ -87,7 +94,7 @@ class OnlineEstimator:
             self.statistics.observe(x.detach(), self.decay)
         except ValueError as error:
             raise StatisticsError(f"{self.name}: {error}; nothing was added") from error
-        self.rows += x.numel() // self.dim
+        self._rows += x.numel() // self.dim
 
     def extended(self, energy: float, max_rank: int | None = None) -> Tensor:
         """The basis that `commit` would put in force, [dim, k]; nothing changes.
@@ -122,7 +129,7 @@ class OnlineEstimator:
         """
         self.basis = self.extended(energy, max_rank)
         self.statistics.clear()
-        self.rows = 0
+        self._rows.zero_()
         return self.basis
 
     def _warn_of_what_is_missing(self, basis: Tensor, energy: float, cap: int) -> None:
@@ -149,18 +156,16 @@ class OnlineEstimator:
             kinds = [type(e.statistics).__name__ for e in (self, other)]
             raise ArgumentError(f"{self.name}: other must hold a {kinds[0]}, got a {kinds[1]}")
         self.statistics.merge(other.statistics)
-        self.rows += other.rows
+        self._rows += other.rows
 
     def all_reduce(self, group: Any = None) -> None:
         """Sum the statistics over the processes of a `torch.distributed` group (None: all): the same on every one."""
-        rows = torch.tensor(self.rows, device=self.basis.device)
         self.statistics.all_reduce(group)
-        torch.distributed.all_reduce(rows, group=group)
-        self.rows = int(rows)
+        torch.distributed.all_reduce(self._rows, group=group)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the statistics (gram [dim, dim], or U [dim, l], S [l] and total), basis [dim, k], rows."""
-        tensors = {**self.statistics.tensors(), "basis": self.basis, "rows": torch.tensor(self.rows)}
+        tensors = {**self.statistics.tensors(), "basis": self.basis, "rows": self._rows}
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -174,8 +179,32 @@ class OnlineEstimator:
             )
         self.statistics.load(state)
         self.basis = state["basis"].to(self.basis, copy=True)
-        self.rows = int(state["rows"])
+        self._rows = state["rows"].to(self._rows, copy=True)
 
 
 def _listed(shapes: dict[str, list[int] | None]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+
+
+@contextmanager
+def observing(module: nn.Module, estimator: OnlineEstimator) -> Iterator[None]:
+    """Within it, the estimator observes the first argument of every forward pass of the module, compiled or not.
+
+    The instance's `forward` is wrapped, which torch.compile checks before it runs a graph. A hook would do in eager
+    mode, but to a graph that was compiled without it torch.compile never adds it, and says nothing. Nested contexts on
+    one module end in reverse order.
+    """
+    patched = vars(module).get("forward")  # by an outer `observing`, or somebody else
+
+    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        estimator.observe(x)
+        return type(self).forward(self, x, *args, **kwargs) if patched is None else patched(x, *args, **kwargs)
+
+    module.forward = MethodType(forward, module)  # bound, so that a deep copy runs its own weights
+    try:
+        yield
+    finally:
+        if patched is None:
+            del module.forward
+        else:
+            module.forward = patched

@@ -1,11 +1,13 @@
 """LoRA layers whose update leaves a protected input subspace alone, and their way into a timm Vision Transformer.
 
 A layer lives through tasks: `protect(basis)`, train A and B with any optimizer, `merge()`, and again. Between merge and
-protect the optimizer's state for A and B is worthless: start it anew.
+protect the optimizer's state for A and B is worthless: start it anew. A compiled graph (torch.compile) is not: the one
+of the first task serves all of them.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,8 @@ class LoRALayer(nn.Module):
         dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
         self.A = nn.Parameter(torch.empty(*shape_A, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.empty(*shape_B, dtype=dtype, device=device))
-        self.register_buffer("basis", torch.zeros(linear.in_features, 0, dtype=dtype, device=device))
+        self.register_buffer("basis", None)
+        self._hold(torch.zeros(linear.in_features, 0, dtype=dtype, device=device))
         self.reset()
 
     @property
@@ -85,7 +88,7 @@ class LoRALayer(nn.Module):
         defect = float((V.mT @ V - torch.eye(V.shape[1], dtype=V.dtype, device=V.device)).norm())
         if not defect <= ORTHONORMALITY:
             raise ArgumentError(f"basis must be orthonormal, |V^T V - I| <= {ORTHONORMALITY:g}, got {defect:g}")
-        self.basis = basis.to(self.A).clone()
+        self._hold(basis.to(self.A))
         self._project_A()
 
     @torch.no_grad()
@@ -142,15 +145,42 @@ class LoRALayer(nn.Module):
 
     def _call_options(self) -> dict[str, float | str | bool | Tensor]:
         defer = self.rectify_in == "step"
-        if defer and self.rectify == "tangent" and self.basis.shape[1] > 0:
+        if self._needs_no_basis() and self.basis.shape[1] > 0:
             raise ArgumentError("rectify='tangent' with a basis needs G V: make the layer with rectify_in='backward'")
-        return {"basis": self.basis, "scale": self.scale, "defer": defer, **self.options()}
+        return {"basis": self._seen_basis(), "scale": self.scale, "defer": defer, **self.options()}
+
+    def _seen_basis(self) -> Tensor:
+        """`self.basis`, by a way on which torch.compile takes its k as open: the shapes of buffers it always fixes."""
+        return self.basis if torch.compiler.is_exporting() else vars(self)["_buffers"]["basis"]
+
+    def _needs_no_basis(self) -> bool:
+        """Whether the layer works only while k = 0: deferred factor gradients do not hold the G V that it needs."""
+        return self.rectify_in == "step" and self.rectify == "tangent"
+
+    def _hold(self, basis: Tensor) -> None:
+        """Keep a copy of V that one compiled graph serves whatever k is: k is left open, no stride depends on it."""
+        from torch._dynamo.decorators import mark_unbacked  # a second of import, which every optimizer pays anyway
+
+        n, k = basis.shape
+        self.basis = basis.new_empty_strided((n, k), (1, n)).copy_(basis)
+        if not self._needs_no_basis():
+            mark_unbacked(self.basis, 1)  # no recompilation for k = 0 or 1 either
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LoRALayer":
+        super()._apply(*args, **kwargs)
+        self._hold(self.basis)  # a tensor of another device or dtype is a new one
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "basis"] = destination[prefix + "basis"].contiguous()  # safetensors takes no other strides
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         stored = state_dict.get(prefix + "basis")
         if stored is not None and stored.dim() == 2 and stored.shape[0] == self.in_features:  # k is data
-            self.basis = self.basis.new_zeros(self.in_features, stored.shape[1])
+            self.basis = self.basis.new_zeros(stored.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._hold(self.basis)
 
 
 def violation(change: Tensor, basis: Tensor) -> float:

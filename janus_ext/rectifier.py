@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from janus_ext import ops
 from janus_ext.errors import ArgumentError, TaskBoundaryError
-from janus_ext.estimator import OnlineEstimator
+from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.lora import LoRALayer, check_rectification, project_rows_
 
 
@@ -115,9 +115,9 @@ class GradientRectifier:
 
     @contextmanager
     def observe(self) -> Iterator[None]:
-        """Within it, the inputs of every layer are observed in each forward pass.
+        """Within it, the inputs of every layer are observed in each forward pass, compiled ones included.
 
-        Pairs without a module cannot be hooked: feed `rectifier.estimators[name].observe(x)` yourself.
+        Pairs without a module cannot be watched: feed `rectifier.estimators[name].observe(x)` yourself.
         """
         with ExitStack() as stack:
             hooked: set[int] = set()
@@ -126,7 +126,7 @@ class GradientRectifier:
                     raise ArgumentError(f"{entry.name}: observe() needs the pair's module, got None")
                 if id(entry.module) not in hooked:
                     hooked.add(id(entry.module))
-                    stack.callback(_hook(entry.module, self.estimators[entry.name]).remove)
+                    stack.enter_context(observing(entry.module, self.estimators[entry.name]))
             yield
 
     def commit(self, energy: float | None = None) -> None:
@@ -239,10 +239,6 @@ class GradientRectifier:
         for entry in self._entries:
             if entry.layer is None:
                 entry.pair_basis = self.estimators[entry.name].basis
-
-
-def _hook(module: nn.Module, estimator: OnlineEstimator) -> Any:
-    return module.register_forward_pre_hook(lambda _, inputs: estimator.observe(inputs[0]))
 
 
 def _named(layers: nn.Module | Mapping[str, Any] | Iterable[Any]) -> list[tuple[str, Any]]:

@@ -11,12 +11,12 @@ For every task t = 0 .. T-1:
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from janus_ext.estimator import OnlineEstimator
+from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.margin import DecoupledMarginLoss
 from janus_ext.methods.base import Task, TaskReport, below
 from janus_ext.methods.lora import SequentialLoRA
@@ -33,20 +33,18 @@ class Janus(SequentialLoRA):
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
         self.estimators = {} if config.estimator == "none" else self._make_estimators()
-        self.observing: list[torch.utils.hooks.RemovableHandle] = []
+        self.observing = ExitStack()
         self.rectifier = None if self.rectified_in_backward else GradientRectifier(self.layers)
         self.margin_loss = DecoupledMarginLoss(config.margin, config.temperature, config.margin_weight)
 
     # OE: online estimation -------------------------------------------------------------------------------------------
     def begin_epoch(self, is_last: bool) -> None:
         if is_last:
-            self.observing = [
-                self.layers[name].register_forward_pre_hook(_observe_with(estimator))
-                for name, estimator in self.estimators.items()
-            ]
+            for name, estimator in self.estimators.items():
+                self.observing.enter_context(observing(self.layers[name], estimator))
 
     def close_task(self, task: Task) -> TaskReport:
-        self._stop_observing()
+        self.observing.close()
         energy = self.config.energy_start
         energy += (self.config.energy_end - self.config.energy_start) * task.index / task.total
         bases = self._commit(energy)
@@ -98,17 +96,3 @@ class Janus(SequentialLoRA):
             )
             for name, layer in self.layers.items()
         }
-
-    def _stop_observing(self) -> None:
-        for handle in self.observing:
-            handle.remove()
-        self.observing = []
-
-
-def _observe_with(estimator: OnlineEstimator):  # noqa: ANN202
-    """A forward-pre-hook that shows a layer's input to ``estimator``."""
-
-    def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-        estimator.observe(args[0].detach())
-
-    return hook
