@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from janus_ext import ClassPrototypes, DecoupledMarginLoss, OnlineEstimator, inject
+from janus_ext import ClassPrototypes, DecoupledMarginLoss, OnlineEstimator, inject, observing
 from janus_ext.backbone import ContinualClassifier, load_backbone
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
@@ -27,20 +27,15 @@ for classes in benchmark.tasks[:2]:
     optimizer = torch.optim.AdamW([*factors, *model.heads[-1].parameters()], lr=1e-3)  # fresh for every task
 
     for epoch in range(8):
-        hooks: list[torch.utils.hooks.RemovableHandle] = []
-        if epoch == 7:  # Online Estimation looks at the inputs of the last epoch
-            for name, layer in layers.items():
-                hooks.append(layer.register_forward_pre_hook(lambda _, x, e=estimators[name]: e.observe(x[0])))
-        for batch in torch.randperm(len(rows)).split(32):
-            features = model.features(images[batch])
-            loss = F.cross_entropy(model.heads[-1](features), labels[batch] - labels.min())
-            loss = loss + push(features, prototypes)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(factors, 1.0)
-            optimizer.step()
-        for hook in hooks:
-            hook.remove()
+        with observing(layers, estimators if epoch == 7 else {}):  # Online Estimation looks at the last epoch's inputs
+            for batch in torch.randperm(len(rows)).split(32):
+                features = model.features(images[batch])
+                loss = F.cross_entropy(model.heads[-1](features), labels[batch] - labels.min())
+                loss = loss + push(features, prototypes)
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(factors, 1.0)
+                optimizer.step()
 
     for name, layer in layers.items():
         print(f"{name}: |dW V| / |dW| = {layer.violation():.1e}, {layer.basis.shape[1]} directions protected")

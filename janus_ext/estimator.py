@@ -5,8 +5,8 @@ devices by one all-reduce.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
 
@@ -187,13 +187,26 @@ def _listed(shapes: dict[str, list[int] | None]) -> str:
 
 
 @contextmanager
-def observing(module: nn.Module, estimator: OnlineEstimator) -> Iterator[None]:
-    """Within it, the estimator observes the first argument of every forward pass of the module, compiled or not.
+def observing(modules: Mapping[str, nn.Module], estimators: Mapping[str, OnlineEstimator]) -> Iterator[None]:
+    """Within it, every estimator observes the first argument of each forward pass of the module of the same name.
 
-    The instance's `forward` is wrapped, which torch.compile checks before it runs a graph. A hook would do in eager
-    mode, but to a graph that was compiled without it torch.compile never adds it, and says nothing. Nested contexts on
-    one module end in reverse order.
+    So in compiled models too, where a hook would not do: to a graph that was compiled without it torch.compile never
+    adds it, and says nothing.
+
+    Raises ArgumentError where an estimator has no module.
     """
+    without = sorted(set(estimators) - set(modules))
+    if without:
+        raise ArgumentError(f"observing: modules must hold every estimator's name, {without[0]} is missing")
+    with ExitStack() as stack:
+        for name, estimator in estimators.items():
+            stack.enter_context(_observed(modules[name], estimator))
+        yield
+
+
+@contextmanager
+def _observed(module: nn.Module, estimator: OnlineEstimator) -> Iterator[None]:
+    """The instance's `forward` is wrapped, which torch.compile checks before it runs a graph."""
     patched = vars(module).get("forward")  # by an outer `observing`, or somebody else
 
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:

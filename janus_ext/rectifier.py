@@ -8,7 +8,7 @@ merge_your_factors(); rectifier.commit()    # the task's inputs are protected fr
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,14 +119,12 @@ class GradientRectifier:
 
         Pairs without a module cannot be watched: feed `rectifier.estimators[name].observe(x)` yourself.
         """
-        with ExitStack() as stack:
-            hooked: set[int] = set()
-            for entry in self._entries:
-                if entry.module is None:
-                    raise ArgumentError(f"{entry.name}: observe() needs the pair's module, got None")
-                if id(entry.module) not in hooked:
-                    hooked.add(id(entry.module))
-                    stack.enter_context(observing(entry.module, self.estimators[entry.name]))
+        for entry in self._entries:
+            if entry.module is None:
+                raise ArgumentError(f"{entry.name}: observe() needs the pair's module, got None")
+        first = {id(e.module): e for e in reversed(self._entries)}.values()  # of the pairs on one module
+        names = [entry.name for entry in first]
+        with observing({e.name: e.module for e in first}, {name: self.estimators[name] for name in names}):
             yield
 
     def commit(self, energy: float | None = None) -> None:

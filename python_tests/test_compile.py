@@ -3,7 +3,6 @@
 import copy
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from conftest import assert_close, orthonormal, subspace
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from janus_ext import GradientRectifier, LoRALinear, OnlineEstimator, inject, observing
+from janus_ext import ArgumentError, GradientRectifier, LoRALinear, OnlineEstimator, inject, observing
 from janus_ext.backbone import prepare_torchvision
 from janus_ext.lora import LoRALayer
 
@@ -104,7 +103,7 @@ def test_inductor_equals_eager_with_a_growing_basis() -> None:
             layer.protect(orthonormal(WIDTH, k, torch.float32))
             nn.init.normal_(layer.B, std=0.1)
             model.zero_grad()
-            with observing(layer, estimator):
+            with observing({"": layer}, {"": estimator}):
                 y = backward(forward, images())
             results[-1] += [y, estimator.statistics.gram.clone(), *gradients(layers)]
             layer.merge()
@@ -122,14 +121,12 @@ def test_observed_statistics_equal_eager(device: str, amp: bool) -> None:
     batches, results = [images(device, batch) for batch in (4, 4, 3, 3, 5)], []
     for compiling in (False, True):
         model, layers = vit(device, k=5)
-        estimators = [OnlineEstimator(WIDTH, decay=0.9, device=device) for _ in layers]
+        estimators = {name: OnlineEstimator(WIDTH, decay=0.9, device=device) for name in layers}
         forward, counter = compiled(model) if compiling else (model, None)
-        with ExitStack() as stack:
-            for layer, estimator in zip(layers.values(), estimators, strict=True):
-                stack.enter_context(observing(layer, estimator))
+        with observing(layers, estimators):
             for x in batches:
                 backward(forward, x, amp)
-        results.append(estimators)
+        results.append(estimators.values())
     for want, got in zip(*results, strict=True):
         assert got.rows == want.rows == 19 * 5
         assert torch.equal(got.statistics.gram, got.statistics.gram.mT)
@@ -146,7 +143,7 @@ def test_observation_of_a_compiled_module_starts_and_stops_at_once(device: str, 
     x, want = torch.randn(3, 8, device=device), torch.zeros(8, 8, device=device)
     for _ in range(3):
         forward(x)
-        with observing(model[place], estimator):
+        with observing({"": model[place]}, {"": estimator}):
             forward(x)
         seen = x if place == 0 else model[0](x)
         want += seen.detach().mT @ seen.detach()
@@ -173,8 +170,8 @@ def test_observed_pairs_of_a_compiled_model() -> None:
 def test_observation_nests_and_leaves_no_trace() -> None:
     layer, outer, inner = LoRALinear(nn.Linear(8, 8), 2), OnlineEstimator(8), OnlineEstimator(8)
     x = torch.randn(3, 8)
-    with pytest.raises(KeyError), observing(layer, outer):
-        with observing(layer, inner):
+    with pytest.raises(KeyError), observing({"": layer}, {"": outer}):
+        with observing({"": layer}, {"": inner}):
             layer(x)
         layer(x)
         raise KeyError
@@ -183,10 +180,16 @@ def test_observation_nests_and_leaves_no_trace() -> None:
     assert "forward" not in vars(layer)
 
 
+def test_an_estimator_without_a_module_is_named() -> None:
+    with pytest.raises(ArgumentError, match="modules must hold every estimator's name, blocks.1 is missing"):
+        with observing({"blocks.0": nn.Linear(2, 2)}, {"blocks.1": OnlineEstimator(2)}):
+            pass
+
+
 def test_copy_of_an_observed_layer_runs_its_own_weights() -> None:
     layer, estimator = LoRALinear(nn.Linear(8, 8), 2), OnlineEstimator(8)
     x = torch.randn(3, 8)
-    with observing(layer, estimator):
+    with observing({"": layer}, {"": estimator}):
         twin = copy.deepcopy(layer)
     nn.init.zeros_(layer.linear.weight)
     assert torch.equal(twin(x), twin.linear(x))
@@ -204,9 +207,7 @@ def life(tasks: int, compiling: bool, device: str, rectify_in: str) -> tuple[lis
     for task in range(tasks):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
         for step in range(3):
-            with ExitStack() as stack:
-                for name in layers if step == 2 else ():
-                    stack.enter_context(observing(layers[name], estimators[name]))
+            with observing(layers, estimators if step == 2 else {}):
                 optimizer.zero_grad()
                 trace.append(backward(forward, images(device)))
             if rectify_in == "step":

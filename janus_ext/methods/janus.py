@@ -40,8 +40,7 @@ class Janus(SequentialLoRA):
     # OE: online estimation -------------------------------------------------------------------------------------------
     def begin_epoch(self, is_last: bool) -> None:
         if is_last:
-            for name, estimator in self.estimators.items():
-                self.observing.enter_context(observing(self.layers[name], estimator))
+            self.observing.enter_context(observing(self.layers, self.estimators))
 
     def close_task(self, task: Task) -> TaskReport:
         self.observing.close()
