@@ -1,5 +1,8 @@
 """rectify_ and GradientRectifier: the batched form of Gradient Rectification (properties 2, 4 and 8)."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import TOLERANCE, assert_close, orthonormal
@@ -13,6 +16,7 @@ from janus_ext import (
     LoRAQKV,
     StatisticsError,
     TaskBoundaryError,
+    _native,
     ops,
     reference,
 )
@@ -80,6 +84,26 @@ def test_gradients_of_any_strides_are_rewritten_in_place(device: str) -> None:
         assert_close(got, want, torch.float64, 10)
 
 
+@pytest.mark.parametrize("mode", ["project", "exact"])
+def test_many_layers_of_any_rank_and_basis(device: str, mode: str) -> None:
+    rows = []
+    for r in (1, 10, 64):
+        for k in (0, 1, 37, 384, 448 - r):
+            for strided in (False, True):
+                V = orthonormal(448, k)
+                A, gA = ops.project(torch.randn(r, 448, dtype=torch.float64), V), torch.randn(r, 448)
+                B, gB = torch.randn(40, r), torch.randn(40, r)
+                row = [t.to(device, torch.float32) for t in (A, B, gA, gB, V)]
+                rows.append([t.mT.contiguous().mT for t in row] if strided else row)
+    options = {"rectify": mode, "damping": 0.05, "share": 0.3, "balance": True}
+    want = [reference.rectified(*(t.double().cpu() for t in row), scale=1.0, **options) for row in rows]
+    _, _, gA, gB, _ = lists = [list(column) for column in zip(*rows, strict=True)]
+    ops.rectify_(*lists, **options)
+    for a, b, (dA, dB) in zip(gA, gB, want, strict=True):
+        assert_close(a, dA, torch.float32, 10)
+        assert_close(b, dB, torch.float32, 10)
+
+
 def test_wrong_layer_is_named_and_nothing_is_written(device: str) -> None:
     A, B, gA, gB, V = layers_of(torch.float64, device, "exact")
     before = [g.clone() for g in gA]
@@ -109,6 +133,75 @@ def test_gradient_scale_passes_through(scale: float) -> None:
     ops.rectify_(A, B, *scaled, V)
     for got, want in zip(scaled[0] + scaled[1], gA + gB, strict=True):
         assert_close(got / scale, want, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------- on a GPU only
+
+
+def full_size_layers() -> list[list[torch.Tensor]]:
+    """The benchmark's case: K and V of 12 blocks, 768 x 10, k = 384, both on one basis."""
+    rows = []
+    for _ in range(12):
+        V = orthonormal(768, 384, torch.float32, "cuda")
+        for _ in "KV":
+            A, gA = ops.project(torch.randn(10, 768, device="cuda"), V), torch.randn(10, 768, device="cuda")
+            rows.append([A, torch.randn(768, 10, device="cuda"), gA, torch.randn(768, 10, device="cuda"), V])
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+needs_cuda_ops = pytest.mark.skipif(not _native.cuda_available(), reason="the compiled CUDA library is not loaded")
+
+
+@pytest.mark.cuda
+@needs_cuda_ops
+def test_a_step_takes_at_most_eight_launches_and_does_not_wait() -> None:
+    layers = full_size_layers()
+    ops.rectify_(*layers)
+    torch.cuda.synchronize()
+    mode = torch.cuda.get_sync_debug_mode()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ops.rectify_(*layers)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.synchronize()
+    on_device = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert 0 < len(on_device) <= 8, on_device
+
+
+@pytest.mark.cuda
+@needs_cuda_ops
+@pytest.mark.parametrize("mode", ["project", "exact"])
+def test_a_cuda_graph_replays_the_same_bits(mode: str) -> None:
+    A, B, gA, gB, V = full_size_layers()
+    before = [g.clone() for g in gA + gB]
+    ops.rectify_(A, B, gA, gB, V, rectify=mode)
+    want = [g.clone() for g in gA + gB]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.rectify_(A, B, gA, gB, V, rectify=mode)
+    for g, b in zip(gA + gB, before, strict=True):
+        g.copy_(b)
+    graph.replay()
+    assert all(torch.equal(g, w) for g, w in zip(gA + gB, want, strict=True))
+
+
+@pytest.mark.cuda
+@needs_cuda_ops
+def test_wrong_layer_is_named_and_ends_the_use_of_the_device() -> None:
+    code = """
+import torch
+from janus_ext import ops
+A, B, V = torch.randn(3, 40, device="cuda"), torch.randn(20, 3, device="cuda"), torch.eye(40, 5, device="cuda")
+safe = A.clone()
+safe[:, :5] = 0
+ops.rectify_([safe, A], [B, B], [torch.ones_like(A) for _ in "KV"], [torch.ones_like(B) for _ in "KV"], [V, V])
+torch.cuda.synchronize()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode != 0
+    assert "rectify_: layer 1: rectify='exact' presumes A V = 0, got |A V| = " in run.stdout, run.stdout + run.stderr
 
 
 # ------------------------------------------------------------------------------------------------- GradientRectifier

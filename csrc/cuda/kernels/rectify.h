@@ -8,10 +8,10 @@
 namespace janus::kernels {
 
 inline constexpr int kMaxRank = 64;
-inline constexpr int kLayersPerLaunch = 32;  // a batch travels as kernel parameters, of which there are 4096 bytes
+inline constexpr int kLayersPerLaunch = 26;  // a batch travels as kernel parameters, of which there are 4096 bytes
 
-// A factor or its gradient, float32 at any strides, as `count` vectors of r components: the n columns of A [r, n], the
-// m rows of B [m, r].
+// A matrix, float32 at any strides, as vectors of some components: the n columns of A [r, n] or of its gradient, the m
+// rows of B [m, r], the n rows of V [n, k].
 template <typename T>
 struct Vectors {
   T* data;
@@ -21,22 +21,28 @@ struct Vectors {
 
 struct Layer {
   Vectors<const float> A, B;
-  Vectors<float> grad_A, grad_B;  // in: s B^T G P and s G P A^T; out: rectified
+  Vectors<float> grad_A, grad_B;  // in: s B^T G and s G P A^T; out: rectified
+  Vectors<const float> basis;
   int64_t n, m;
   int rank;    // from 1 to kMaxRank
+  int k;       // 0: no basis
+  int index;   // for the message that A V is not zero
   float gain;  // 1 / s^2, of both factors unless they are balanced
 };
 
 struct RectifyOptions {
   float damping, floor;  // of the Gram matrices: see rectified.h
   float share;
+  float tolerance;  // of |A V| / |A|: beyond it the kernel prints the layer's index and traps
   bool balance;
+  bool only_project;  // grad_A <- grad_A P, and nothing else is read or written
 };
 
 // Floats that `rectify` needs to work on: what it keeps of one layer, for as many layers as one launch takes.
-int64_t rectify_workspace(int64_t layers);
+int64_t rectify_workspace(const Layer* layers, int64_t count);
 
-// Two launches for every kLayersPerLaunch layers, on `stream`. Nothing of `layers` is read after the call.
+// Four launches for every kLayersPerLaunch layers, on `stream`: two for the products with V, if there is a V, and two
+// for the rest, unless only_project. Nothing of `layers` is read after the call.
 cudaError_t rectify(const Layer* layers, int64_t count, const RectifyOptions& options, float* workspace,
                     cudaStream_t stream);
 
