@@ -8,6 +8,7 @@ python benchmarks/run.py table FILE
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -15,6 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Idle threads of NumPy's BLAS would spin on a core for 30 ms, into the next measurement; read when NumPy is imported.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import torch
 from cases import CASES, Case
