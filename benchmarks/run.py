@@ -26,6 +26,9 @@ from cases import CASES, Case
 from janus_ext import _native
 
 
+LEAST_SECONDS = 2.0  # of our side of a case: the median of a few short calls is noise
+
+
 def clock(function: Callable[[], Any], device: str) -> float:
     """Seconds of one call, the device's work included."""
     if device == "cuda":
@@ -51,6 +54,7 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     ours, theirs = case.build(device)
     difference = agree(ours(), theirs(), case.tolerance)
+    repeats = max(repeats, int(LEAST_SECONDS / clock(ours, device)))
     times = [(clock(ours, device), clock(theirs, device)) for _ in range(repeats)]
     mine, other = (statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(t / o for o, t in times)
@@ -62,6 +66,7 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
         "ratio": ratio,
         "target": case.targets.get(device),
         "difference": difference,
+        "repeats": repeats,
     }
 
 
@@ -133,7 +138,7 @@ def main() -> None:
     running = actions.add_parser("run", help="measure")
     running.add_argument("names", nargs="*", help="only these cases")
     running.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    running.add_argument("--repeats", type=int, default=15)
+    running.add_argument("--repeats", type=int, default=15, help="at least, and for two seconds")
     running.add_argument("--json", type=Path)
     comparing = actions.add_parser("compare", help="ratios of two JSON files; status 1 where one fell by a tenth")
     comparing.add_argument("before", type=Path)
