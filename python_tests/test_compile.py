@@ -90,8 +90,9 @@ def test_rectification_before_the_step_equals_eager(device: str, mode: str, k: i
         assert_close(got, want, torch.float32)
 
 
+@AMP
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_equals_eager_with_a_growing_basis() -> None:
+def test_inductor_equals_eager_with_a_growing_basis(amp: bool) -> None:
     results, counters = [], []
     for compiling in (False, True):
         model, layers = vit(depth=1)
@@ -104,12 +105,12 @@ def test_inductor_equals_eager_with_a_growing_basis() -> None:
             nn.init.normal_(layer.B, std=0.1)
             model.zero_grad()
             with observing({"": layer}, {"": estimator}):
-                y = backward(forward, images())
+                y = backward(forward, images(), amp)
             results[-1] += [y, estimator.statistics.gram.clone(), *gradients(layers)]
             layer.merge()
         counters.append(counter)
     for want, got in zip(*results, strict=True):
-        assert_close(got, want, torch.float32)
+        assert_close(got, want, torch.bfloat16 if amp else torch.float32)
     assert counters[1].frame_count == 1
 
 
