@@ -25,7 +25,6 @@ from cases import CASES, Case
 
 from janus_ext import _native
 
-
 LEAST_SECONDS = 2.0  # of our side of a case: the median of a few short calls is noise
 
 

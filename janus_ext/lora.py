@@ -147,11 +147,7 @@ class LoRALayer(nn.Module):
         defer = self.rectify_in == "step"
         if self._needs_no_basis() and self.basis.shape[1] > 0:
             raise ArgumentError("rectify='tangent' with a basis needs G V: make the layer with rectify_in='backward'")
-        return {"basis": self._seen_basis(), "scale": self.scale, "defer": defer, **self.options()}
-
-    def _seen_basis(self) -> Tensor:
-        """`self.basis`, by a way on which torch.compile takes its k as open: the shapes of buffers it always fixes."""
-        return self.basis if torch.compiler.is_exporting() else vars(self)["_buffers"]["basis"]
+        return {"basis": self._open[0], "scale": self.scale, "defer": defer, **self.options()}
 
     def _needs_no_basis(self) -> bool:
         """Whether the layer works only while k = 0: deferred factor gradients do not hold the G V that it needs."""
@@ -165,6 +161,7 @@ class LoRALayer(nn.Module):
         self.basis = basis.new_empty_strided((n, k), (1, n)).copy_(basis)
         if not self._needs_no_basis():
             mark_unbacked(self.basis, 1)  # no recompilation for k = 0 or 1 either
+        self._open = (self.basis,)  # the same tensor, on a way where torch.compile honours the mark: not so for buffers
 
     def _apply(self, *args: Any, **kwargs: Any) -> "LoRALayer":
         super()._apply(*args, **kwargs)

@@ -265,12 +265,11 @@ def test_copied_moved_and_loaded_layers_keep_k_open(change: Callable[[LoRALinear
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_has_the_basis_as_a_buffer(strict: bool) -> None:
+def test_export_has_the_basis_as_a_buffer() -> None:
     layer = LoRALinear(nn.Linear(8, 8), 2)
     layer.protect(orthonormal(8, 4))
     x = torch.randn(3, 8)
-    program = torch.export.export(layer, (x,), strict=strict)
+    program = torch.export.export(layer, (x,), strict=False)
     assert program.graph_signature.buffers == ("basis",)
     assert_close(program.module()(x), layer(x), torch.float32)
 
