@@ -43,12 +43,9 @@ inline Tensor damped_inverse(const Tensor& S, const Tensor& mean, double damping
   return at::cholesky_inverse(L);
 }
 
-// A [..., r, n], B [..., m, r]; see the formula above and reference.rectified.
-inline std::pair<Tensor, Tensor> rectified(const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,
-                                           const OptionalTensor& basis, const Rectification& options) {
-  if (options.mode == "none") return {grad_A, grad_B};
-  const Tensor safe_A = project(grad_A, basis);
-  if (options.mode == "project") return {safe_A, grad_B};
+// From s B^T G P and s G P A^T, A [..., r, n], B [..., m, r]; see the formula above and reference.rectified.
+inline std::pair<Tensor, Tensor> closest_update(const Tensor& A, const Tensor& B, const Tensor& safe_A,
+                                                const Tensor& grad_B, const Rectification& options) {
   const Tensor gram_A = at::matmul(A, A.mT()), gram_B = at::matmul(B.mT(), B);
   const Tensor mean_A = mean_eigenvalue(gram_A), mean_B = mean_eigenvalue(gram_B);
   const Tensor inverse_B = damped_inverse(gram_B, mean_B, options.damping);
@@ -59,6 +56,14 @@ inline std::pair<Tensor, Tensor> rectified(const Tensor& A, const Tensor& B, con
   if (options.balance) return {dA * mean_B, dB * mean_A};
   const double square = options.scale * options.scale;
   return {dA / square, dB / square};
+}
+
+inline std::pair<Tensor, Tensor> rectified(const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,
+                                           const OptionalTensor& basis, const Rectification& options) {
+  if (options.mode == "none") return {grad_A, grad_B};
+  const Tensor safe_A = project(grad_A, basis);
+  if (options.mode == "project") return {safe_A, grad_B};
+  return closest_update(A, B, safe_A, grad_B, options);
 }
 
 }  // namespace janus
