@@ -106,7 +106,7 @@ def _lora_linear(device: str) -> tuple[Run, Run]:
 
 
 def _lora_qkv(device: str) -> tuple[Run, Run]:
-    """The same on K and V of a fused qkv, against two plain LoRA layers added to its slices."""
+    """The same on K and V of a fused qkv, against two plain LoRA layers beside it."""
     n, r = 768, 10
     linear = nn.Linear(n, 3 * n, device=device).requires_grad_(False)
     V = _orthonormal(n, 384, device)
@@ -115,24 +115,27 @@ def _lora_qkv(device: str) -> tuple[Run, Run]:
     x = torch.randn(12608, n, device=device, requires_grad=True)
 
     def plain() -> Tensor:
-        y = linear(x)
-        y[:, n : 2 * n] += F.linear(F.linear(x, A[0]), B[0])
-        y[:, 2 * n :] += F.linear(F.linear(x, A[1]), B[1])
-        return y
+        q, k, v = linear(x).split(n, dim=1)
+        k, v = k + F.linear(F.linear(x, A[0]), B[0]), v + F.linear(F.linear(x, A[1]), B[1])
+        return torch.cat([q, k, v], dim=1)
 
     return _step(lambda: ops.lora_qkv(x, linear.weight, linear.bias, A, B, V), x, A, B), _step(plain, x, A, B)
 
 
-def _step(forward: Callable[[], Tensor], *leaves: Tensor) -> Run:
-    """Forward, and backward from a fixed gradient; the gradients are those of a plain layer but for rectification."""
-    seed = torch.randn_like(forward())
+def _step(forward: Callable[[], Tensor], x: Tensor, *factors: Tensor) -> Run:
+    """Forward, and backward from a fixed gradient: y and dL/dx, which both sides must agree on.
 
-    def run() -> Tensor:
-        for leaf in leaves:
+    The factors' gradients are timed but differ by design: ours come rectified.
+    """
+    generator = torch.Generator(x.device).manual_seed(1)
+    seed = torch.randn(forward().shape, generator=generator, device=x.device)
+
+    def run() -> list[Tensor]:
+        for leaf in (x, *factors):
             leaf.grad = None
         y = forward()
         y.backward(seed)
-        return y
+        return [y, x.grad]
 
     return run
 
@@ -206,7 +209,7 @@ CASES = [
     Case("gram-bf16-384", "upcast, addmm_ (GPU: mm to float32)", _gram_bf16(6304, 384), {"cpu": 2.0}),
     Case("rectify", "plain-torch reference, layer by layer", _rectify, {"cpu": 2.0, "cuda": 10.0}),
     Case("lora-linear", "plain LoRA layer under autograd", _lora_linear, {"cpu": 1.0, "cuda": 1.0}),
-    Case("lora-qkv", "two plain LoRA layers under autograd", _lora_qkv, {"cpu": 1.0, "cuda": 1.0}),
+    Case("lora-qkv", "two plain LoRA layers beside a fused qkv", _lora_qkv, {"cpu": 1.0, "cuda": 1.0}),
     Case("margin", "eager formula", _margin, {"cpu": 1.15}),
     Case("commit", "DualGPM's SVD route in NumPy", _commit, {"cpu": 3.0}, tolerance=1e-3),
     Case("isvd", "gram_update_ of the same rows, n = 8192", _isvd, tolerance=1e-3),

@@ -72,7 +72,7 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
 def about(device: str) -> dict[str, Any]:
     """Where and with what this was measured."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "device": name,
         "threads": torch.get_num_threads(),

@@ -1,5 +1,5 @@
-// Growing the protected basis, in float64 through ATen: the same code serves CPU and CUDA (eigh and qr are torch's
-// own).
+// Growing the protected basis through ATen: the same code serves CPU and CUDA (eigh and qr are torch's own). In
+// float64, but for the factor of an incremental SVD, which stays in its dtype until its directions are known.
 //
 //   R = P C^p P,  eigenvalues l_1 >= l_2 >= ...;  smallest q with  tr(V^T C^p V) + l_1 + ... + l_q >= energy * tr(C^p)
 //   V <- [V, orth(P [u_1 .. u_q])];  eigenvalues that are rounding of C, or of its factor, are no candidates
@@ -20,6 +20,7 @@
 
 #include "checks.h"
 #include "factor.h"
+#include "precision.h"
 
 namespace janus {
 
@@ -44,12 +45,18 @@ inline int64_t count_above(const Tensor& values, double threshold) {
   return (values > threshold).sum().item<int64_t>();
 }
 
-// [V, orth(P u)] for u [n, q] that lies outside V but for rounding. V itself does not move, nor do the signs of u.
-inline Tensor grown(const Tensor& V, const Tensor& u) {
-  if (u.size(1) == 0) return V;
-  const auto [Q, R] = at::linalg_qr(project(u.mT(), V).mT());
+// V in float64, its columns made orthonormal: P must be a projector to more than V's own rounding.
+inline Tensor orthonormal(const Tensor& V) {
+  return V.size(1) == 0 ? V.to(at::kDouble) : std::get<0>(at::linalg_qr(V.to(at::kDouble)));
+}
+
+// [V, orth(P u)] for u [n, q] that lies outside V but for rounding, P the projector off the orthonormal W of the same
+// span. V itself does not move, nor do the signs of u.
+inline Tensor grown(const Tensor& V, const Tensor& W, const Tensor& u) {
+  if (u.size(1) == 0) return V.clone(at::MemoryFormat::Contiguous);
+  const auto [Q, R] = at::linalg_qr(project(u.mT(), W).mT());
   const Tensor diagonal = R.diagonal(), ones = at::ones_like(diagonal);
-  return at::cat({V, Q * at::where(diagonal < 0, -ones, ones)}, 1);
+  return at::cat({V, (Q * at::where(diagonal < 0, -ones, ones)).to(V.scalar_type())}, 1).contiguous();
 }
 
 inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energy, int64_t max_rank,
@@ -63,7 +70,7 @@ inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energ
 
   C = C / trace;  // energy shares do not change; C^2 cannot overflow
   if (energy_power == 2) C = at::matmul(C, C);
-  const Tensor V = basis.to(at::kDouble);
+  const Tensor V = orthonormal(basis);
   const Tensor rest = project(project(C, V).mT(), V);
   const auto [ascending, vectors] = at::linalg_eigh((rest + rest.mT()) / 2);
   const Tensor values = ascending.flip(0), inside = at::matmul(V.mT(), at::matmul(C, V));
@@ -73,7 +80,7 @@ inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energ
   const auto candidates = count_above(values, static_cast<double>(n) * epsilon(gram.scalar_type()) * largest);
   const auto added = directions_needed(values.slice(0, 0, candidates), inside.trace(), C.trace(), energy, max_rank - k);
   const Tensor leading = vectors.slice(1, n - added, n).flip(1);
-  return grown(V, leading).to(basis.scalar_type()).contiguous();
+  return grown(basis, V, leading);
 }
 
 // The same from C = U diag(S^2) U^T, which is not formed, and the trace that C had before it was truncated.
@@ -86,7 +93,8 @@ inline Tensor extend_basis_factor(const Tensor& basis, const Tensor& U, const Te
   TORCH_CHECK_VALUE(trace > 0 && largest > 0, "extend_basis_factor: total and the largest of S must be positive, got ",
                     trace, " and ", largest);
   const int64_t n = basis.size(0), k = basis.size(1);
-  const Tensor V = basis.to(at::kDouble), V_U = basis.to(U.scalar_type());
+  const FullFloat32 precision;  // the factor is projected in its own dtype, new directions once more in float64
+  const Tensor V = orthonormal(basis), V_U = V.to(U.scalar_type());
   const Tensor rows = at::mul(U.mT(), (S / largest).unsqueeze(1)).contiguous();  // C = rows^T rows, but for largest^2
   const Tensor inside = at::matmul(rows, V_U).to(at::kDouble).square().sum();
   const Tensor whole = total / (largest * largest);
@@ -95,10 +103,11 @@ inline Tensor extend_basis_factor(const Tensor& basis, const Tensor& U, const Te
                        std::max(static_cast<double>(n) * std::pow(epsilon(U.scalar_type()), 2), epsilon(at::kDouble));
   const Tensor directions = [&] {
     const LeftFactor rest = left_factor(project(rows, V_U).mT(), message);
-    const auto candidates = count_above(rest.values, noise);
-    return rest.vectors(directions_needed(rest.values.slice(0, 0, candidates), inside, whole, energy, max_rank - k));
+    const Tensor values = rest.values * rest.unit.square();
+    const auto candidates = count_above(values, noise);
+    return rest.vectors(directions_needed(values.slice(0, 0, candidates), inside, whole, energy, max_rank - k));
   }();
-  return grown(V, directions.to(at::kDouble)).to(basis.scalar_type()).contiguous();
+  return grown(basis, V, directions.to(at::kDouble));
 }
 
 }  // namespace janus

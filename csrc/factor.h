@@ -8,6 +8,7 @@
 // counts: float64 resolves singular values down to 1e-8 of the largest.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/geqrf.h>
 #include <ATen/ops/isfinite.h>
@@ -18,6 +19,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "checks.h"
@@ -27,7 +29,8 @@ namespace janus {
 struct LeftFactor {
   Tensor householder, tau;  // Q, as LAPACK keeps it
   Tensor Z;                 // [p, p], columns by descending value; p = min(n, columns of M)
-  Tensor values;            // [p], float64, descending, not negative
+  Tensor values;            // [p], float64, descending, not negative, in units of unit^2
+  Tensor unit;              // the largest entry of R: no square overflows
 
   // The first `count` left singular vectors, [n, count], column-major.
   Tensor vectors(int64_t count) const {
@@ -39,13 +42,16 @@ struct LeftFactor {
 
 // M [n, c], column-major, is overwritten: Q takes its place. `message` says what was not finite.
 inline LeftFactor left_factor(Tensor M, const char* message) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;  // out= refuses what requires a gradient
   const int64_t p = std::min(M.size(0), M.size(1));
   Tensor tau = at::empty({p}, M.options());
   at::geqrf_out(M, tau, M);
   const Tensor R = at::triu(M.slice(0, 0, p)).to(at::kDouble);
-  TORCH_CHECK_VALUE(at::isfinite(R).all().item<bool>(), message);  // whatever is not finite in M has spread to R
-  const auto [ascending, Z] = at::linalg_eigh(at::matmul(R, R.mT()));
-  return {M, tau, Z.flip(1), ascending.flip(0).clamp_min(0)};
+  const Tensor unit = R.abs().amax();
+  TORCH_CHECK_VALUE(at::isfinite(unit).item<bool>(), message);  // whatever is not finite in M has spread to R
+  const Tensor scaled = R / unit.clamp_min(std::numeric_limits<double>::min());
+  const auto [ascending, Z] = at::linalg_eigh(at::matmul(scaled, scaled.mT()));
+  return {M, tau, Z.flip(1), ascending.flip(0).clamp_min(0), unit};
 }
 
 }  // namespace janus

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "factor.h"
+#include "precision.h"
 
 namespace janus {
 
@@ -28,7 +29,7 @@ inline Sketch absorb_rows(Tensor U, Tensor S, const Tensor& rows, bool shrink) {
     Tensor squares = factor.values.slice(0, 0, l);
     if (shrink) squares = squares - squares[l - 1];
     U = factor.vectors(l);
-    S = squares.sqrt().to(S.scalar_type());
+    S = (squares.sqrt() * factor.unit).to(S.scalar_type());
   }
   return {U, S};
 }
@@ -36,8 +37,9 @@ inline Sketch absorb_rows(Tensor U, Tensor S, const Tensor& rows, bool shrink) {
 inline Sketch isvd_update(const Tensor& basis, const Tensor& singular_values, const Tensor& x, double decay,
                           bool shrink) {
   check_isvd_update(basis, singular_values, x, decay);
+  const FullFloat32 precision;
   const Tensor rows = x.reshape({-1, basis.size(0)}), S = singular_values * std::sqrt(decay);
-  if (rows.size(0) == 0) return {basis.clone(), S};
+  if (rows.size(0) == 0) return {basis.clone(at::MemoryFormat::Contiguous), S};
   const auto [new_U, new_S] = absorb_rows(basis, S, rows, shrink);
   return {new_U.contiguous(), new_S};
 }

@@ -25,7 +25,7 @@ class TrainConfig:
     rectify: Rectify = "auto"
     """Gradient rectification (GR); auto: exact with --method janus, none with --method lora."""
     estimator: Estimator = "auto"
-    """Online estimation (OE) of the protected inputs: gram (exact), isvd (less memory), none; auto: the method's."""
+    """Online estimation (OE) of the protected inputs: gram (exact), isvd (wide layers), none; auto: the method's."""
     margin_weight: float | None = None
     """Weight of the decoupled margin loss (DML), 0 leaves it out; by default 0.5 with --method janus."""
     margin: float = 0.2

@@ -28,7 +28,6 @@ class OnlineEstimator:
             the inputs have rank l or less.
         rank: l of "isvd", at most dim; None: 256, or dim where that is less. "gram" has none.
         decay: in (0, 1]; the statistics are multiplied by it before each observed batch.
-        shrink: "isvd" as Frequent Directions, see `janus_ext.ops.isvd_update`.
         name: of the layer, for messages.
         energy_power: 1 or 2, see `janus_ext.ops.extend_basis`; "isvd" knows 1 only.
         dtype: float32 or float64, of statistics and basis.
@@ -49,7 +48,6 @@ class OnlineEstimator:
         rank: int | None = None,
         decay: float = 1.0,
         *,
-        shrink: bool = False,
         name: str = "layer",
         energy_power: int = 1,
         dtype: torch.dtype = torch.float32,
@@ -66,8 +64,8 @@ class OnlineEstimator:
         self.dim, self.decay, self.name = dim, decay, name
         self.statistics: Statistics
         if estimator == "gram":
-            if rank is not None or shrink:
-                raise ArgumentError("OnlineEstimator: rank and shrink belong to estimator='isvd', got 'gram'")
+            if rank is not None:
+                raise ArgumentError(f"OnlineEstimator: rank belongs to estimator='isvd', got {rank} with 'gram'")
             self.statistics = Gram(dim, energy_power, dtype, device)
         else:
             rank = min(dim, SKETCH_RANK) if rank is None else rank
@@ -75,7 +73,7 @@ class OnlineEstimator:
                 raise ArgumentError(f"OnlineEstimator: rank must be from 1 to dim = {dim}, got {rank}")
             if energy_power != 1:
                 raise ArgumentError("OnlineEstimator: energy_power must be 1 with estimator='isvd', got 2")
-            self.statistics = Sketch(dim, rank, shrink, dtype, device)
+            self.statistics = Sketch(dim, rank, dtype, device)
         self.basis = torch.zeros(dim, 0, dtype=dtype, device=device)
         self._rows = torch.zeros((), dtype=torch.int64, device=device)  # a tensor: torch.compile would fix a number
         self._warned = False
@@ -88,7 +86,8 @@ class OnlineEstimator:
     def observe(self, x: Tensor) -> None:
         """Add the inputs x [..., dim] of one batch, any floating dtype.
 
-        Raises StatisticsError where "isvd" meets NaN or inf; "gram" carries them on to the commit, which raises.
+        Raises StatisticsError where "isvd" meets NaN or inf (ValueError, and no name, within a compiled graph); "gram"
+        carries them on to the commit, which raises.
         """
         try:
             self.statistics.observe(x.detach(), self.decay)
@@ -127,10 +126,11 @@ class OnlineEstimator:
 
         Arguments and errors as there; when it raises, nothing has changed.
         """
-        self.basis = self.extended(energy, max_rank)
+        basis = self.extended(energy, max_rank)
         self.statistics.clear()
-        self._rows.zero_()
-        return self.basis
+        self._rows = torch.zeros_like(self._rows)
+        self.basis = basis
+        return basis
 
     def _warn_of_what_is_missing(self, basis: Tensor, energy: float, cap: int) -> None:
         """One warning a layer, where the cap or the sketch's rank keeps the basis from the energy."""
@@ -155,7 +155,10 @@ class OnlineEstimator:
         if type(other.statistics) is not type(self.statistics):
             kinds = [type(e.statistics).__name__ for e in (self, other)]
             raise ArgumentError(f"{self.name}: other must hold a {kinds[0]}, got a {kinds[1]}")
-        self.statistics.merge(other.statistics)
+        try:
+            self.statistics.merge(other.statistics)
+        except ValueError as error:
+            raise StatisticsError(f"{self.name}: {error}; nothing was added") from error
         self._rows += other.rows
 
     def all_reduce(self, group: Any = None) -> None:
@@ -172,10 +175,12 @@ class OnlineEstimator:
         """Continue from `state_dict()`; raises ArgumentError when it is of another width, kind or rank."""
         shapes = {name: list(tensor.shape) for name, tensor in self.statistics.tensors().items()}
         found = {name: list(state[name].shape) if name in state else None for name in shapes}
-        if found != shapes or state["basis"].shape[0] != self.dim:
+        missing = {"basis", "rows"} - set(state)
+        if found != shapes or missing or state["basis"].shape[0] != self.dim:
+            basis = list(state["basis"].shape) if "basis" in state else None
             raise ArgumentError(
-                f"{self.name}: state must have {_listed(shapes)}, got {_listed(found)} "
-                f"with basis {list(state['basis'].shape)}"
+                f"{self.name}: state must have {_listed(shapes)}, basis [{self.dim}, k] and rows, "
+                f"got {_listed(found)}, basis {basis}"
             )
         self.statistics.load(state)
         self.basis = state["basis"].to(self.basis, copy=True)
@@ -209,11 +214,13 @@ def _observed(module: nn.Module, estimator: OnlineEstimator) -> Iterator[None]:
     """The instance's `forward` is wrapped, which torch.compile checks before it runs a graph."""
     patched = vars(module).get("forward")  # by an outer `observing`, or somebody else
 
-    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        estimator.observe(x)
-        return type(self).forward(self, x, *args, **kwargs) if patched is None else patched(x, *args, **kwargs)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self is not module:  # a deep copy made meanwhile runs its own weights, unobserved
+            return type(self).forward(self, *args, **kwargs)
+        estimator.observe(args[0] if args else next(iter(kwargs.values())))
+        return type(self).forward(self, *args, **kwargs) if patched is None else patched(*args, **kwargs)
 
-    module.forward = MethodType(forward, module)  # bound, so that a deep copy runs its own weights
+    module.forward = MethodType(forward, module)
     try:
         yield
     finally:

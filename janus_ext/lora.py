@@ -16,7 +16,7 @@ from janus_ext import ops
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 
 RECTIFY_IN = ("backward", "step")
-ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, of a basis that came in half precision even
+ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half precision's of a few columns even
 
 
 class LoRALayer(nn.Module):
@@ -165,12 +165,9 @@ class LoRALayer(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> "LoRALayer":
         super()._apply(*args, **kwargs)
-        self._hold(self.basis)  # a tensor of another device or dtype is a new one
+        if self.basis is not self._open[0]:  # a tensor of another device or dtype is a new one
+            self._hold(self.basis)
         return self
-
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "basis"] = destination[prefix + "basis"].contiguous()  # safetensors takes no other strides
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         stored = state_dict.get(prefix + "basis")

@@ -99,7 +99,7 @@ def gram_update_(gram: Tensor, x: Tensor, decay: float = 1.0) -> Tensor:
     Args:
         gram: [n, n], float32 or float64, symmetric (only its sum with the update is formed, symmetry is not checked).
         x: [..., n], float64, float32, bfloat16 or float16; products accumulate in gram's dtype. float32
-            products follow torch's matmul precision setting.
+            products follow torch's matmul precision setting; bfloat16 products may flush denormals to zero.
         decay: in (0, 1]; 1 keeps every observation at full weight.
 
     Returns:
@@ -131,7 +131,8 @@ def isvd_update(
         singular_values: S, [l], U's dtype, not negative; all zero at the start.
         x: [..., n], float64, float32, bfloat16 or float16; finite.
         decay: in (0, 1], of what was seen before, in its Gram matrix: S is multiplied by its square root.
-        shrink: subtract the smallest of the l squared values from each of them (Frequent Directions, Liberty 2013; with
+        shrink: subtract the smallest of the l squared values from each of them, so that l - 1 directions remain
+            (Frequent Directions, Liberty 2013; with
             decay 1, M all rows and M_j its best rank-j approximation, for every unit v and every j < l:
             0 <= |M v|^2 - |diag(S) U^T v|^2 <= |M - M_j|_F^2 / (l - j)).
 
@@ -370,7 +371,8 @@ def rectify_(
         basis: list of V [n, k]; None or k = 0 protects nothing.
         scale: a number, or one a layer.
         rectify: as in `lora_linear`. "exact" presumes A V = 0 (checked: |A V| <= 1e-3 |A|); "tangent" with a basis
-            raises, since factor gradients do not hold G V: use it in the backward.
+            raises, since factor gradients do not hold G V: use it in the backward. On a GPU the check of A V = 0 costs
+            no wait, and so cannot raise: where it fails, the kernel prints the layer and ends the process's use of it.
         damping, share, balance: as in `lora_linear`.
     """
     scales = [float(scale)] * len(A) if isinstance(scale, (int, float)) else [float(s) for s in scale]

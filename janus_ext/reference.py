@@ -206,8 +206,9 @@ def isvd_update(
     _require_last(op, "x", x, n)
     _require_device(op, basis, x=x)
     _require(0 < decay <= 1, f"{op}: decay must be in (0, 1], got {decay:g}")
-    U, S = basis.clone(), singular_values * decay**0.5
-    for block in x.reshape(-1, n).split(l):
+    U, S = basis.clone(memory_format=torch.contiguous_format), singular_values * decay**0.5
+    rows = x.reshape(-1, n)
+    for block in rows.split(l) if len(rows) else ():
         M = torch.cat([S[:, None] * U.mT, block.to(U.dtype)])
         _require(bool(torch.isfinite(M).all()), f"{op}: x and the state must be finite, got NaN or infinite entries")
         _, values, rows = torch.linalg.svd(M.double(), full_matrices=False)
@@ -234,7 +235,7 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
 
     C = C / trace  # energy shares do not change; C^2 cannot overflow
     C = C @ C if energy_power == 2 else C
-    V = basis.double()
+    V = orthonormal(basis)
     rest = project(project(C, V).mT, V)  # P C^p P
     values, vectors = torch.linalg.eigh((rest + rest.mT) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
@@ -242,7 +243,7 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
     largest = max(float(values[0]), float(torch.linalg.eigvalsh(inside)[-1]) if k else 0.0)
     candidates = values[values > n * torch.finfo(gram.dtype).eps * largest]
     added = directions_needed(candidates, inside.trace(), C.trace(), energy, max_rank - k)
-    return grown(V, vectors[:, :added]).to(basis.dtype).contiguous()
+    return grown(basis, V, vectors[:, :added])
 
 
 def extend_basis_factor(basis: Tensor, U: Tensor, S: Tensor, total: Tensor, energy: float, max_rank: int) -> Tensor:
@@ -265,14 +266,14 @@ def extend_basis_factor(basis: Tensor, U: Tensor, S: Tensor, total: Tensor, ener
         trace > 0 and largest > 0,
         f"{op}: total and the largest of S must be positive, got {trace:g} and {largest:g}",
     )
-    V, scaled = basis.double(), U.double() * (S.double() / largest)
+    V, scaled = orthonormal(basis), U.double() * (S.double() / largest)
     vectors, values, _ = torch.linalg.svd(project(scaled.mT, V).mT, full_matrices=False)
     # Rounding of the factor, and of squaring it in float64, as the compiled op does; its largest singular value is 1.
     noise = n * max(n * torch.finfo(U.dtype).eps ** 2, torch.finfo(torch.float64).eps)
     squares = values[values**2 > noise] ** 2
     inside, whole = (V.mT @ scaled).square().sum(), total / largest**2
     added = directions_needed(squares, inside, whole, energy, max_rank - k)
-    return grown(V, vectors[:, :added]).to(basis.dtype).contiguous()
+    return grown(basis, V, vectors[:, :added])
 
 
 def directions_needed(values: Tensor, have: Tensor, total: Tensor, energy: float, room: int) -> int:
@@ -283,12 +284,20 @@ def directions_needed(values: Tensor, have: Tensor, total: Tensor, energy: float
     return min(wanted, values.numel(), room)
 
 
-def grown(V: Tensor, u: Tensor) -> Tensor:
-    """[V, orth(P u)] for u [n, q] that lies outside V but for rounding; V itself does not move, nor the signs of u."""
+def orthonormal(V: Tensor) -> Tensor:
+    """V in float64, its columns made orthonormal: P must be a projector to more than V's own rounding."""
+    return torch.linalg.qr(V.double()).Q if V.shape[1] else V.double()
+
+
+def grown(V: Tensor, W: Tensor, u: Tensor) -> Tensor:
+    """[V, orth(P u)] for u [n, q] that lies outside V but for rounding, P off the orthonormal W of V's span.
+
+    V itself does not move, nor do the signs of u.
+    """
     if u.shape[1] == 0:
-        return V
-    Q, R = torch.linalg.qr(project(u.mT, V).mT)
-    return torch.cat([V, Q * torch.where(R.diagonal() < 0, -1.0, 1.0)], dim=1)
+        return V.clone(memory_format=torch.contiguous_format)
+    Q, R = torch.linalg.qr(project(u.mT, W).mT)
+    return torch.cat([V, (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).to(V.dtype)], dim=1).contiguous()
 
 
 # ----------------------------------------------------------------------------------------------- Gradient Rectification

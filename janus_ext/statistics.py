@@ -41,8 +41,8 @@ class Statistics(ABC):
 
     def clear(self) -> None:
         """Forget everything."""
-        for tensor in self.tensors().values():
-            tensor.zero_()
+        for name, tensor in self.tensors().items():
+            setattr(self, name, torch.zeros_like(tensor))  # not in place: it may have been made in inference mode
 
     def tensors(self) -> dict[str, Tensor]:
         """The statistics by name, not copied."""
@@ -86,18 +86,17 @@ class Sketch(Statistics):
 
     names = ("U", "S", "total")
 
-    def __init__(
-        self, dim: int, rank: int, shrink: bool, dtype: torch.dtype, device: torch.device | str | None
-    ) -> None:
+    def __init__(self, dim: int, rank: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         self.U = torch.zeros(dim, rank, dtype=dtype, device=device)
         self.S = torch.zeros(rank, dtype=dtype, device=device)
         self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self.shrink = shrink
 
     def observe(self, x: Tensor, decay: float) -> None:
-        U, S = ops.isvd_update(self.U, self.S, x, decay, self.shrink)
-        lengths = torch.linalg.vector_norm(x, dim=-1, dtype=U.dtype)
-        self.total = decay * self.total + lengths.double().square().sum()
+        U, S = ops.isvd_update(self.U, self.S, x, decay)
+        blocks = x.reshape(-1, x.shape[-1]).split(len(S))  # in float64, and never all of x at once
+        self.total = sum(
+            (torch.linalg.vector_norm(block, dtype=torch.float64).square() for block in blocks), decay * self.total
+        )
         self.U, self.S = U, S
 
     def extended(self, basis: Tensor, energy: float, cap: int) -> Tensor:
@@ -107,14 +106,14 @@ class Sketch(Statistics):
         return float((basis.double().mT @ (self.U.double() * self.S.double())).square().sum() / self.total)
 
     def merge(self, other: "Sketch") -> None:
-        self.U, self.S = ops.isvd_update(self.U, self.S, (other.U * other.S).mT.to(self.U), 1.0, self.shrink)
+        self.U, self.S = ops.isvd_update(self.U, self.S, (other.U * other.S).mT.to(self.U))
         self.total = self.total + other.total.to(self.total)
 
     def all_reduce(self, group: Any) -> None:
         everyone = {name: _gathered(tensor, group) for name, tensor in self.tensors().items()}
         self.load({name: states[0] for name, states in everyone.items()})
         for U, S in list(zip(everyone["U"], everyone["S"], strict=True))[1:]:  # in rank order, the same on every rank
-            self.U, self.S = ops.isvd_update(self.U, self.S, (U * S).mT, 1.0, self.shrink)
+            self.U, self.S = ops.isvd_update(self.U, self.S, (U * S).mT)
         self.total = torch.stack(everyone["total"]).sum()
 
 

@@ -76,6 +76,31 @@ def test_rounding_of_a_float32_gram_is_no_direction(device: str) -> None:
         assert V.shape == (40, 6)
 
 
+@pytest.mark.parametrize("implementation", [ops, reference], ids=["op", "reference"])
+@pytest.mark.parametrize("factor", [False, True], ids=["gram", "factor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_basis_in_half_precision_is_not_doubled(dtype: torch.dtype, factor: bool, implementation) -> None:
+    """V is orthonormal to its own rounding only: its directions must not come again as new ones."""
+    V = orthonormal(64, 20).to(dtype).float()
+    x = torch.randn(300, 20) @ V.mT * 10 + torch.randn(300, 5) @ orthonormal(64, 5, torch.float32).mT
+    U, S, _ = torch.linalg.svd(x.mT, full_matrices=False)
+    total = x.double().square().sum()
+    if factor:
+        got = implementation.extend_basis_factor(V, U[:, :40].contiguous(), S[:40].contiguous(), total, 1.0, 64)
+    else:
+        got = implementation.extend_basis(V, x.double().mT @ x.double(), 1.0, 64)
+    assert got.shape == (64, 25) and torch.equal(got[:, :20], V)
+    new = got[:, 20:].double()
+    assert_close(new.mT @ new, torch.eye(5), torch.float32)
+    assert (V.double().mT @ new).norm() <= 1e-5
+
+
+def test_nothing_to_add_is_a_copy() -> None:
+    V = orthonormal(9, 4)
+    got = ops.extend_basis(V, torch.eye(9, dtype=torch.float64), 0.0, 9)
+    assert torch.equal(got, V) and got.data_ptr() != V.data_ptr()
+
+
 def test_max_rank_caps() -> None:
     assert ops.extend_basis(torch.zeros(9, 0), torch.eye(9), 1.0, 4).shape == (9, 4)
     V = orthonormal(9, 4, torch.float32)

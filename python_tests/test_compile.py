@@ -117,6 +117,19 @@ def test_inductor_equals_eager_with_a_growing_basis(amp: bool) -> None:
 # --------------------------------------------------------------------------------------------------------- observation
 
 
+def test_observed_sketch_equals_eager(device: str) -> None:
+    x, results = images(device), []
+    for compiling in (False, True):
+        model, layers = vit(device, k=5)
+        estimators = {name: OnlineEstimator(WIDTH, "isvd", 20, device=device) for name in layers}
+        with observing(layers, estimators):
+            for _ in range(2):
+                backward(compiled(model)[0] if compiling else model, x)
+        results.append([e.commit(0.9) for e in estimators.values()])
+    for want, got in zip(*results, strict=True):
+        assert_close(subspace(got), subspace(want), torch.float32, 10)
+
+
 @AMP
 def test_observed_statistics_equal_eager(device: str, amp: bool) -> None:
     batches, results = [images(device, batch) for batch in (4, 4, 3, 3, 5)], []
@@ -192,6 +205,9 @@ def test_copy_of_an_observed_layer_runs_its_own_weights() -> None:
     x = torch.randn(3, 8)
     with observing({"": layer}, {"": estimator}):
         twin = copy.deepcopy(layer)
+        twin(x)
+    twin(x)
+    assert estimator.rows == 0, "the copy was observed"
     nn.init.zeros_(layer.linear.weight)
     assert torch.equal(twin(x), twin.linear(x))
 
@@ -274,9 +290,18 @@ def test_export_has_the_basis_as_a_buffer() -> None:
     assert_close(program.module()(x), layer(x), torch.float32)
 
 
-def test_stored_basis_is_contiguous() -> None:
-    """As safetensors wants it; the layer itself holds V by columns, with strides that no k changes."""
+def test_state_dict_holds_the_basis_itself() -> None:
+    """By columns, with strides that no k changes; what is written into the state arrives in the layer."""
     layer = LoRALinear(nn.Linear(8, 8), 2)
     layer.protect(orthonormal(8, 4))
     assert layer.basis.stride() == (1, 8)
-    assert layer.state_dict()["basis"].is_contiguous()
+    layer.state_dict()["basis"].zero_()
+    x = torch.randn(3, 8)
+    nn.init.normal_(layer.B)
+    assert_close(layer(x), layer.linear(x) + x @ layer.A.mT @ layer.B.mT, torch.float32)
+
+
+def test_sharing_memory_shares_the_basis() -> None:
+    layer = LoRALinear(nn.Linear(8, 8), 2)
+    layer.protect(orthonormal(8, 4))
+    assert layer.share_memory().basis.is_shared()

@@ -85,7 +85,9 @@ def test_state_goes_on_where_it_stopped(kind: str) -> None:
 
 
 def test_state_of_another_kind_or_rank_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"state must have U \[9, 4\], S \[4\], total \[\], got U None"):
+    with pytest.raises(
+        ArgumentError, match=r"state must have U \[9, 4\], S \[4\], total \[\], basis \[9, k\] and rows, got U None"
+    ):
         estimator(9, rank=4).load_state_dict(estimator(9, "gram").state_dict())
     with pytest.raises(ArgumentError, match=r"U \[9, 4\], .* got U \[9, 5\]"):
         estimator(9, rank=4).load_state_dict(estimator(9, rank=5).state_dict())
@@ -100,6 +102,34 @@ def test_a_sketch_too_small_for_the_energy_warns_once_and_gives_all_it_has() -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one.commit(0.9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_mode_and_wider_inputs(kind: str) -> None:
+    one, other = OnlineEstimator(8, kind), OnlineEstimator(8, kind)
+    x = torch.randn(50, 8, dtype=torch.float64)
+    with torch.inference_mode():
+        one.observe(x)
+    other.observe(x.float())
+    assert_close(subspace(one.commit(0.5)), subspace(other.commit(0.5)), torch.float32, 10)
+    one.observe(x)
+    assert one.rows == 50 and one.commit(1.0).shape == (8, 8)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-19, 1e18, 3e19])
+def test_large_and_small_float32_inputs_keep_their_energy(scale: float) -> None:
+    one, other = OnlineEstimator(6, "isvd"), OnlineEstimator(6, "isvd")
+    x = torch.randn(20, 6) * torch.logspace(0, -1, 6)
+    one.observe(scale * x)
+    other.observe(x)
+    assert_close(subspace(one.commit(0.9)), subspace(other.commit(0.9)), torch.float32, 10)
+
+
+def test_state_without_a_part_is_refused() -> None:
+    state = estimator(6).state_dict()
+    del state["basis"]
+    with pytest.raises(ArgumentError, match="got U .* basis None"):
+        estimator(6).load_state_dict(state)
 
 
 def test_bad_input_names_the_layer_and_changes_nothing() -> None:
@@ -120,7 +150,7 @@ def test_bad_input_names_the_layer_and_changes_nothing() -> None:
     [
         (lambda: estimator(6, rank=7), "rank must be from 1 to dim = 6, got 7"),
         (lambda: estimator(6, rank=0), "rank must be from 1 to dim = 6, got 0"),
-        (lambda: estimator(6, "gram", rank=3), "rank and shrink belong to estimator='isvd'"),
+        (lambda: estimator(6, "gram", rank=3), "rank belongs to estimator='isvd', got 3 with 'gram'"),
         (lambda: estimator(6, energy_power=2), "energy_power must be 1 with estimator='isvd', got 2"),
         (lambda: estimator(6).merge(estimator(6, "gram")), "other must hold a Sketch, got a Gram"),
     ],

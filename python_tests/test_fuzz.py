@@ -50,19 +50,17 @@ TENSOR_FAULTS = (
 def test_wrong_calls_raise_and_change_nothing(op: str) -> None:
     rng = random.Random(op)
     refused = 0
-    for _ in range(-(-CALLS // len(ops.OPS))):
+    while refused < -(-CALLS // len(ops.OPS)):
         sample = {name: clone(value) for name, value in rng.choice(sample_inputs(op, "cpu")).items()}
         for name in rng.sample(sorted(sample), rng.choice([1, 1, 2])):
             sample[name] = spoil(sample[name], rng)
         before = [t.clone() for t in _strided(sample)]
         try:
-            getattr(torch.ops.janus_ext, op)(**sample)
-        except (ValueError, TypeError, RuntimeError):
+            getattr(torch.ops.janus_ext, op)(**sample)  # some are right by chance: those must not crash
+        except (ValueError, TypeError, RuntimeError):  # the last by the dispatcher: schema, layout, device
             refused += 1
-            assert all(
-                torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(_strided(sample), before, strict=True)
-            )
-    assert refused > 100, "hardly any call was wrong"
+            after = _strided(sample)
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(after, before, strict=True))
 
 
 def _strided(sample: dict[str, object]) -> list[torch.Tensor]:

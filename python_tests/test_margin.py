@@ -49,6 +49,17 @@ def test_a_second_derivative_is_refused_not_wrong(device: str) -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_hinge_as_sharp_as_a_step_stays_finite(device: str, dtype: torch.dtype) -> None:
+    f, p = (t.to(device, dtype) for t in samples(64, 16, 40))
+    for temperature in (1e6, 1e10, 1e20):
+        f.requires_grad_().grad = None
+        loss = ops.margin_loss(f, p, 0.1, temperature)
+        loss.backward()
+        assert_close(loss, (F.normalize(f, dim=1) @ p.mT - 0.1).amax(1).clamp_min(0).mean(), dtype, 50)
+        assert f.grad.isfinite().all()
+
+
 def test_no_prototypes_is_exactly_zero_without_gradient(device: str) -> None:
     f = torch.randn(5, 8, device=device, requires_grad=True)
     loss = ops.margin_loss(f, torch.zeros(0, 8, device=device), 0.2, 16.0)

@@ -3,7 +3,7 @@
 #include "../margin.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/addcmul.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -12,33 +12,29 @@
 namespace janus {
 namespace {
 
-// The 1 in the denominator is the hinge's own zero, which takes part in the maximum; a NaN does not, but reaches the
-// sum.
+// With the largest exponent taken out of all, no tau is too large. The 1 in the denominator is the hinge's own zero: it
+// takes part, as exp(tau margin). A NaN loses every comparison, but reaches the sum.
 template <typename scalar_t>
 std::tuple<Tensor, Tensor, Tensor> weigh_rows_typed(const Tensor& products, const Tensor& norm, scalar_t margin,
                                                     scalar_t temperature) {
   const int64_t N = products.size(0);
+  const scalar_t hinge = temperature * margin;
   const auto* length = norm.const_data_ptr<scalar_t>();
-  const Tensor top = products.amax(1, /*keepdim=*/true), slope = at::empty_like(norm), shift = at::empty_like(norm);
-  auto *top_data = top.mutable_data_ptr<scalar_t>(), *slope_data = slope.mutable_data_ptr<scalar_t>(),
-       *shift_data = shift.mutable_data_ptr<scalar_t>();
-  for (int64_t i = 0; i < N; ++i) {
-    slope_data[i] = temperature / length[i];
-    const scalar_t z = slope_data[i] * top_data[i] - temperature * margin;
-    top_data[i] = z > 0 ? z : 0;
-    shift_data[i] = -top_data[i] - temperature * margin;
-  }
-  const Tensor weights = at::addcmul(shift, products, slope).exp_();  // exp(z - top)
+  const Tensor weights = products * (temperature / norm), top = weights.amax(1, /*keepdim=*/true);
+  auto* top_data = top.mutable_data_ptr<scalar_t>();
+  for (int64_t i = 0; i < N; ++i) top_data[i] = top_data[i] > hinge ? top_data[i] : hinge;
+  weights.sub_(top).exp_();
   const Tensor losses = weights.sum(1, /*keepdim=*/true), along = (weights * products).sum(1, /*keepdim=*/true);
-  auto *loss_data = losses.mutable_data_ptr<scalar_t>(), *along_data = along.mutable_data_ptr<scalar_t>();
-  auto* gain_data = shift_data;  // the shifts are used up
+  const Tensor gain = at::empty_like(norm);
+  auto *loss_data = losses.mutable_data_ptr<scalar_t>(), *along_data = along.mutable_data_ptr<scalar_t>(),
+       *gain_data = gain.mutable_data_ptr<scalar_t>();
   for (int64_t i = 0; i < N; ++i) {
-    const scalar_t sum = loss_data[i] + std::exp(-top_data[i]);
+    const scalar_t sum = loss_data[i] + std::exp(hinge - top_data[i]);
     gain_data[i] = sum * length[i] * static_cast<scalar_t>(N);
-    loss_data[i] = top_data[i] + std::log(sum);
+    loss_data[i] = top_data[i] - hinge + std::log(sum);
     along_data[i] = along_data[i] / gain_data[i] / length[i] / length[i];
   }
-  return {weights.div_(shift), losses, along};
+  return {weights.div_(gain), losses, along};
 }
 
 std::tuple<Tensor, Tensor, Tensor> weigh_rows(const Tensor& products, const Tensor& norm, double margin,
