@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from janus_ext.errors import ArgumentError
 
-BenchmarkName = Literal["emoji"]
+BenchmarkName = Literal["emoji", "folder"]
+Split = Literal["auto", "inflora", "coda", "folders", "random"]
 MethodName = Literal["janus", "lora"]
 Rectify = Literal["auto", "none", "project", "tangent", "exact"]
 Estimator = Literal["auto", "gram", "isvd", "none"]
@@ -19,7 +20,13 @@ class TrainConfig:
     """Trains one vision transformer on the tasks of a benchmark, one task after another."""
 
     benchmark: BenchmarkName = "emoji"
-    """Images to learn; emoji is embedded: 200 concepts in eight art styles."""
+    """Images to learn; emoji is embedded: 200 concepts in eight art styles; folder is any tree of class folders."""
+    data_dir: Path | None = None
+    """Folder of the images, for all benchmarks but emoji; left out, the exact files wanted are shown."""
+    check_data: bool = False
+    """Decode every image, report all that is missing, empty, unreadable or in no list, and do not train."""
+    split: Split = "auto"
+    """Training and test images: inflora or coda or folders (imagenet-r), folders or random (folder)."""
     method: MethodName = "janus"
     """Continual-learning method: janus (OE + GR + DML) or lora (sequential LoRA fine-tuning)."""
     rectify: Rectify = "auto"
@@ -33,11 +40,15 @@ class TrainConfig:
     temperature: float = 16.0
     """Sharpness (tau) of the margin loss."""
     tasks: int | None = None
-    """Number of tasks the classes are divided into; by default the benchmark's own (emoji: 10)."""
+    """Number of tasks the classes are divided into; by default the benchmark's own (domainnet 5, else 10)."""
     shuffle_classes: bool = False
     """Draw the order of the classes from the seed instead of the benchmark's fixed order."""
     limit_per_class: int | None = None
     """At most so many images of each class, in training and in test, for trial runs."""
+    workers: int | None = None
+    """Processes that decode images, 0: none; by default one a core for a GPU (16 at most), half the cores for a CPU."""
+    cache_images: bool = False
+    """Keep all decoded images in memory, for small data sets."""
     backbone: str = "emoji"
     """Backbone: emoji (embedded, 64 px) or the name of any vision transformer of timm."""
     weights: str = "pretrained"
@@ -89,6 +100,7 @@ class TrainConfig:
         missing = {name: value for name, value in defaults.items() if getattr(self, name) in (None, "auto")}
         config = replace(self, **missing)
         config._check_ranges()
+        config._check_data_flags()
         config._check_combinations()
         return config
 
@@ -107,6 +119,18 @@ class TrainConfig:
                 raise ArgumentError(f"{_flag(name)} must be a positive number, got {value:g}")
         if not self.seed or len(set(self.seed)) != len(self.seed):
             raise ArgumentError(f"--seed needs one or more different numbers, got {list(self.seed)}")
+
+    def _check_data_flags(self) -> None:
+        for name, benchmarks in DATA_FLAGS.items():
+            value = getattr(self, name)
+            if value != TrainConfig.__dataclass_fields__[name].default and self.benchmark not in benchmarks:
+                raise ArgumentError(
+                    f"--benchmark {self.benchmark} has no {_flag(name)}; it belongs to {', '.join(benchmarks)}"
+                )
+        if self.split not in SPLITS.get(self.benchmark, (self.split,)):
+            raise ArgumentError(
+                f"--split {self.split} is none of {self.benchmark}'s: {', '.join(SPLITS[self.benchmark])}"
+            )
 
     def _check_combinations(self) -> None:
         if self.energy_end < self.energy_start:
@@ -133,11 +157,21 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"rectify": "none", "estimator": "none", "margin_weight": 0.0},
 }
 
+DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some benchmarks have
+    "data_dir": ("folder",),
+    "split": ("folder",),
+}
+
+SPLITS: dict[str, tuple[Split, ...]] = {
+    "folder": ("auto", "folders", "random"),
+}
+
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("margin_weight", 0, float("inf")),
     ("margin", -1, 1),
     ("tasks", 1, float("inf")),
     ("limit_per_class", 1, float("inf")),
+    ("workers", 0, 1024),
     ("rank", 1, float("inf")),
     ("energy_start", 0, 1),
     ("energy_end", 0, 1),

@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: TrainConfig) -> list[report.Results]:
     """One run per seed; returns the results of each, in the order of the seeds."""
     config = config.resolved()
+    if config.check_data:
+        check_data(config)
+        return []
     folder = choose_folder(config)
     if len(config.seed) == 1:
         return [run_seed(config, folder)]
@@ -54,16 +57,27 @@ def train(config: TrainConfig) -> list[report.Results]:
     return runs
 
 
+def check_data(config: TrainConfig) -> None:
+    """Loads the benchmark, which decodes every image and prints what is wrong with it; DataError if it is unusable."""
+    benchmark = BENCHMARKS[config.benchmark](config)
+    print(
+        f"{benchmark.name}: {len(benchmark.train):,} training and {len(benchmark.test):,} test images, "
+        f"{len(benchmark.class_names)} classes in {len(benchmark.tasks)} tasks, split {benchmark.split_sha256}"
+    )
+
+
 def run_seed(config: TrainConfig, folder: Path) -> report.Results:
     """Trains with the one seed of ``config``; writes and prints the results."""
     device = pick_device(config.device)
     be_deterministic(device)
+    config = replace(config, device=str(device), amp=pick_amp(config.amp, device))
     benchmark = BENCHMARKS[config.benchmark](config)
-    config = replace(config, tasks=len(benchmark.tasks), device=str(device), amp=pick_amp(config.amp, device))
+    config = replace(config, tasks=len(benchmark.tasks))
     torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
     backbone = load_backbone(config.backbone, config.weights).to(device)
     model = ContinualClassifier(backbone, torch.bfloat16 if config.amp == "bf16" else None)
     method = METHODS[config.method](model, config)
+    benchmark = benchmark.at(model.input_size)
     prepare_folder(folder, config)
     with logging_to(folder / "log.txt"):
         LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), folder)

@@ -1,9 +1,14 @@
 """Devices, dtypes and the one table of tolerances that every numerical test uses."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from janus_ext import _native
+from janus_ext.backbone import prepare_torchvision
 
 # Relative error |got - want| / |want| (Frobenius) against a float64 reference, inputs rounded to the dtype first.
 TOLERANCE = {
@@ -12,6 +17,14 @@ TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float16: 4e-3,
 }
+ARCHITECTURE = {
+    "img_size": 32,
+    "patch_size": 16,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "patch_drop_rate": 0.5,
+}  # of the tiny backbone
 needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled library is not loaded")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -29,9 +42,32 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of checked images stays out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A tiny vision transformer in the layout of the embedded one."""
+    prepare_torchvision()
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(num_classes=0, **ARCHITECTURE)
+    metadata = {
+        "architecture": json.dumps(ARCHITECTURE),
+        "normalize": json.dumps({"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}),
+    }
+    path = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
+    save_file({key: value.half() for key, value in model.state_dict().items()}, path, metadata)
+    return path
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

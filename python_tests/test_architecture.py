@@ -26,7 +26,7 @@ ALLOWED = {
     "lora": {"ops"},
     "backbone": {"checkpoint"},
     "report": {"checkpoint", "metrics"},
-    "data": {"config", "data"},
+    "data": {"config", "data", "checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "methods"},
     "trainer": {"methods.base", "data.benchmark", "metrics", "checkpoint", "config"},
 }

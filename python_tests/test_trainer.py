@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from janus_ext import checkpoint, report, train
-from janus_ext.backbone import ContinualClassifier, load_backbone, prepare_torchvision
+from janus_ext.backbone import ContinualClassifier, load_backbone
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji
 from janus_ext.data.benchmark import Benchmark, MemorySplit
@@ -23,7 +23,6 @@ from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method, Step
 from janus_ext.trainer import Trainer, derive_seed
 
-ARCHITECTURE = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_drop_rate": 0.5}
 ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
     "nothing": ("none", "none", 0.0),
     "DML": ("none", "none", 0.5),
@@ -36,23 +35,6 @@ ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
     "all exact": ("exact", "gram", 0.5),
     "all exact, incremental SVD": ("exact", "isvd", 0.5),
 }
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory) -> Path:
-    """A tiny vision transformer in the layout of the embedded one."""
-    prepare_torchvision()
-    from timm.models.vision_transformer import VisionTransformer
-
-    torch.manual_seed(0)
-    model = VisionTransformer(num_classes=0, **ARCHITECTURE)
-    metadata = {
-        "architecture": json.dumps(ARCHITECTURE),
-        "normalize": json.dumps({"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}),
-    }
-    path = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
-    save_file({key: value.half() for key, value in model.state_dict().items()}, path, metadata)
-    return path
 
 
 @pytest.fixture(scope="session")

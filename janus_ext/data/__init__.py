@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from janus_ext.config import TrainConfig
-from janus_ext.data import emoji
+from janus_ext.data import emoji, folder
 from janus_ext.data.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Callable[[TrainConfig], Benchmark]] = {
     "emoji": emoji.load,
+    "folder": folder.load,
 }

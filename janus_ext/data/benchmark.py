@@ -39,6 +39,14 @@ class Split(Dataset):
     def take(self, indices: Tensor) -> Split:
         """The split of the samples at ``indices`` (int64 [n])."""
 
+    def at(self, size: int) -> Split:
+        """The split for a model of ``size`` x ``size`` pixels; images that are in memory are resized by the model."""
+        return self
+
+    def decoded(self) -> Split:
+        """The split with all images in memory."""
+        return self
+
     def of_classes(self, classes: Sequence[int]) -> Tensor:
         """Indices (int64 [n], ascending) of the samples whose class is among ``classes``."""
         return torch.isin(self.labels, torch.tensor(classes, dtype=torch.int64)).nonzero().flatten()
@@ -112,5 +120,15 @@ class Benchmark:
         """The same benchmark with at most ``per_class`` images of each class, in training and in test."""
         if per_class < 1:
             raise ArgumentError(f"--limit-per-class must be at least 1, got {per_class}")
-        parts = {part: getattr(self, part) for part in ("train", "test")}
-        return replace(self, **{part: s.take(s.first_per_class(per_class)) for part, s in parts.items()})
+        return self._each(lambda split: split.take(split.first_per_class(per_class)))
+
+    def at(self, size: int) -> Benchmark:
+        """The same benchmark for a model of ``size`` x ``size`` pixels."""
+        return self._each(lambda split: split.at(size))
+
+    def decoded(self) -> Benchmark:
+        """The same benchmark with all images decoded into memory."""
+        return self._each(lambda split: split.decoded())
+
+    def _each(self, change: Callable[[Split], Split]) -> Benchmark:
+        return replace(self, train=change(self.train), test=change(self.test))

@@ -1,0 +1,178 @@
+"""Finds every image that is missing, empty, unreadable or in no list, before training starts.
+
+What was decoded without a complaint is remembered in the user's cache as one 64-bit fingerprint per file (of its name,
+size and time of change), so the next start only asks the file system and decodes what is new or has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from janus_ext.checkpoint import make_folder, read_tensors, write_tensors
+from janus_ext.data.images import read_image
+from janus_ext.data.listing import Listing, Problem, files_below, is_image
+from janus_ext.errors import CheckpointError, DataError
+
+LOG = logging.getLogger("janus_ext")
+CHUNK = 64  # images per job: small against the wait for the last job, large against the cost of a job
+
+
+def verify(root: Path, names: Sequence[str]) -> None:
+    """DataError naming the first image that cannot be used; at once if all have been decoded before."""
+    problems = examine(root, names)
+    if problems:
+        others = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
+        raise DataError(f"--data-dir: {problems[0]}{others}; --check-data lists all and says what to do")
+
+
+def report(listing: Listing) -> None:
+    """Decodes all images of ``listing`` anew, prints every problem, the counts and what to do.
+
+    DataError if an image or a line cannot be used; images that no list names are reported and left alone.
+    """
+    names = [sample.name for sample in (*listing.train, *listing.test)]
+    problems = [*listing.problems, *examine(listing.root, names, afresh=True)]
+    unlisted = find_unlisted(listing, names)
+    for problem in (*problems, *unlisted):
+        print(f"{problem.kind:<14}  {problem.where}" + (f"  ({problem.detail})" if problem.detail else ""))
+    print(format_counts(listing))
+    for advice in advise(listing, problems, unlisted):
+        print(advice)
+    if problems:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(p.kind for p in problems).items())
+        raise DataError(f"--check-data: {listing.root} cannot be trained on: {kinds}; each is listed above")
+
+
+def examine(root: Path, names: Sequence[str], afresh: bool = False) -> list[Problem]:
+    """Problems of the image files ``names`` below ``root``, in their order; remembers those that are fine.
+
+    Decodes in parallel what is not known to be fine, or everything if ``afresh``.
+    """
+    fingerprints, problems = stat_files(root, names)
+    known = torch.zeros(0, dtype=torch.int64) if afresh else read_known(root)
+    fresh = ~torch.isin(fingerprints, known) & (fingerprints != 0)
+    rows = fresh.nonzero().flatten().tolist()
+    found = list(_decode(root, [names[i] for i in rows]))
+    broken = {problem.where for problem in found}
+    fine = [row for row in rows if names[row] not in broken]
+    if fine:
+        remember(root, torch.cat([known, fingerprints[fine]]))
+    order = {name: position for position, name in enumerate(names)}
+    return sorted([*problems, *found], key=lambda problem: order[problem.where])
+
+
+def stat_files(root: Path, names: Sequence[str]) -> tuple[Tensor, list[Problem]]:
+    """int64 [N] fingerprints of the files (0 where there is none to decode), and the missing and empty ones."""
+    fingerprints = []
+    problems = []
+    for name in names:
+        try:
+            status = os.stat(os.path.join(root, name))
+        except OSError as error:  # no such file, a loop of links, no permission
+            problems.append(Problem("missing", name, error.strerror or ""))
+            fingerprints.append(0)
+            continue
+        if status.st_size == 0:
+            problems.append(Problem("empty", name, "0 bytes"))
+        fingerprints.append(_fingerprint(name, status) if status.st_size else 0)
+    return torch.tensor(fingerprints, dtype=torch.int64), problems
+
+
+def _fingerprint(name: str, status: os.stat_result) -> int:
+    digest = hashlib.blake2b(f"{name}\n{status.st_size}\n{status.st_mtime_ns}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True) or 1
+
+
+def _decode(root: Path, names: Sequence[str]) -> Iterator[Problem]:
+    """Problems of the files that cannot be decoded; threads suffice, Pillow decodes outside Python's global lock."""
+
+    def problems_of(chunk: Sequence[str]) -> list[Problem]:
+        return [problem for name in chunk for problem in _read(root, name)]
+
+    if not names:
+        return
+    chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool, tqdm(total=len(names), desc="checking images", unit="image") as bar:
+        for chunk, problems in zip(chunks, pool.map(problems_of, chunks), strict=True):
+            bar.update(len(chunk))
+            yield from problems
+
+
+def _read(root: Path, name: str) -> Iterator[Problem]:
+    try:
+        read_image(root / name)
+    except DataError as error:
+        yield Problem("unreadable", name, str(error).split(" cannot be read: ", 1)[-1])
+
+
+# what is known -------------------------------------------------------------------------------------------------------
+def record_path(root: Path) -> Path:
+    """Where the fingerprints of the data set at ``root`` are kept: below $XDG_CACHE_HOME or ~/.cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "janus_ext" / f"checked-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.safetensors"
+
+
+def read_known(root: Path) -> Tensor:
+    """int64 [n] fingerprints of files that were decoded without a complaint; none if there is no readable record."""
+    path = record_path(root)
+    if not path.exists():
+        return torch.zeros(0, dtype=torch.int64)
+    try:
+        return read_tensors(path)[0]["fingerprints"]
+    except (CheckpointError, KeyError) as error:
+        LOG.warning("the record of checked images is damaged, all are checked again: %s", error)
+        return torch.zeros(0, dtype=torch.int64)
+
+
+def remember(root: Path, fingerprints: Tensor) -> None:
+    """Keeps the fingerprints for the next start; a cache that cannot be written costs time only and is a warning."""
+    path = record_path(root)
+    try:
+        make_folder(path.parent)
+        write_tensors(path, {"fingerprints": fingerprints.unique()}, {"root": str(root.resolve())})
+    except CheckpointError as error:
+        LOG.warning("the next start will check the images again: %s", error)
+
+
+# the report ----------------------------------------------------------------------------------------------------------
+def find_unlisted(listing: Listing, names: Sequence[str]) -> list[Problem]:
+    """Images below the data set's folders that no list names, and files whose name is that of no image."""
+    listed = set(names)
+    strays = [path for folder in listing.folders for path in files_below(listing.root, folder) if path not in listed]
+    return [Problem("unlisted", path, "" if is_image(path) else "not the name of an image") for path in strays]
+
+
+def format_counts(listing: Listing) -> str:
+    """A table of the listed and the official numbers of images."""
+    width = max(map(len, listing.found), default=0)
+    lines = [f"{'':<{width}}  {'images':>9}  {'official':>9}"]
+    for part, found in listing.found.items():
+        official = listing.expected.get(part)
+        lines.append(f"{part:<{width}}  {found:>9,}  {'-' if official is None else format(official, ','):>9}")
+    return "\n".join(lines)
+
+
+def advise(listing: Listing, problems: Sequence[Problem], unlisted: Sequence[Problem]) -> list[str]:
+    """What to do about what was found, most urgent first."""
+    kinds = {problem.kind for problem in problems}
+    lines = []
+    if kinds & {"missing", "empty", "unreadable"}:
+        lines.append(f"To do: fetch or extract the broken files again. {listing.advice}")
+    if kinds - {"missing", "empty", "unreadable"}:
+        lines.append("To do: correct the lines and folders named above, or take the lists from the data set's page.")
+    if unlisted:
+        lines.append(f"{len(unlisted):,} files are in no list and are not used; remove them or leave them.")
+    if listing.unlike_official():
+        lines.append("The counts are not the official ones: results cannot be compared with published ones.")
+    return lines or ["Nothing to do: every image is there and can be decoded; the next start needs no check."]

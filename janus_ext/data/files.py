@@ -1,0 +1,82 @@
+"""From a listing to a benchmark: the checks that need no image, the check of the images, class order and tasks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from janus_ext.data import check
+from janus_ext.data.benchmark import Benchmark
+from janus_ext.data.images import Files, ImageSplit, default_workers
+from janus_ext.data.listing import Listing, Sample, count
+from janus_ext.data.tasks import class_order, split_classes
+from janus_ext.errors import DataError
+
+if TYPE_CHECKING:
+    from janus_ext.config import TrainConfig
+
+LOG = logging.getLogger("janus_ext")
+
+
+def build(listing: Listing, config: TrainConfig) -> Benchmark:
+    """The benchmark that ``listing`` and ``config`` describe; DataError before any training if images are unusable.
+
+    With --check-data all images are decoded and reported, otherwise those that the run needs and that are not known
+    to be fine. Counts unlike the official ones are a warning.
+    """
+    if config.check_data:
+        check.report(listing)
+    _require_sound(listing)
+    workers = default_workers(config.device) if config.workers is None else config.workers
+    benchmark = assemble(
+        listing.name,
+        listing.class_names,
+        _split(listing, listing.train, workers),
+        _split(listing, listing.test, workers),
+        listing.default_tasks,
+        config,
+    )
+    if not config.check_data:
+        check.verify(listing.root, benchmark.train.samples + benchmark.test.samples)
+        if listing.unlike_official():
+            LOG.warning("%s is not the official data set: %s", listing.name, "; ".join(listing.unlike_official()))
+    return benchmark.decoded() if config.cache_images else benchmark
+
+
+def assemble(
+    name: str,
+    class_names: Sequence[str],
+    train: ImageSplit,
+    test: ImageSplit,
+    default_tasks: int,
+    config: TrainConfig,
+) -> Benchmark:
+    """Class order (of the ids, or drawn from the seed), tasks, and at most --limit-per-class images a class."""
+    order = class_order(len(class_names), config.seed[0] if config.shuffle_classes else None)
+    tasks = split_classes(order, config.tasks or default_tasks)
+    benchmark = Benchmark(name, tuple(class_names), train, test, tasks)
+    return benchmark if config.limit_per_class is None else benchmark.limited(config.limit_per_class)
+
+
+def _require_sound(listing: Listing) -> None:
+    """DataError for the first problem of lists and folders, or for a class without a training image."""
+    if listing.problems:
+        others = f", and {len(listing.problems) - 1:,} more" if len(listing.problems) > 1 else ""
+        raise DataError(f"--data-dir: {listing.problems[0]}{others}; --check-data lists all")
+    for part, samples in (("training", listing.train), ("test", listing.test)):
+        counts = count(samples, len(listing.class_names))
+        if 0 in counts:
+            name = listing.class_names[counts.index(0)]
+            message = f"--data-dir: {counts.count(0)} classes have no {part} image, the first is {name}"
+            if part == "training":
+                raise DataError(message)
+            LOG.warning(message)
+
+
+def _split(listing: Listing, samples: Sequence[Sample], workers: int) -> ImageSplit:
+    names = [sample.name for sample in samples]
+    labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+    return ImageSplit(Files(listing.root), names, labels, names, workers=workers)

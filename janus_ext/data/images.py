@@ -1,0 +1,296 @@
+"""Splits of images in files: decoded with Pillow and brought to size by torchvision's transforms in worker processes.
+
+A batch leaves the workers as one uint8 tensor, a quarter of the traffic of float32; the model normalises it on its
+device. Every image of every epoch has a random seed of its own, so results do not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from janus_ext.backbone import prepare_torchvision
+from janus_ext.data.benchmark import Split
+from janus_ext.errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I")
+MOST_WORKERS = 16  # each reads about 250 photographs a second: more than a large GPU takes
+
+
+# decoding ------------------------------------------------------------------------------------------------------------
+def read_image(path: str | Path) -> Image:
+    """The image file at ``path`` in RGB; DataError with the path if it is missing, empty, truncated or no image.
+
+    The orientation that a camera noted is not applied: the published protocols do not.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise what they meet: OSError, SyntaxError, struct.error, ...
+        raise DataError(f"{path} cannot be read: {_reason(path, error)}") from error
+
+
+def to_rgb(image: Image) -> Image:
+    """``image`` in RGB: 16 bits a channel scaled to 8, transparency laid on white; ValueError for float pixels."""
+    from PIL import Image
+
+    if image.mode in SIXTEEN_BITS:
+        return _from_sixteen_bits(image)
+    if image.mode == "F":
+        raise ValueError("pixels are floating point numbers, their range is unknown")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        drawing = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", drawing.size, "white"), drawing).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_sixteen_bits(image: Image) -> Image:
+    """Pillow's own conversion of 16-bit grey would clip everything above 255 to white."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"grey values lie in {values.min()}..{values.max()}, not in 16 bits")
+    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if os.path.getsize(path) == 0:
+        return "the file is empty (0 bytes)"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# the square a model takes --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class View:
+    """How images become ``size`` x ``size``: for training a random resized crop and a flip, else resize and crop.
+
+    For evaluation the shorter side becomes ``margin`` times ``size`` and the middle is taken: 256 and 224 in the
+    published protocol, no margin for CIFAR.
+    """
+
+    size: int = 224
+    margin: float = 256 / 224
+
+
+@lru_cache(maxsize=8)
+def transform(view: View, training: bool) -> Callable[[Image], Tensor]:
+    """torchvision's transform of an RGB image to uint8 [3, size, size]; random numbers are torch's global ones."""
+    prepare_torchvision()
+    from torchvision import transforms
+
+    if training:
+        steps: list[Any] = [transforms.RandomResizedCrop(view.size), transforms.RandomHorizontalFlip()]
+    else:
+        steps = [transforms.Resize(round(view.size * view.margin)), transforms.CenterCrop(view.size)]
+    return transforms.Compose([*steps, transforms.PILToTensor()])
+
+
+# where images come from ----------------------------------------------------------------------------------------------
+class Source(Protocol):
+    """Gives the RGB image of a key."""
+
+    def open(self, key: Any) -> Image: ...
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files below ``root``; keys are paths relative to it."""
+
+    root: Path
+
+    def open(self, key: str) -> Image:
+        """Reads and decodes; DataError with the path."""
+        return read_image(self.root / key)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Decoded images, uint8 [H, W, 3] each, any sizes; keys are positions. Worker processes share their memory."""
+
+    pixels: Sequence[np.ndarray]
+
+    def open(self, key: int) -> Image:
+        """Wraps the pixels without a copy."""
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[key])
+
+
+# batches -------------------------------------------------------------------------------------------------------------
+Request = list[tuple[Any, int | None]]
+"""One batch as a worker is asked for it: per image its key, and the seed of its augmentation or None."""
+
+
+class Reader(Dataset):
+    """What a worker does with a request: uint8 [b, 3, size, size], or in words what stopped it."""
+
+    def __init__(self, source: Source, view: View) -> None:
+        self.source = source
+        self.view = view
+
+    def __getitem__(self, request: Request) -> Tensor | str:
+        try:
+            return torch.stack([self.read(key, seed) for key, seed in request])
+        except DataError as error:
+            return str(error)  # raised in a worker, its one line would arrive as a page of tracebacks
+
+    def read(self, key: Any, seed: int | None) -> Tensor:
+        """uint8 [3, size, size]; augmented if there is a seed. torch's global random state is left as it was."""
+        image = self.source.open(key)
+        if seed is None:
+            return transform(self.view, False)(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return transform(self.view, True)(image)
+
+
+class Requests:
+    """The requests of the pass in progress: a sampler that a loader with lasting workers reads anew for each pass."""
+
+    def __init__(self) -> None:
+        self.current: Sequence[Request] = ()
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.current)
+
+    def __len__(self) -> int:
+        return len(self.current)
+
+
+class ImageSplit(Split):
+    """A split whose images are decoded when they are asked for, by ``workers`` processes (0: by this one).
+
+    ``keys`` are the source's names of the images, ``samples`` the names in the fingerprint. The processes start with
+    the first pass and live as long as the split. One pass at a time: a new one ends the one before.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        keys: Sequence[Any],
+        labels: Tensor,
+        samples: Sequence[str],
+        view: View | None = None,
+        workers: int = 0,
+    ) -> None:
+        if not len(keys) == len(labels) == len(samples):
+            raise DataError(f"a split of {len(keys)} images has {len(labels)} labels and {len(samples)} names")
+        self.source = source
+        self.keys = keys
+        self.labels = labels.to(torch.int64)
+        self.samples = tuple(samples)
+        self.view = view or View()
+        self.workers = workers
+        self._reader = Reader(source, self.view)
+        self._requests = Requests()
+        self._loader: DataLoader | None = None
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._reader.read(self.keys[index], None), self.labels[index]
+
+    def stream(
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = list(batches)
+        requests = [self._request(indices, generator) for indices in batches]
+        for indices, images in zip(batches, self._read(requests), strict=True):
+            if isinstance(images, str):
+                raise DataError(images)
+            yield images, self.labels[indices]
+
+    def take(self, indices: Tensor) -> ImageSplit:
+        rows = indices.tolist()
+        keys, samples = ([values[i] for i in rows] for values in (self.keys, self.samples))
+        return ImageSplit(self.source, keys, self.labels[indices], samples, self.view, self.workers)
+
+    def at(self, size: int) -> ImageSplit:
+        view = View(size, self.view.margin)
+        return ImageSplit(self.source, self.keys, self.labels, self.samples, view, self.workers)
+
+    def decoded(self) -> ImageSplit:
+        """The same split with every image decoded into memory now; ArgumentError if they would not fit."""
+        import numpy as np
+
+        def pixels(key: Any) -> np.ndarray:
+            return np.asarray(self.source.open(key))
+
+        first = [pixels(key) for key in self.keys[:64]]
+        _require_memory(sum(array.nbytes for array in first) / max(1, len(first)) * len(self.keys))
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:  # Pillow decodes outside Python's global lock
+            rest = pool.map(pixels, self.keys[64:])
+            arrays = first + list(tqdm(rest, "decoding", len(self.keys), initial=len(first), unit="image", leave=False))
+        return ImageSplit(Arrays(arrays), range(len(arrays)), self.labels, self.samples, self.view, self.workers)
+
+    def _request(self, indices: Tensor, generator: torch.Generator | None) -> Request:
+        keys = [self.keys[i] for i in indices.tolist()]
+        if generator is None:
+            return [(key, None) for key in keys]
+        seeds = torch.randint(2**62, (len(keys),), generator=generator).tolist()
+        return list(zip(keys, seeds, strict=True))
+
+    def _read(self, requests: Sequence[Request]) -> Iterator[Tensor | str]:
+        """The batches of ``requests`` in order; RuntimeError if a later pass has taken the workers over."""
+        if not self.workers or not requests:
+            yield from (self._reader[request] for request in requests)
+            return
+        self._requests.current = requests
+        batches = iter(self._lasting_loader())
+        for _ in requests:
+            if self._requests.current is not requests:
+                raise RuntimeError("another pass over this split began before this one had ended")
+            yield next(batches)
+
+    def _lasting_loader(self) -> DataLoader:
+        """The loader of all passes: starting processes for each would cost more than a small epoch."""
+        if self._loader is None:
+            for training in (False, True):
+                transform(self.view, training)  # imports torchvision here, once, and not in every forked worker
+            self._loader = DataLoader(
+                self._reader,
+                sampler=self._requests,
+                batch_size=None,  # a request is a batch
+                num_workers=self.workers,
+                persistent_workers=True,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # or each pass would draw from the global one
+            )
+        return self._loader
+
+
+def default_workers(device: str) -> int:
+    """Processes that decode: one a core for a GPU, at most MOST_WORKERS; half the cores where the CPU trains, too."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return min(MOST_WORKERS, cores) if on_gpu else max(1, cores // 2)
+
+
+def _require_memory(size: float) -> None:
+    """ArgumentError if ``size`` bytes are more than half of the memory that is free."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > free / 2:
+        raise ArgumentError(
+            f"--cache-images needs about {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+            "without it workers decode while the device trains"
+        )
