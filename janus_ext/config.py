@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from janus_ext.errors import ArgumentError
 
-BenchmarkName = Literal["emoji", "folder"]
+BenchmarkName = Literal["emoji", "domainnet", "folder"]
+Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 Split = Literal["auto", "inflora", "coda", "folders", "random"]
 MethodName = Literal["janus", "lora"]
 Rectify = Literal["auto", "none", "project", "tangent", "exact"]
@@ -25,6 +26,8 @@ class TrainConfig:
     """Folder of the images, for all benchmarks but emoji; left out, the exact files wanted are shown."""
     check_data: bool = False
     """Decode every image, report all that is missing, empty, unreadable or in no list, and do not train."""
+    domains: tuple[Domain, ...] = ("clipart", "infograph", "painting", "real", "sketch")
+    """Domains of domainnet, mixed in every task; the papers leave quickdraw out."""
     split: Split = "auto"
     """Training and test images: inflora or coda or folders (imagenet-r), folders or random (folder)."""
     method: MethodName = "janus"
@@ -127,6 +130,8 @@ class TrainConfig:
                 raise ArgumentError(
                     f"--benchmark {self.benchmark} has no {_flag(name)}; it belongs to {', '.join(benchmarks)}"
                 )
+        if not self.domains or len(set(self.domains)) != len(self.domains):
+            raise ArgumentError(f"--domains needs one or more different names, got {list(self.domains)}")
         if self.split not in SPLITS.get(self.benchmark, (self.split,)):
             raise ArgumentError(
                 f"--split {self.split} is none of {self.benchmark}'s: {', '.join(SPLITS[self.benchmark])}"
@@ -158,7 +163,8 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some benchmarks have
-    "data_dir": ("folder",),
+    "data_dir": ("domainnet", "folder"),
+    "domains": ("domainnet",),
     "split": ("folder",),
 }
 
