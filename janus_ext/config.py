@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from janus_ext.errors import ArgumentError
 
-BenchmarkName = Literal["emoji", "domainnet", "folder"]
+BenchmarkName = Literal["emoji", "imagenet-r", "domainnet", "folder"]
 Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 Split = Literal["auto", "inflora", "coda", "folders", "random"]
 MethodName = Literal["janus", "lora"]
@@ -29,7 +29,9 @@ class TrainConfig:
     domains: tuple[Domain, ...] = ("clipart", "infograph", "painting", "real", "sketch")
     """Domains of domainnet, mixed in every task; the papers leave quickdraw out."""
     split: Split = "auto"
-    """Training and test images: inflora or coda or folders (imagenet-r), folders or random (folder)."""
+    """Training and test images: inflora, coda or folders (imagenet-r, auto: inflora), folders or random (folder)."""
+    split_files: tuple[Path, ...] = ()
+    """The two yaml files of --split coda, training first; by default imagenet-r_{train,test}.yaml in --data-dir."""
     method: MethodName = "janus"
     """Continual-learning method: janus (OE + GR + DML) or lora (sequential LoRA fine-tuning)."""
     rectify: Rectify = "auto"
@@ -130,6 +132,11 @@ class TrainConfig:
                 raise ArgumentError(
                     f"--benchmark {self.benchmark} has no {_flag(name)}; it belongs to {', '.join(benchmarks)}"
                 )
+        if self.split_files and (self.split != "coda" or len(self.split_files) != 2):
+            raise ArgumentError(
+                f"--split-files are the training and the test file of --split coda, got {len(self.split_files)} files "
+                f"and --split {self.split}"
+            )
         if not self.domains or len(set(self.domains)) != len(self.domains):
             raise ArgumentError(f"--domains needs one or more different names, got {list(self.domains)}")
         if self.split not in SPLITS.get(self.benchmark, (self.split,)):
@@ -163,12 +170,14 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some benchmarks have
-    "data_dir": ("domainnet", "folder"),
+    "data_dir": ("imagenet-r", "domainnet", "folder"),
     "domains": ("domainnet",),
-    "split": ("folder",),
+    "split": ("imagenet-r", "folder"),
+    "split_files": ("imagenet-r",),
 }
 
 SPLITS: dict[str, tuple[Split, ...]] = {
+    "imagenet-r": ("auto", "inflora", "coda", "folders"),
     "folder": ("auto", "folders", "random"),
 }
 

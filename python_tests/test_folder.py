@@ -97,7 +97,7 @@ def test_an_empty_folder_shows_the_files_wanted(tmp_path):
 
 def test_classes_must_be_the_same_in_both_parts(parts):
     shutil.rmtree(parts / "test" / name_of(7))
-    with pytest.raises(DataError, match="same class folders in train/ and test/; only in one: thing 07"):
+    with pytest.raises(DataError, match="must have the same class folders; only one of them has thing 07"):
         load(parts)
 
 

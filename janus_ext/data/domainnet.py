@@ -133,9 +133,9 @@ class Lists:
         if sample is None:
             return ""
         name = sample.name.split("/")[1]
-        first = self._first.setdefault(sample.name, where)
-        if first != where:
-            return f"{sample.name} is listed in {first} already"
+        if sample.name in self._first:
+            return f"{sample.name} is listed in {self._first[sample.name]} already"
+        self._first[sample.name] = where
         if self.names.setdefault(sample.label, name) != name:
             return f"class {sample.label} is {self.names[sample.label]} in earlier lines, here {name}"
         if self._labels.setdefault(name, sample.label) != sample.label:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.files import build
-from janus_ext.data.listing import Listing, Problem, Sample, class_samples, require_root, subfolders
+from janus_ext.data.listing import (
+    Listing,
+    Problem,
+    Sample,
+    class_samples,
+    list_parts,
+    require_root,
+    shared_classes,
+    subfolders,
+)
 from janus_ext.errors import DataError
 
 if TYPE_CHECKING:
@@ -45,29 +54,24 @@ def read(config: TrainConfig) -> Listing:
     if config.split == "folders" and not has_parts:
         raise DataError(f"--split folders needs {root}/train and {root}/test; wanted:\n\n{LAYOUT.rstrip()}")
     if config.split == "folders" or (config.split == "auto" and has_parts):
-        return read_parts("folder", root, MOST_TASKS, ADVICE, LAYOUT)
+        return _read_parts(root)
     return _read_tree(root, found)
 
 
-def read_parts(name: str, root: Path, most_tasks: int, advice: str, layout: str) -> Listing:
-    """Lists the class folders of ``root``/train and ``root``/test, which must be the same classes."""
-    classes = subfolders(root / "train")
-    others = set(classes) ^ set(subfolders(root / "test"))
-    if others or not classes:
-        some = ", ".join(sorted(others)[:3]) or "none at all"
-        raise DataError(f"--data-dir: {root} must have the same class folders in train/ and test/; only in one: {some}")
-    parts = {part: class_samples(root, part, classes) for part in ("train", "test")}
+def _read_parts(root: Path) -> Listing:
+    classes = shared_classes(root, "train", "test")
+    train, test, problems = list_parts(root, ("train", "test"), classes)
     return Listing(
-        name=name,
+        name="folder",
         root=root,
         class_names=tuple(classes),
-        train=tuple(parts["train"][0]),
-        test=tuple(parts["test"][0]),
-        default_tasks=min(most_tasks, len(classes)),
+        train=train,
+        test=test,
+        default_tasks=min(MOST_TASKS, len(classes)),
         folders=("train", "test"),
-        advice=advice,
-        problems=tuple(parts["train"][1] + parts["test"][1]),
-        found={part: len(samples) for part, (samples, _) in parts.items()},
+        advice=ADVICE,
+        problems=problems,
+        found={"train": len(train), "test": len(test)},
     )
 
 

@@ -132,6 +132,25 @@ def class_samples(root: Path, part: str, classes: Sequence[str]) -> tuple[list[S
     return samples, problems
 
 
+def shared_classes(root: Path, first: str, second: str) -> list[str]:
+    """The class folders of ``root / first``; DataError unless ``root / second`` has the same ones."""
+    classes = subfolders(root / first)
+    others = sorted(set(classes) ^ set(subfolders(root / second)))
+    if others or not classes:
+        lonely = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        found = f"only one of them has {lonely}" if others else "they have none"
+        raise DataError(f"--data-dir: {root / first} and {root / second} must have the same class folders; {found}")
+    return classes
+
+
+def list_parts(
+    root: Path, parts: tuple[str, str], classes: Sequence[str]
+) -> tuple[tuple[Sample, ...], tuple[Sample, ...], tuple[Problem, ...]]:
+    """(training samples, test samples, problems) of the class folders in the two folders ``parts`` of ``root``."""
+    (train, lacks), (test, lacks_too) = (class_samples(root, part, classes) for part in parts)
+    return tuple(train), tuple(test), (*lacks, *lacks_too)
+
+
 def count(samples: Iterable[Sample], classes: int) -> list[int]:
     """Number of samples of each class."""
     counts = [0] * classes
