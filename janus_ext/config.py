@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from janus_ext.errors import ArgumentError
 
-BenchmarkName = Literal["emoji", "imagenet-r", "domainnet", "folder"]
+BenchmarkName = Literal["emoji", "imagenet-r", "cifar100", "domainnet", "folder"]
 Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 Split = Literal["auto", "inflora", "coda", "folders", "random"]
 MethodName = Literal["janus", "lora"]
@@ -170,7 +170,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some benchmarks have
-    "data_dir": ("imagenet-r", "domainnet", "folder"),
+    "data_dir": ("imagenet-r", "cifar100", "domainnet", "folder"),
     "domains": ("domainnet",),
     "split": ("imagenet-r", "folder"),
     "split_files": ("imagenet-r",),
