@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from janus_ext.errors import ArgumentError
 
-BenchmarkName = Literal["emoji", "imagenet-r", "cifar100", "domainnet", "folder"]
+BenchmarkName = Literal["emoji", "imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"]
 Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 Split = Literal["auto", "inflora", "coda", "folders", "random"]
 MethodName = Literal["janus", "lora"]
@@ -46,6 +46,8 @@ class TrainConfig:
     """Sharpness (tau) of the margin loss."""
     tasks: int | None = None
     """Number of tasks the classes are divided into; by default the benchmark's own (domainnet 5, else 10)."""
+    class_list: str | None = None
+    """Classes of imagenet-100: a file with one wnid a line, or first100 (the first hundred of all sorted wnids)."""
     shuffle_classes: bool = False
     """Draw the order of the classes from the seed instead of the benchmark's fixed order."""
     limit_per_class: int | None = None
@@ -170,10 +172,11 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some benchmarks have
-    "data_dir": ("imagenet-r", "cifar100", "domainnet", "folder"),
+    "data_dir": ("imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"),
     "domains": ("domainnet",),
     "split": ("imagenet-r", "folder"),
     "split_files": ("imagenet-r",),
+    "class_list": ("imagenet-100",),
 }
 
 SPLITS: dict[str, tuple[Split, ...]] = {
