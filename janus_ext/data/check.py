@@ -103,10 +103,14 @@ def _decode(root: Path, names: Sequence[str]) -> Iterator[Problem]:
         return
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool, tqdm(total=len(names), desc="checking images", unit="image") as bar:
-        for chunk, problems in zip(chunks, pool.map(problems_of, chunks), strict=True):
-            bar.update(len(chunk))
-            yield from problems
+    pool = ThreadPoolExecutor(cores)
+    try:
+        with tqdm(total=len(names), desc="checking images", unit="image", disable=None) as bar:
+            for chunk, problems in zip(chunks, pool.map(problems_of, chunks), strict=True):
+                bar.update(len(chunk))
+                yield from problems
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for half a million images
 
 
 def _read(root: Path, name: str) -> Iterator[Problem]:

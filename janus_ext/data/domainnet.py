@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_ext.data.benchmark import Benchmark
@@ -123,10 +123,11 @@ class Lists:
             return f"wanted <path> <class id>, got {line[:80]!r}", None
         if int(label) >= CLASSES:
             return f"the class id must lie in 0..{CLASSES - 1}, got {label}", None
-        steps = PurePosixPath(path.strip()).parts
-        if len(steps) != 3 or steps[0] != domain or ".." in steps:
+        path = path.strip()
+        steps = path.split("/")
+        if len(steps) != 3 or steps[0] != domain or not {"", ".", ".."}.isdisjoint(steps):
             return f"wanted {domain}/<class>/<file>, got {path[:80]!r}", None
-        return "", Sample("/".join(steps), int(label))
+        return "", Sample(path, int(label))
 
     def _notice(self, sample: Sample | None, where: str) -> str:
         """Complaint about a line that contradicts an earlier one: an image twice, a class with two ids or two names."""
