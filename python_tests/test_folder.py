@@ -206,6 +206,38 @@ def test_a_trial_run_checks_only_what_it_needs(parts, monkeypatch):
     assert len(read) == 60
 
 
+def test_a_full_check_keeps_what_it_did_not_look_at_and_forgets_what_broke(parts, monkeypatch):
+    load(parts)
+    assert not check.examine(parts, ["train/thing 00/thing 00_0.jpg"], afresh=True)
+    assert len(check.read_known(parts)) == 60
+
+    def broken(path):
+        raise DataError(f"{path} cannot be read: the disk is old")
+
+    monkeypatch.setattr(check, "read_image", broken)
+    problems = check.examine(parts, ["train/thing 00/thing 00_0.jpg"], afresh=True)
+    assert str(problems[0]) == "train/thing 00/thing 00_0.jpg is unreadable: the disk is old"
+    assert len(check.read_known(parts)) == 59
+
+
+def test_an_interrupted_check_goes_on_where_it_was(parts, monkeypatch):
+    read = []
+
+    def interrupted(path):
+        read.append(path.name)
+        if len(read) == 50:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "CHUNK", 1)
+    monkeypatch.setattr(check, "available_cores", lambda: 1)
+    monkeypatch.setattr(check, "read_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(parts)
+    assert len(check.read_known(parts)) == 49
+    load(parts)
+    assert len(check.read_known(parts)) == 60
+
+
 def test_a_damaged_record_costs_a_check_and_a_warning(parts, caplog):
     load(parts)
     check.record_path(parts).write_bytes(b"nonsense")

@@ -1,6 +1,8 @@
 """Images in files: decoding, transforms, worker processes, memory."""
 
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -153,6 +155,19 @@ def test_a_pass_that_was_left_early_does_not_leak_into_the_next(tmp_path):
     assert torch.equal(torch.cat(batches_of(split)), torch.cat(batches_of(make_split(tmp_path))))
     with pytest.raises(RuntimeError, match="another pass"):
         list(left)
+
+
+class Fatal(Files):
+    """The operating system kills whoever opens an image of this source."""
+
+    def open(self, key):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_one_line(tmp_path):
+    split = ImageSplit(Fatal(tmp_path), ["a"], torch.zeros(1), ["a"], View(8), workers=1)
+    with pytest.raises(DataError, match=r"^a worker process ended: [^\n]*; fewer --workers need less memory$"):
+        list(split.stream([torch.tensor([0])]))
 
 
 def test_take_at_and_items(tmp_path):

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from janus_ext.checkpoint import make_folder, read_tensors, write_tensors
-from janus_ext.data.images import read_image
+from janus_ext.data.images import available_cores, read_image
 from janus_ext.data.listing import Listing, Problem, files_below, is_image
 from janus_ext.errors import CheckpointError, DataError
 
@@ -56,19 +57,26 @@ def report(listing: Listing) -> None:
 def examine(root: Path, names: Sequence[str], afresh: bool = False) -> list[Problem]:
     """Problems of the image files ``names`` below ``root``, in their order; remembers those that are fine.
 
-    Decodes in parallel what is not known to be fine, or everything if ``afresh``.
+    Decodes in parallel what is not known to be fine, or everything if ``afresh``. What was decoded before an
+    interruption is remembered, too.
     """
     fingerprints, problems = stat_files(root, names)
-    known = torch.zeros(0, dtype=torch.int64) if afresh else read_known(root)
-    fresh = ~torch.isin(fingerprints, known) & (fingerprints != 0)
-    rows = fresh.nonzero().flatten().tolist()
-    found = list(_decode(root, [names[i] for i in rows]))
-    broken = {problem.where for problem in found}
-    fine = [row for row in rows if names[row] not in broken]
-    if fine:
-        remember(root, torch.cat([known, fingerprints[fine]]))
+    known = read_known(root)
+    wanted = fingerprints != 0
+    if not afresh:
+        wanted &= ~torch.isin(fingerprints, known)
+    rows = wanted.nonzero().flatten().tolist()
+    fine, broken = [], []
+    try:
+        with closing(_decode(root, [names[row] for row in rows])) as decoded:
+            for row, problem in zip(rows, decoded, strict=True):
+                (broken if problem else fine).append(row)
+                problems += [problem] if problem else []
+    finally:
+        if rows:
+            remember(root, torch.cat([known[~torch.isin(known, fingerprints[broken])], fingerprints[fine]]))
     order = {name: position for position, name in enumerate(names)}
-    return sorted([*problems, *found], key=lambda problem: order[problem.where])
+    return sorted(problems, key=lambda problem: order[problem.where])
 
 
 def stat_files(root: Path, names: Sequence[str]) -> tuple[Tensor, list[Problem]]:
@@ -93,31 +101,29 @@ def _fingerprint(name: str, status: os.stat_result) -> int:
     return int.from_bytes(digest, "big", signed=True) or 1
 
 
-def _decode(root: Path, names: Sequence[str]) -> Iterator[Problem]:
-    """Problems of the files that cannot be decoded; threads suffice, Pillow decodes outside Python's global lock."""
+def _decode(root: Path, names: Sequence[str]) -> Iterator[Problem | None]:
+    """Per file its problem or None; threads suffice, Pillow decodes outside Python's global lock."""
 
-    def problems_of(chunk: Sequence[str]) -> list[Problem]:
-        return [problem for name in chunk for problem in _read(root, name)]
+    def decode(chunk: Sequence[str]) -> list[Problem | None]:
+        return [_decode_one(root, name) for name in chunk]
 
-    if not names:
-        return
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(cores)
+    pool = ThreadPoolExecutor(available_cores())
     try:
-        with tqdm(total=len(names), desc="checking images", unit="image", disable=None) as bar:
-            for chunk, problems in zip(chunks, pool.map(problems_of, chunks), strict=True):
-                bar.update(len(chunk))
-                yield from problems
+        with tqdm(total=len(names), desc="checking images", unit="image", disable=None if names else True) as bar:
+            for results in pool.map(decode, chunks):
+                bar.update(len(results))
+                yield from results
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for half a million images
 
 
-def _read(root: Path, name: str) -> Iterator[Problem]:
+def _decode_one(root: Path, name: str) -> Problem | None:
     try:
         read_image(root / name)
     except DataError as error:
-        yield Problem("unreadable", name, str(error).split(" cannot be read: ", 1)[-1])
+        return Problem("unreadable", name, str(error).split(" cannot be read: ", 1)[-1])
+    return None
 
 
 # what is known -------------------------------------------------------------------------------------------------------

@@ -275,7 +275,12 @@ class ImageSplit(Split):
         for _ in requests:
             if self._requests.current is not requests:
                 raise RuntimeError("another pass over this split began before this one had ended")
-            yield next(chunks)
+            try:
+                chunk = next(chunks)
+            except RuntimeError as error:  # killed: out of memory, or of shared memory in a container
+                reason = " ".join(str(error).split())
+                raise DataError(f"a worker process ended: {reason}; fewer --workers need less memory") from error
+            yield chunk
 
     def _lasting_loader(self, lookahead: int) -> DataLoader:
         """The loader of all passes: starting processes for each would cost more than a small epoch."""
@@ -296,9 +301,14 @@ class ImageSplit(Split):
 
 def default_workers(device: str) -> int:
     """Processes that decode: one a core for a GPU, at most MOST_WORKERS; half the cores where the CPU trains, too."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     return min(MOST_WORKERS, cores) if on_gpu else max(1, cores // 2)
+
+
+def available_cores() -> int:
+    """Cores this process may use: a container's or a batch system's share, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _require_memory(size: float) -> None:
