@@ -123,6 +123,12 @@ def test_workers_change_nothing_and_last_for_many_passes(tmp_path, seed):
     assert len(pids) == 1
 
 
+@pytest.mark.cuda
+def test_a_gpu_can_fetch_batches_by_itself(tmp_path):
+    torch.cuda.init()
+    assert all(batch.is_pinned() for batch in batches_of(make_split(tmp_path, workers=1)))
+
+
 def test_images_do_not_depend_on_the_batches_around_them(tmp_path):
     split = make_split(tmp_path)
     assert torch.equal(torch.cat(batches_of(split, 3, size=12)), torch.cat(batches_of(split, 3, size=12)))

@@ -112,7 +112,11 @@ class Lists:
             yield from (self.root / file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(f"--data-dir: the list {self.root / file} cannot be read: {reason}; {ADVICE}") from error
+            domain = file.rpartition("_")[0]
+            raise DataError(
+                f"--data-dir: the list {self.root / file} cannot be read: {reason} (--domains may leave {domain} out); "
+                f"wanted:\n\n{layout([domain])}"
+            ) from error
 
     def _parse(self, line: str, domain: str) -> tuple[str, Sample | None]:
         """(complaint, None) or ("", sample); an empty line is nothing."""

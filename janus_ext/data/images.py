@@ -262,7 +262,7 @@ class ImageSplit(Split):
             if isinstance(chunk, str):
                 raise DataError(chunk)
         shape = (sum(map(len, chunks)), 3, self.view.size, self.view.size)
-        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
         return torch.cat(chunks, out=batch) if chunks else batch
 
     def _read(self, requests: Sequence[Request], lookahead: int) -> Iterator[Tensor | str]:
@@ -312,10 +312,10 @@ def available_cores() -> int:
 
 
 def _require_memory(size: float) -> None:
-    """ArgumentError if ``size`` bytes are more than half of the memory that is free."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > free / 2:
+    """ArgumentError if ``size`` bytes are more than half of the machine's memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory / 2:
         raise ArgumentError(
-            f"--cache-images needs about {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
+            f"--cache-images needs about {size / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f}; "
             "without it workers decode while the device trains"
         )
