@@ -38,6 +38,8 @@ class TrainConfig:
     """Gradient rectification (GR); auto: exact with --method janus, none with --method lora."""
     estimator: Estimator = "auto"
     """Online estimation (OE) of the protected inputs: gram (exact), isvd (wide layers), none; auto: the method's."""
+    estimator_rank: int | None = None
+    """Directions that --estimator isvd keeps of each layer; by default 256, or the layer's width where that is less."""
     margin_weight: float | None = None
     """Weight of the decoupled margin loss (DML), 0 leaves it out; by default 0.5 with --method janus."""
     margin: float = 0.2
@@ -152,6 +154,8 @@ class TrainConfig:
                 f"--energy-end {self.energy_end:g} is below --energy-start {self.energy_start:g}: "
                 "what one task protects cannot be given up by the next"
             )
+        if self.estimator_rank is not None and self.estimator != "isvd":
+            raise ArgumentError(f"--estimator-rank belongs to --estimator isvd, got --estimator {self.estimator}")
         if self.estimator == "isvd" and self.energy_power == 2:
             raise ArgumentError("--energy-power 2 needs the Gram matrix: use --estimator gram, not isvd")
         if self.rectify == "project" and self.estimator == "none":
@@ -191,6 +195,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("limit_per_class", 1, float("inf")),
     ("workers", 0, 1024),
     ("rank", 1, float("inf")),
+    ("estimator_rank", 1, float("inf")),
     ("energy_start", 0, 1),
     ("energy_end", 0, 1),
     ("share", 0, 1),

@@ -61,6 +61,8 @@ class OnlineEstimator:
             raise ArgumentError(f"OnlineEstimator: decay must be in (0, 1], got {decay:g}")
         if energy_power not in (1, 2):
             raise ArgumentError(f"OnlineEstimator: energy_power must be 1 or 2, got {energy_power}")
+        if dtype not in (torch.float32, torch.float64):
+            raise ArgumentError(f"OnlineEstimator: dtype must be torch.float32 or torch.float64, got {dtype}")
         self.dim, self.decay, self.name = dim, decay, name
         self.statistics: Statistics
         if estimator == "gram":
@@ -142,8 +144,8 @@ class OnlineEstimator:
         elif isinstance(self.statistics, Sketch):
             held = self.statistics.energy_in(basis)
             if held < energy - torch.finfo(basis.dtype).eps * self.dim:
-                rank = len(self.statistics.S)
-                message = f"an energy of {energy:g} was asked, the sketch of rank {rank} holds {held:.4g}: raise rank"
+                sketch = f"the sketch of rank {len(self.statistics.S)} holds {held:.4g}: raise the estimator's rank"
+                message = f"an energy of {energy:g} was asked, {sketch}"
         if message is not None:
             self._warned = True
             warnings.warn(f"{self.name}: {message}", stacklevel=4)

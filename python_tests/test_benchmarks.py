@@ -74,11 +74,17 @@ def test_a_case_runs_and_writes_json(tmp_path: Path) -> None:
 def test_compare_tells_a_loss(tmp_path: Path) -> None:
     before, same = (
         results(tmp_path / "a.json", gram=1.5, margin=1.1),
-        results(tmp_path / "b.json", gram=1.45, margin=1.2),
+        results(tmp_path / "b.json", gram=1.4, margin=1.2),
     )
-    worse, missing = results(tmp_path / "c.json", gram=1.2, margin=1.1), results(tmp_path / "d.json", gram=1.5)
-    codes = [call(f"python benchmarks/run.py compare {before} {after}").returncode for after in (same, worse, missing)]
-    assert codes == [0, 1, 1]
+    worse, other = results(tmp_path / "c.json", gram=1.1, margin=1.1), results(tmp_path / "d.json", gram=1.5)
+    codes = [call(f"python benchmarks/run.py compare {before} {after}").returncode for after in (same, worse, other)]
+    assert codes == [0, 1, 0]
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
+    for file in (tmp_path / "none.json", BENCHMARKS / "results/estimators.json"):
+        done = call(f"python benchmarks/run.py table {file}")
+        assert done.returncode == 2 and f"{file} is no result of `run --json`" in done.stderr
 
 
 def test_unknown_names_are_refused() -> None:

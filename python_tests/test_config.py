@@ -76,6 +76,8 @@ def test_every_field_is_explained_to_the_user():
         ({"seed": ()}, "--seed"),
         ({"seed": (3, 3)}, "--seed"),
         ({"rectify": "project", "estimator": "none"}, "--rectify project"),
+        ({"estimator_rank": 8}, "--estimator-rank belongs to --estimator isvd, got --estimator gram"),
+        ({"estimator": "isvd", "energy_power": 2}, "--energy-power 2 needs the Gram matrix"),
         ({"method": "lora", "rectify": "exact"}, "--rectify"),
         ({"method": "lora", "margin_weight": 0.5}, "--margin-weight"),
     ],

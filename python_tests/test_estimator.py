@@ -96,7 +96,9 @@ def test_state_of_another_kind_or_rank_is_refused() -> None:
 def test_a_sketch_too_small_for_the_energy_warns_once_and_gives_all_it_has() -> None:
     one = estimator(20, rank=4, name="blocks.1.attn.qkv")
     one.observe(torch.randn(200, 20))
-    with pytest.warns(UserWarning, match=r"blocks\.1\.attn\.qkv: an energy of 0.9 .* rank 4 holds 0\.\d+: raise rank"):
+    with pytest.warns(
+        UserWarning, match=r"blocks\.1\.attn\.qkv: an energy of 0.9 .* rank 4 holds 0\.\d+: raise the estimator's rank"
+    ):
         assert one.commit(0.9).shape == (20, 4)
     one.observe(torch.randn(200, 20))
     with warnings.catch_warnings():
@@ -148,13 +150,17 @@ def test_bad_input_names_the_layer_and_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("use", "message"),
     [
+        (
+            lambda: OnlineEstimator(6, dtype=torch.bfloat16),
+            "dtype must be torch.float32 or torch.float64, got torch.bf",
+        ),
         (lambda: estimator(6, rank=7), "rank must be from 1 to dim = 6, got 7"),
         (lambda: estimator(6, rank=0), "rank must be from 1 to dim = 6, got 0"),
         (lambda: estimator(6, "gram", rank=3), "rank belongs to estimator='isvd', got 3 with 'gram'"),
         (lambda: estimator(6, energy_power=2), "energy_power must be 1 with estimator='isvd', got 2"),
         (lambda: estimator(6).merge(estimator(6, "gram")), "other must hold a Sketch, got a Gram"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_wrong_arguments_are_named(use: object, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):

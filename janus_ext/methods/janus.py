@@ -89,6 +89,7 @@ class Janus(SequentialLoRA):
             name: OnlineEstimator(
                 layer.in_features,
                 estimator=config.estimator,
+                rank=config.estimator_rank,
                 name=name,
                 energy_power=config.energy_power,
                 device=layer.A.device,
