@@ -72,15 +72,22 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
 def about(device: str) -> dict[str, Any]:
     """Where and with what this was measured."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    commit = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--", "csrc", "janus_ext", "benchmarks/*.py")  # results are no sources
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compiled": _native.available(),
-        "commit": commit.stdout.strip(),
+        "commit": f"{commit}-dirty" if changed else commit,
     }
+
+
+def git(*words: str) -> str:
+    """What git says in this checkout; nothing where there is no git."""
+    root = Path(__file__).parent.parent
+    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def processor() -> str:
