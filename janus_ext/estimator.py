@@ -128,7 +128,10 @@ class OnlineEstimator:
 
         Arguments and errors as there; when it raises, nothing has changed.
         """
-        basis = self.extended(energy, max_rank)
+        return self.adopt(self.extended(energy, max_rank))
+
+    def adopt(self, basis: Tensor) -> Tensor:
+        """Put a basis that `extended` gave in force, and start new statistics; for many layers, all or none."""
         self.statistics.clear()
         self._rows = torch.zeros_like(self._rows)
         self.basis = basis

@@ -142,9 +142,9 @@ class GradientRectifier:
         share = self.energy if energy is None else energy
         estimators = {id(e): e for e in self.estimators.values()}
         rooms = {key: e.dim - self._rank_on(e) for key, e in estimators.items()}
-        for key, estimator in estimators.items():  # all are looked at before any is changed
-            estimator.extended(share, rooms[key])
-        bases = {key: estimator.commit(share, rooms[key]) for key, estimator in estimators.items()}
+        bases = {key: estimator.extended(share, rooms[key]) for key, estimator in estimators.items()}
+        for key, basis in bases.items():  # all were looked at before any is changed
+            estimators[key].adopt(basis)
         for entry in self._entries:
             self._protect(entry, bases[id(self.estimators[entry.name])])
             if entry.optimizer is not None:

@@ -28,10 +28,6 @@ class Statistics(ABC):
         """`basis` [n, k] grown to `energy`, at most `cap` columns; ValueError where nothing finite was seen."""
 
     @abstractmethod
-    def energy_in(self, basis: Tensor) -> float:
-        """Share of the energy seen that these statistics can show to lie in span(basis)."""
-
-    @abstractmethod
     def merge(self, other: Any) -> None:
         """Add what statistics of the same kind and width saw."""
 
@@ -69,11 +65,6 @@ class Gram(Statistics):
     def extended(self, basis: Tensor, energy: float, cap: int) -> Tensor:
         return ops.extend_basis(basis, self.gram, energy, cap, self.energy_power)
 
-    def energy_in(self, basis: Tensor) -> float:
-        C = torch.linalg.matrix_power(self.gram.double(), self.energy_power)
-        V = basis.double()
-        return float((V.mT @ C @ V).trace() / C.trace())
-
     def merge(self, other: "Gram") -> None:
         self.gram += other.gram.to(self.gram)
 
@@ -103,6 +94,7 @@ class Sketch(Statistics):
         return ops.extend_basis_factor(basis, self.U, self.S, self.total, energy, cap)
 
     def energy_in(self, basis: Tensor) -> float:
+        """Share of the energy seen that the sketch can show to lie in span(basis)."""
         return float((basis.double().mT @ (self.U.double() * self.S.double())).square().sum() / self.total)
 
     def merge(self, other: "Sketch") -> None:

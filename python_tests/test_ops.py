@@ -83,6 +83,39 @@ def test_compiled_agrees_with_reference(device: str, op: str, dtype: torch.dtype
             assert_close(got, want, dtype, 10)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("op", ops.OPS)
+def test_waits_for_its_inputs_on_a_second_stream(op: str) -> None:
+    """They are written late there: what ran on another stream would read zeros."""
+    for sample in sample_inputs(op, "cuda", torch.float32):
+        want_arguments = {k: clone(v) for k, v in sample.items()}
+        want = getattr(torch.ops.janus_ext, op)(**want_arguments)
+        late = {k: clone(v) for k, v in sample.items()}
+        sources = [t.clone() for t in flat(late)]
+        for t in flat(late):
+            t.zero_()
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            for t, source in zip(flat(late), sources, strict=True):
+                t.copy_(source)
+            got = getattr(torch.ops.janus_ext, op)(**late)
+        stream.synchronize()
+        pairs = zip(flat(late if got is None else got), flat(want_arguments if want is None else want), strict=True)
+        for a, b in pairs:
+            assert_close(a, b, torch.float32)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
+@pytest.mark.parametrize("op", ops.OPS)
+def test_runs_on_the_device_of_its_inputs(op: str) -> None:
+    for sample in sample_inputs(op, "cuda:1", torch.float32):
+        out = getattr(torch.ops.janus_ext, op)(**sample)
+        assert all(t.device == torch.device("cuda:1") for t in flat(sample if out is None else out))
+
+
 def clone(value: object) -> object:
     if isinstance(value, torch.Tensor):
         return value.clone()

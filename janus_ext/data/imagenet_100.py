@@ -44,7 +44,7 @@ def read(config: TrainConfig) -> Listing:
     there = {part: subfolders(root / part) for part in ("train", "val")}
     classes = choose_classes(config.class_list, there["train"])
     for part, found in there.items():
-        lacking = [wnid for wnid in classes if wnid not in set(found)]
+        lacking = sorted(set(classes) - set(found))
         if lacking:
             raise DataError(
                 f"--data-dir: {root / part} lacks {len(lacking)} of the {CLASSES} class folders, the first is "

@@ -56,9 +56,8 @@ class Janus(SequentialLoRA):
     def _commit(self, energy: float) -> dict[str, Tensor]:
         """The bases of the next task; where a layer's statistics are bad, none is changed and nothing is merged."""
         rooms = {name: self.layers[name].in_features - self.layers[name].rank for name in self.estimators}
-        for name, estimator in self.estimators.items():
-            estimator.extended(energy, rooms[name])
-        return {name: estimator.commit(energy, rooms[name]) for name, estimator in self.estimators.items()}
+        bases = {name: estimator.extended(energy, rooms[name]) for name, estimator in self.estimators.items()}
+        return {name: self.estimators[name].adopt(basis) for name, basis in bases.items()}
 
     # GR: gradient rectification --------------------------------------------------------------------------------------
     def after_backward(self) -> None:
