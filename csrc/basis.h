@@ -56,7 +56,8 @@ inline Tensor grown(const Tensor& V, const Tensor& W, const Tensor& u) {
   if (u.size(1) == 0) return V.clone(at::MemoryFormat::Contiguous);
   const auto [Q, R] = at::linalg_qr(project(u.mT(), W).mT());
   const Tensor diagonal = R.diagonal(), ones = at::ones_like(diagonal);
-  return at::cat({V, (Q * at::where(diagonal < 0, -ones, ones)).to(V.scalar_type())}, 1).contiguous();
+  const Tensor same_signs = Q.mul_(at::where(diagonal < 0, -ones, ones));
+  return at::cat({V, same_signs.to(V.scalar_type())}, 1).contiguous();
 }
 
 inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energy, int64_t max_rank,
@@ -95,13 +96,13 @@ inline Tensor extend_basis_factor(const Tensor& basis, const Tensor& U, const Te
   const int64_t n = basis.size(0), k = basis.size(1);
   const FullFloat32 precision;  // the factor is projected in its own dtype, new directions once more in float64
   const Tensor V = orthonormal(basis), V_U = V.to(U.scalar_type());
-  const Tensor rows = at::mul(U.mT(), (S / largest).unsqueeze(1)).contiguous();  // C = rows^T rows, but for largest^2
-  const Tensor inside = at::matmul(rows, V_U).to(at::kDouble).square().sum();
   const Tensor whole = total / (largest * largest);
   // Rounding of the factor, and of squaring it in float64; its largest singular value is 1.
   const double noise = static_cast<double>(n) *
                        std::max(static_cast<double>(n) * std::pow(epsilon(U.scalar_type()), 2), epsilon(at::kDouble));
-  const Tensor directions = [&] {
+  const Tensor directions = [&] {  // what it works on is free again when it returns
+    const Tensor rows = at::mul(U.mT(), (S / largest).unsqueeze(1)).contiguous();  // C = rows^T rows, but for largest^2
+    const Tensor inside = at::matmul(rows, V_U).to(at::kDouble).square().sum();
     const LeftFactor rest = left_factor(project(rows, V_U).mT(), message);
     const Tensor values = rest.values * rest.unit.square();
     const auto candidates = count_above(values, noise);
