@@ -6,14 +6,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from janus_ext import presets
 from janus_ext.errors import ArgumentError
 
 BenchmarkName = Literal["emoji", "imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"]
 Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 Split = Literal["auto", "inflora", "coda", "folders", "random"]
-MethodName = Literal["janus", "lora"]
+MethodName = Literal["janus", "lora", "lora-gpm", "inflora", "lora-drs", "bilora", "joint"]
 Rectify = Literal["auto", "none", "project", "tangent", "exact"]
 Estimator = Literal["auto", "gram", "isvd", "none"]
+Head = Literal["auto", "linear", "ncm"]
+Normalize = Literal["auto", "identity", "model"]
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,22 @@ class TrainConfig:
     """Training and test images: inflora, coda or folders (imagenet-r, auto: inflora), folders or random (folder)."""
     split_files: tuple[Path, ...] = ()
     """The two yaml files of --split coda, training first; by default imagenet-r_{train,test}.yaml in --data-dir."""
+    preset: Literal["default", "paper"] = "default"
+    """Where the values come from that are not given: default, or paper, the published protocol of the benchmark."""
     method: MethodName = "janus"
-    """Continual-learning method: janus (OE + GR + DML) or lora (sequential LoRA fine-tuning)."""
+    """Continual-learning method; lora is fine-tuning in sequence, joint learns all classes at once (an upper bound)."""
     rectify: Rectify = "auto"
-    """Gradient rectification (GR); auto: exact with --method janus, none with --method lora."""
+    """Gradient rectification (GR) of janus, lora-gpm and lora-drs; auto: exact, project and none."""
     estimator: Estimator = "auto"
-    """Online estimation (OE) of the protected inputs: gram (exact), isvd (wide layers), none; auto: the method's."""
+    """Statistics of the inputs: gram (exact), isvd (wide layers), none (janus without OE); auto: the method's."""
     estimator_rank: int | None = None
     """Directions that --estimator isvd keeps of each layer; by default 256, or the layer's width where that is less."""
+    head: Head = "auto"
+    """Classifier at test time: linear heads, or ncm, the nearest class mean; auto: ncm with lora-drs, else linear."""
     margin_weight: float | None = None
-    """Weight of the decoupled margin loss (DML), 0 leaves it out; by default 0.5 with --method janus."""
-    margin: float = 0.2
-    """Cosine similarity to an old prototype above which the margin loss pushes."""
+    """Weight of the margin loss of janus (DML, by default 0.5) or the triplet loss of lora-drs (0.05), 0: without."""
+    margin: float | None = None
+    """Cosine to an old prototype above which janus pushes (0.2); distance that lora-drs puts between classes (1)."""
     temperature: float = 16.0
     """Sharpness (tau) of the margin loss."""
     tasks: int | None = None
@@ -58,42 +65,48 @@ class TrainConfig:
     """Processes that decode images, 0: none; by default one a core for a GPU (16 at most), half the cores for a CPU."""
     cache_images: bool = False
     """Keep all decoded images in memory, for small data sets."""
-    backbone: str = "emoji"
-    """Backbone: emoji (embedded, 64 px) or the name of any vision transformer of timm."""
+    backbone: str | None = None
+    """Backbone: emoji (embedded, 64 px) or any vision transformer of timm; by default ViT-B/16 but for emoji."""
     weights: str = "pretrained"
     """Backbone weights: pretrained, none (random), or a local file."""
-    rank: int = 8
-    """Rank of the LoRA factors on the K and V projections of every block."""
-    scale: float = 1.0
-    """Factor s in W + s B A."""
-    energy_start: float = 0.9
-    """Share of input energy protected after the first task."""
-    energy_end: float = 0.97
-    """Share of input energy towards which the protected share grows with the tasks."""
-    energy_power: Literal[1, 2] = 1
-    """1 measures energy by squared activations (GPM), 2 by their squares again (InfLoRA's code)."""
+    normalize: Normalize = "auto"
+    """Colours of the images: as the backbone was pretrained (model), or in [0, 1] (identity, --preset paper)."""
+    rank: int | None = None
+    """Rank of the LoRA factors on the K and V projections of every block; by default 8 for emoji, else 10 or 30."""
+    scale: float | None = None
+    """Factor s in W + s B A, by default 1; of the inverse Fourier transform in bilora, by default 300."""
+    frequencies: int = 3000
+    """Fourier coefficients that bilora trains of each K and V projection in a task."""
+    energy_start: float | None = None
+    """Share of input energy protected after the first task; by default 0.9 for emoji, else 0.95 or 0.98."""
+    energy_end: float | None = None
+    """Share of input energy towards which the protected share grows with the tasks; by default 0.97 or 1."""
+    energy_power: Literal[1, 2] | None = None
+    """1 measures energy by squared activations (GPM; emoji), 2 by their squares again (InfLoRA's code; else)."""
     damping: float = 0.1
     """Damping of the r x r inverses of the rectification, relative to their mean eigenvalue."""
     share: float = 0.5
     """How the update that both factors can carry is divided: 0 leaves it to A, 0.5 is symmetric, 1 leaves it to B."""
     balance: bool = True
     """Rescale rectified factor gradients to the plain gradients' scale."""
-    epochs: int = 12
-    """Passes over the training images of each task."""
-    batch_size: int = 32
-    """Images per step."""
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """Optimizer; its state starts fresh with every task; sgd has momentum 0.9."""
-    lr: float = 8e-3
-    """Learning rate of the factors at the start of each task."""
-    head_lr: float = 1e-2
-    """Learning rate of the task's head at its start; it learns from nothing and needs larger steps than the factors."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over the epochs of a task."""
+    epochs: int | None = None
+    """Passes over the training images of each task; by default 12 for emoji, else 5 to 50."""
+    batch_size: int | None = None
+    """Images per step; by default 32 for emoji, else 128."""
+    optimizer: Literal["auto", "adam", "adamw", "sgd"] = "auto"
+    """Optimizer, its state starts fresh with every task; sgd (momentum 0.9) by default for domainnet, else adam."""
+    lr: float | None = None
+    """Learning rate of the factors at the start of each task; by default 0.008 for emoji, else 0.0005 or 0.005."""
+    head_lr: float | None = None
+    """Learning rate of the task's head at its start; by default 0.01 for emoji and domainnet, else 0.0005."""
+    schedule: Literal["auto", "cosine", "step", "constant"] = "auto"
+    """Learning rate over the epochs of a task; by default step for domainnet, else cosine."""
+    milestones: tuple[int, ...] | None = None
+    """Epochs after which --schedule step divides the learning rates by ten; by default 4 of domainnet's 5."""
     clip_norm: float | None = None
     """Largest global gradient norm, clipped after rectification; by default no clipping."""
-    seed: tuple[int, ...] = (0,)
-    """Random seeds; several make one run each under <output>/seed-<n>."""
+    seed: tuple[int, ...] | None = None
+    """Random seeds, by default 0 (--preset paper: 0 to 4); several make one run each under <output>/seed-<n>."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     amp: Literal["auto", "off", "bf16"] = "auto"
@@ -104,13 +117,16 @@ class TrainConfig:
     """Draw plots/*.png at the end."""
 
     def resolved(self) -> TrainConfig:
-        """The checked configuration with the method's own defaults filled in; raises ArgumentError naming the flag."""
-        defaults = METHOD_DEFAULTS[self.method]
+        """The checked configuration with the preset's values for what was not said; ArgumentError names the flag."""
+        defaults = presets.values(self.preset, self.benchmark, self.method)
+        if self.schedule in ("cosine", "constant"):  # said by the user, who thereby leaves the preset's milestones
+            defaults.pop("milestones", None)
         missing = {name: value for name, value in defaults.items() if getattr(self, name) in (None, "auto")}
         config = replace(self, **missing)
         config._check_ranges()
         config._check_data_flags()
         config._check_combinations()
+        config._check_method()
         return config
 
     def to_json(self) -> dict[str, Any]:
@@ -162,17 +178,33 @@ class TrainConfig:
             raise ArgumentError(
                 "--rectify project removes what --estimator found; with --estimator none it does nothing"
             )
-        for name, value in METHOD_DEFAULTS["lora"].items():
-            if self.method == "lora" and getattr(self, name) != value:
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ArgumentError(
+                f"--milestones are the epochs of --schedule step, got {list(self.milestones or ())} "
+                f"and --schedule {self.schedule}"
+            )
+        if self.milestones and min(self.milestones) < 1:
+            raise ArgumentError(f"--milestones must be at least 1, got {list(self.milestones)}")
+
+    def _check_method(self) -> None:
+        for name, allowed in METHOD_LIMITS.get(self.method, {}).items():
+            if getattr(self, name) not in allowed:
                 raise ArgumentError(
-                    f"--method lora is plain fine-tuning and has no {_flag(name)} {getattr(self, name)}; "
-                    "use --method janus"
+                    f"--method {self.method} has no {_flag(name)} {getattr(self, name)}; "
+                    f"it takes {', '.join(map(str, allowed))}"
                 )
+        if self.method == "janus" and self.margin > 1:
+            raise ArgumentError(f"--margin is a cosine with --method janus and at most 1, got {self.margin:g}")
 
 
-METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "janus": {"rectify": "exact", "estimator": "gram", "margin_weight": 0.5},
-    "lora": {"rectify": "none", "estimator": "none", "margin_weight": 0.0},
+NO_MEMORY: dict[str, tuple[Any, ...]] = {"rectify": ("none",), "estimator": ("none",), "margin_weight": (0.0,)}
+METHOD_LIMITS: dict[str, dict[str, tuple[Any, ...]]] = {  # what a method takes of flags that others have, too
+    "lora": NO_MEMORY,
+    "lora-gpm": {"rectify": ("project", "tangent", "exact"), "estimator": ("gram", "isvd"), "margin_weight": (0.0,)},
+    "inflora": {"rectify": ("none",), "estimator": ("gram",), "margin_weight": (0.0,), "energy_power": (2,)},
+    "lora-drs": {"estimator": ("gram",), "energy_power": (1,)},
+    "bilora": NO_MEMORY,
+    "joint": NO_MEMORY | {"tasks": (1,)},
 }
 
 DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some benchmarks have
@@ -190,11 +222,12 @@ SPLITS: dict[str, tuple[Split, ...]] = {
 
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("margin_weight", 0, float("inf")),
-    ("margin", -1, 1),
+    ("margin", -1, 2),
     ("tasks", 1, float("inf")),
     ("limit_per_class", 1, float("inf")),
     ("workers", 0, 1024),
     ("rank", 1, float("inf")),
+    ("frequencies", 1, float("inf")),
     ("estimator_rank", 1, float("inf")),
     ("energy_start", 0, 1),
     ("energy_end", 0, 1),

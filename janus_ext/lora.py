@@ -101,7 +101,7 @@ class LoRALayer(nn.Module):
         delta = self._delta64()
         change = torch.empty_like(delta)
         updates = zip(delta.view(-1, *delta.shape[-2:]), change.view(-1, *delta.shape[-2:]), strict=True)
-        for target, (update, made) in zip(self._target_weights(), updates, strict=True):
+        for target, (update, made) in zip(self.target_weights(), updates, strict=True):
             before = target.double()
             target.copy_(before + update)
             made.copy_(target.double() - before)
@@ -139,8 +139,8 @@ class LoRALayer(nn.Module):
         if self.rectify == "exact" and self.basis.shape[1] > 0:
             project_rows_(self.A, self.basis)
 
-    def _target_weights(self) -> list[Tensor]:
-        """The slices of W that the targets adapt, as views [m, n]."""
+    def target_weights(self) -> list[Tensor]:
+        """The slices of W that the factors adapt, as views [m, n]: what `merge` changes."""
         raise NotImplementedError
 
     def _call_options(self) -> dict[str, float | str | bool | Tensor]:
@@ -243,7 +243,7 @@ class LoRALinear(LoRALayer):
         """x [..., n] -> [..., m]."""
         return ops.lora_linear(x, self.linear.weight, self.linear.bias, self.A, self.B, **self._call_options())
 
-    def _target_weights(self) -> list[Tensor]:
+    def target_weights(self) -> list[Tensor]:
         return [self.linear.weight.data]
 
 
@@ -286,7 +286,7 @@ class LoRAQKV(LoRALayer):
         weight, bias = self.linear.weight, self.linear.bias
         return ops.lora_qkv(x, weight, bias, self.A, self.B, targets=self.targets, **self._call_options())
 
-    def _target_weights(self) -> list[Tensor]:
+    def target_weights(self) -> list[Tensor]:
         starts = [ops.TARGETS.index(t) * self.width for t in self.targets]
         return [self.linear.weight.data[start : start + self.width] for start in starts]
 
@@ -315,16 +315,7 @@ def inject(
     Raises:
         ArgumentError: the model has no such module, or has LoRA layers already.
     """
-    if any(isinstance(module, LoRALayer) for module in model.modules()):
-        raise ArgumentError("model must be without LoRA layers, got one that inject() has seen already")
-    owners = {
-        name: module for name, module in model.named_modules() if isinstance(getattr(module, "qkv", None), nn.Linear)
-    }
-    if not owners:
-        raise ArgumentError(f"model must have attention blocks with a fused `qkv`, got {type(model).__name__}")
-    unfit = [name for name, m in owners.items() if hasattr(m, "q_bias")]
-    if unfit:
-        raise ArgumentError(f"model must call its fused `qkv`, but {unfit[0]} reads qkv.weight itself (as BEiT does)")
+    owners = attention_qkv(model)
     options = {"rectify": rectify, "rectify_in": rectify_in, "damping": damping, "share": share, "balance": balance}
     made = {name: LoRAQKV(owner.qkv, rank, targets, scale, **options) for name, owner in owners.items()}
     model.requires_grad_(False)
@@ -332,3 +323,19 @@ def inject(
     for name, owner in owners.items():
         owner.qkv = layers[f"{name}.qkv" if name else "qkv"] = made[name]
     return layers
+
+
+def attention_qkv(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules with a fused `qkv` projection to adapt, by their names in the model's order.
+
+    Raises ArgumentError when there is none, when one is adapted already, or reads its weights itself.
+    """
+    owners = {name: module for name, module in model.named_modules() if hasattr(module, "qkv")}
+    if any(not isinstance(module.qkv, nn.Linear) for module in owners.values()):
+        raise ArgumentError("model must have plain `qkv` projections, got one that an adapter has taken the place of")
+    if not owners:
+        raise ArgumentError(f"model must have attention blocks with a fused `qkv`, got {type(model).__name__}")
+    unfit = [name for name, m in owners.items() if hasattr(m, "q_bias")]
+    if unfit:
+        raise ArgumentError(f"model must call its fused `qkv`, but {unfit[0]} reads qkv.weight itself (as BEiT does)")
+    return owners

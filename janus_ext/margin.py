@@ -50,10 +50,14 @@ class ClassPrototypes:
 
     def nearest(self, features: Tensor) -> Tensor:
         """Cosine [N] of each feature [N, dim] to its nearest prototype ("danger" is its mean over new features)."""
+        return self.cosines(features).amax(1)
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """Cosines [N, C] of features [N, dim] to all prototypes: the largest is that of the nearest class mean."""
         self._check(features)
         if not self.classes:
-            raise ArgumentError("nearest needs at least one prototype, got none")
-        return self._cosines(features).amax(1)
+            raise ArgumentError("cosines need at least one prototype, got none")
+        return F.normalize(features.to(self.matrix), dim=1) @ self.matrix.T
 
     def state_dict(self) -> dict[str, Tensor]:
         """matrix [C, dim] and classes [C]."""
@@ -72,9 +76,6 @@ class ClassPrototypes:
     def _check(self, features: Tensor) -> None:
         if features.dim() != 2 or features.shape[1] != self.matrix.shape[1]:
             raise ArgumentError(f"features must be [N, {self.matrix.shape[1]}], got {list(features.shape)}")
-
-    def _cosines(self, features: Tensor) -> Tensor:
-        return F.normalize(features.to(self.matrix), dim=1) @ self.matrix.T
 
 
 class DecoupledMarginLoss(nn.Module):

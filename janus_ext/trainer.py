@@ -188,6 +188,7 @@ class Trainer:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         optimizer.step()
+        self.method.after_step()
         progress.add(step.loss, step.correct, len(images))
 
     @torch.no_grad()
@@ -197,7 +198,7 @@ class Trainer:
         accuracies = []
         for rows in self.test_rows[: index + 1]:
             batches = self._clean_batches(self.benchmark.test, rows)
-            correct = [(self.model(images).argmax(-1) == labels).sum() for images, labels in batches]
+            correct = [(self.method.scores(images).argmax(-1) == labels).sum() for images, labels in batches]
             accuracies.append(100 * int(torch.stack(correct).sum()) / len(rows))
         self.model.train()
         return accuracies
@@ -225,10 +226,11 @@ class Trainer:
             first=first,
             classes=len(self.benchmark.tasks[index]),
             clean_batches=lambda: self._clean_batches(self.benchmark.train, self.train_rows[index]),
+            augmented_batches=lambda: self._training_batches(index, self.config.epochs),
         )
 
     def _training_batches(self, index: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The task's images in random order, augmented."""
+        """The task's images in random order, augmented; epochs beyond the last one serve the method's statistics."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, index, epoch, "data"))
         rows = self.train_rows[index]
         rows = rows[torch.randperm(len(rows), generator=generator)]
@@ -263,8 +265,10 @@ def derive_seed(seed: int, task: int, epoch: int, purpose: str) -> int:
 
 
 def schedule(config: TrainConfig, epoch: int) -> float:
-    """Share of the peak learning rates in ``epoch``: 1, or half a cosine over the task's epochs (stepped once each)."""
-    return 1.0 if config.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    """Share of the peak learning rates in ``epoch``: half a cosine over the task's, a tenth per milestone, or 1."""
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    return 0.1 ** sum(epoch >= milestone for milestone in config.milestones or ())
 
 
 def make_optimizer(config: TrainConfig, factors: list[nn.Parameter], head: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -125,7 +125,8 @@ def test_check_data_reports_counts(small, capsys, monkeypatch):
 def test_a_run_at_100_classes_and_ten_tasks(small, weights, tmp_path, monkeypatch):
     folder, dataset = small
     monkeypatch.setitem(BENCHMARKS, "cifar100", lambda config: cifar100.load(config, dataset))
-    flags = f"--benchmark cifar100 --data-dir {folder} --weights {weights} --epochs 1 --rank 4 --shuffle-classes"
+    flags = f"--benchmark cifar100 --data-dir {folder} --backbone emoji --weights {weights} --rank 4 --shuffle-classes"
+    flags += " --epochs 1"
     assert train.main([*flags.split(), "--workers", "1", "--no-plots", "--output", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(results["accuracy_matrix"]) == 10 and results["test_sizes"] == [10] * 10

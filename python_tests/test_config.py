@@ -80,6 +80,15 @@ def test_every_field_is_explained_to_the_user():
         ({"estimator": "isvd", "energy_power": 2}, "--energy-power 2 needs the Gram matrix"),
         ({"method": "lora", "rectify": "exact"}, "--rectify"),
         ({"method": "lora", "margin_weight": 0.5}, "--margin-weight"),
+        ({"method": "inflora", "rectify": "exact"}, "--rectify exact; it takes none"),
+        ({"method": "inflora", "estimator": "isvd"}, "--"),
+        ({"method": "joint", "tasks": 10}, "--tasks 10; it takes 1"),
+        ({"margin": 1.5}, "--margin is a cosine"),
+        ({"method": "bilora", "frequencies": 0}, "--frequencies"),
+        ({"schedule": "step"}, "--milestones"),
+        ({"milestones": (4,)}, "--milestones"),
+        ({"schedule": "step", "milestones": (0, 4)}, "--milestones must be at least 1, got [0, 4]"),
+        ({"preset": "paper"}, "--preset paper is a published protocol, and --benchmark emoji has none"),
     ],
 )
 def test_a_refusal_names_the_flag(change, flag):
@@ -87,10 +96,52 @@ def test_a_refusal_names_the_flag(change, flag):
         TrainConfig(**change).resolved()
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "published"),
+    [  # the table of the published protocol: InfLoRA's line
+        ("cifar100", ("adam", 5e-4, 5e-4, "cosine", 20, 10, 0.95)),
+        ("imagenet-r", ("adam", 5e-4, 5e-4, "cosine", 50, 10, 0.98)),
+        ("domainnet", ("sgd", 5e-3, 1e-2, "step", 5, 30, 0.95)),
+    ],
+)
+def test_the_paper_preset_is_the_published_protocol(benchmark, published):
+    c = TrainConfig(preset="paper", benchmark=benchmark).resolved()
+    assert (c.optimizer, c.lr, c.head_lr, c.schedule, c.epochs, c.rank, c.energy_start) == published
+    assert (c.batch_size, c.energy_end, c.seed, c.normalize) == (128, 1.0, (0, 1, 2, 3, 4), "identity")
+    assert (c.backbone, c.scale) == ("vit_base_patch16_224.augreg_in21k", 1.0)
+    assert (c.milestones or ()) == ((4,) if benchmark == "domainnet" else ())
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize(("field", "value"), [("epochs", 12), ("lr", 8e-3), ("seed", (0,)), ("normalize", "model")])
+def test_what_the_user_types_wins_over_a_preset_even_where_it_is_another_presets_value(preset, field, value):
+    config = TrainConfig(preset=preset, benchmark="cifar100", **{field: value}).resolved()
+    assert getattr(config, field) == value
+
+
+def test_another_schedule_leaves_the_presets_milestones():
+    config = TrainConfig(preset="paper", benchmark="domainnet", schedule="cosine").resolved()
+    assert config.schedule == "cosine" and not config.milestones
+
+
+@pytest.mark.parametrize("method", get_args(MethodName))
+@pytest.mark.parametrize("benchmark", get_args(BenchmarkName))
+def test_every_method_has_values_on_every_benchmark(method, benchmark):
+    config = TrainConfig(method=method, benchmark=benchmark).resolved()
+    left_open = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
+    by_benchmark = {"data_dir", "split", "tasks", "class_list", "workers"}
+    assert left_open <= by_benchmark | {"estimator_rank", "limit_per_class", "milestones", "clip_norm", "device"} | {
+        "amp",
+        "output",
+    }
+
+
 def test_learning_rate_schedules():
-    cosine = TrainConfig(epochs=4)
+    cosine = TrainConfig(epochs=4).resolved()
     assert [schedule(cosine, e) for e in range(4)] == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466])
-    assert schedule(TrainConfig(epochs=4, schedule="constant"), 3) == 1.0
+    assert schedule(TrainConfig(epochs=4, schedule="constant").resolved(), 3) == 1.0
+    step = TrainConfig(epochs=5, schedule="step", milestones=(2, 4)).resolved()
+    assert [schedule(step, e) for e in range(5)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
 
 
 def test_devices():

@@ -255,7 +255,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(parts, caplog, monkeypatch,
 
 # the command ---------------------------------------------------------------------------------------------------------
 def test_a_run_on_class_folders(parts, weights, tmp_path):
-    settings = f"--weights {weights} --epochs 1 --tasks 3 --workers 1 --no-plots --amp off"
+    settings = f"--backbone emoji --weights {weights} --epochs 1 --tasks 3 --workers 1 --no-plots --amp off"
     shas = []
     for number, extra in enumerate((["--cache-images"], ["--workers", "0"])):
         output = tmp_path / f"run{number}"

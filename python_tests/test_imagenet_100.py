@@ -108,7 +108,8 @@ def test_check_data_counts_validation_images(tree, class_list, capsys):
 
 
 def test_a_run_at_100_classes_and_ten_tasks(tree, class_list, weights, tmp_path):
-    flags = f"--benchmark imagenet-100 --data-dir {tree} --class-list {class_list} --weights {weights} --epochs 1"
+    flags = f"--benchmark imagenet-100 --data-dir {tree} --class-list {class_list} --backbone emoji --weights {weights}"
+    flags += " --epochs 1"
     assert train.main([*flags.split(), "--workers", "1", "--no-plots", "--output", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(results["accuracy_matrix"]) == 10 and results["test_sizes"] == [10] * 10

@@ -502,7 +502,7 @@ def test_inject_freezes_all_but_the_factors() -> None:
     assert list(layers) == ["blocks.0.qkv", "blocks.1.qkv"]
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable == [f"blocks.{i}.qkv.{f}" for i in (0, 1) for f in ("A", "B")]
-    with pytest.raises(ArgumentError, match="without LoRA layers"):
+    with pytest.raises(ArgumentError, match="plain `qkv` projections"):
         inject(model, rank=2)
     with pytest.raises(ArgumentError, match="fused `qkv`"):
         inject(nn.Sequential(nn.Linear(3, 3)), rank=2)

@@ -1,7 +1,7 @@
 """What the trainer asks of a continual-learning method, and what every method measures in the same way.
 
-A method is called in this order, once per task: ``begin_task``; per epoch ``begin_epoch`` and, per step, ``loss`` and
-``after_backward``; ``end_task``. A baseline needs ``begin_task``, ``loss`` and ``close_task``.
+A method is called in this order, once per task: ``begin_task``; per epoch ``begin_epoch`` and, per step, ``loss``,
+``after_backward`` and ``after_step``; ``end_task``. A baseline needs ``trainable`` and ``close_task``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Task:
     classes: int
     clean_batches: Batches
     """Makes a fresh pass over the training images, unaugmented, on the model's device: (uint8 images, labels)."""
+    augmented_batches: Batches
+    """The same, augmented and in random order as in training: what rival methods take their statistics from."""
 
 
 class Step(NamedTuple):
@@ -80,12 +82,27 @@ class Method(ABC):
     def begin_epoch(self, is_last: bool) -> None:  # noqa: B027 - a hook, most methods need none
         """Called before each epoch; ``is_last`` in the last one of the task."""
 
-    @abstractmethod
     def loss(self, images: Tensor, targets: Tensor) -> Step:
         """Loss of uint8 images [b, 3, H, W] with targets [b] counted within the current task."""
+        features = self.model.features(images)
+        logits = self.model.heads[-1](features)
+        loss = F.cross_entropy(logits, targets) + self.penalty(features, targets)
+        return Step(loss, (logits.detach().argmax(-1) == targets).sum())
+
+    def penalty(self, features: Tensor, targets: Tensor) -> Tensor | float:
+        """What a method adds to the cross entropy, from the features [b, d] and targets [b]."""
+        return 0.0
 
     def after_backward(self) -> None:  # noqa: B027 - likewise
         """Called with the gradients in place, before clipping and the optimizer's step."""
+
+    def after_step(self) -> None:  # noqa: B027 - likewise
+        """Called after each step of the optimizer."""
+
+    def scores(self, images: Tensor) -> Tensor:
+        """uint8 [b, 3, H, W] -> [b, classes seen so far], the largest wins: logits, or cosines to prototypes."""
+        features = self.model.features(images)
+        return self.prototypes.cosines(features) if self.config.head == "ncm" else self.model.classify(features)
 
     @abstractmethod
     def close_task(self, task: Task) -> TaskReport:

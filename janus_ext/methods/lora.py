@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
+from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.lora import inject, violation
-from janus_ext.methods.base import Method, Step, Task, TaskReport
+from janus_ext.methods.base import Method, Task, TaskReport
+from janus_ext.rectifier import GradientRectifier
 
 if TYPE_CHECKING:
     from janus_ext.backbone import ContinualClassifier
@@ -16,47 +18,82 @@ if TYPE_CHECKING:
 
 
 class SequentialLoRA(Method):
-    """Fine-tuning baseline, and the frame in which Janus-LoRA works."""
+    """Fine-tuning baseline, and the frame in which the other LoRA methods work.
+
+    Gradient rectification is part of the frame, so that it can be plugged into every method that gives its layers a
+    basis: factor gradients come plain from the backward and are rectified in one batched call before the step, except
+    for the one combination that needs the full-weight gradient, which only the backward sees.
+    """
 
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
-        # Factor gradients come plain from the backward and are rectified in one batched call before the step, except
-        # for the one combination that needs the full-weight gradient, which only the backward sees.
-        self.rectified_in_backward = config.rectify == "tangent" and config.estimator != "none"
+        in_backward = config.rectify == "tangent" and config.estimator != "none"
         self.layers = inject(
             model.backbone,
             config.rank,
             scale=config.scale,
             rectify=config.rectify,
-            rectify_in="backward" if self.rectified_in_backward else "step",
+            rectify_in="backward" if in_backward else "step",
             damping=config.damping,
             share=config.share,
             balance=config.balance,
         )
+        rectified = config.rectify != "none" and not in_backward
+        self.rectifier = GradientRectifier(self.layers) if rectified else None
 
     def trainable(self) -> list[nn.Parameter]:
         return [factor for layer in self.layers.values() for factor in (layer.A, layer.B)]
 
-    def loss(self, images: Tensor, targets: Tensor) -> Step:
-        features = self.model.features(images)
-        logits = self.model.heads[-1](features)
-        loss = F.cross_entropy(logits, targets) + self.penalty(features)
-        return Step(loss, (logits.detach().argmax(-1) == targets).sum())
-
-    def penalty(self, features: Tensor) -> Tensor | float:
-        """What a method adds to the cross entropy, from the features [b, d]."""
-        return 0.0
+    def after_backward(self) -> None:
+        if self.rectifier is not None:
+            self.rectifier.rectify()
 
     def close_task(self, task: Task) -> TaskReport:
         report = TaskReport(factors=self._factors())
         for name, layer in self.layers.items():
+            guarded = self.guarded(name)
             change = layer.merge()
-            if layer.basis.shape[1]:
-                report.violation[name] = violation(change, layer.basis)
+            if guarded.shape[1]:
+                report.violation[name] = violation(change, guarded)
         return report
 
+    def guarded(self, name: str) -> Tensor:
+        """Basis [n, k] of the inputs for which layer ``name`` is to stay as it is: what violation is measured on."""
+        return self.layers[name].basis
+
+    # statistics of the layers' inputs, for the methods that take them -------------------------------------------------
+    def make_estimators(self) -> dict[str, OnlineEstimator]:
+        """One estimator per block: K and V share their input."""
+        config = self.config
+        return {
+            name: OnlineEstimator(
+                layer.in_features,
+                estimator=config.estimator,
+                rank=config.estimator_rank,
+                name=name,
+                energy_power=config.energy_power,
+                device=layer.A.device,
+            )
+            for name, layer in self.layers.items()
+        }
+
+    @torch.no_grad()
+    def watch(self, task: Task, estimators: dict[str, OnlineEstimator]) -> None:
+        """Lets ``estimators`` observe one pass over the task's augmented images, without training."""
+        self.model.eval()
+        with observing(self.layers, estimators):
+            for images, _ in task.augmented_batches():
+                self.model.features(images)
+        self.model.train()
+
+    def second_moments(self, task: Task) -> dict[str, Tensor]:
+        """H = sum x x^T [n, n], float64, of every layer's inputs over such a pass."""
+        estimators = self.make_estimators()
+        self.watch(task, estimators)
+        return {name: estimator.statistics.tensors()["gram"].double() for name, estimator in estimators.items()}
+
     def _factors(self) -> dict[str, Tensor]:
-        """Copies of the effective A [g, r, n], B [g, m, r] and the basis [n, k] in force, of every layer."""
+        """Copies of the effective A [g, r, n] and B [g, m, r] and the basis [n, k] in force, of every layer."""
         factors = {}
         for name, layer in self.layers.items():
             tensors = {"A": layer.effective_A(), "B": layer.B, "basis": layer.basis}

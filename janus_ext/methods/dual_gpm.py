@@ -1,0 +1,77 @@
+"""DualGPM, the memory of InfLoRA (Liang & Li, CVPR 2024): of the old inputs, or of what they leave free.
+
+Follows the authors' code, which thresholds the squared singular values of H = sum x x^T, hence the fourth powers of
+those of the inputs. One departure: where the very first task already takes more than half of the space, their code
+stores its directions as the free space; here their complement is stored, as the paper has it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from janus_ext.errors import StatisticsError
+
+
+class DualGPM:
+    """``basis`` F [n, k], float64: of the old inputs (``kind`` "remove"), or of the free space ("retain")."""
+
+    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
+        self.basis = torch.zeros(dim, 0, dtype=torch.float64, device=device)
+        self.kind = "remove"
+
+    def free(self, H: Tensor) -> Tensor:
+        """H~ [n, n]: the part of H that lies in the free space."""
+        inside = self.basis @ (self.basis.mT @ H)
+        return H - inside if self.kind == "remove" else inside
+
+    def protected(self) -> Tensor:
+        """Basis [n, k] of what is protected, whatever is stored."""
+        return self.basis if self.kind == "remove" else complement(self.basis)
+
+    def update(self, H: Tensor, threshold: float) -> None:
+        """Takes up the inputs of a task, H [n, n] float64, until a share ``threshold`` of |H|_F^2 is protected."""
+        if not bool(torch.isfinite(H).all()) or not bool(H.any()):
+            raise StatisticsError("the inputs of the task are all zero, or not finite; the memory stays as it was")
+        if self.kind == "retain":
+            self._shrink(H, threshold)
+        else:
+            self._grow(H, threshold)
+            n, k = self.basis.shape
+            if k > n / 2:
+                self.basis, self.kind = complement(self.basis), "retain"
+
+    def _grow(self, H: Tensor, threshold: float) -> None:
+        """Appends leading directions of the rest of H until the threshold is reached; in the first task just not."""
+        U, S, _ = torch.linalg.svd(self.free(H))
+        shares = S.square() / H.square().sum()
+        held = 1 - shares.sum()
+        if self.basis.shape[1]:
+            before = torch.cat([held[None], held + shares.cumsum(0)[:-1]])  # held when direction i is looked at
+            taken = int((before < threshold).sum())
+        else:
+            taken = max(1, int((shares.cumsum(0) < threshold).sum()))
+        self.basis = torch.cat([self.basis, U[:, :taken]], 1)[:, : len(H)]
+
+    def _shrink(self, H: Tensor, threshold: float) -> None:
+        """Gives up leading directions of H in the free space while they hold too much of it."""
+        U, S, _ = torch.linalg.svd(self.free(H))
+        shares = S.square() / H.square().sum()
+        left = shares.sum() - torch.cat([shares.new_zeros(1), shares.cumsum(0)[:-1]])
+        given = min(int((left >= 1 - threshold).sum()), self.basis.shape[1])
+        rest = self.basis - U[:, :given] @ (U[:, :given].mT @ self.basis)
+        self.basis = torch.linalg.svd(rest).U[:, : self.basis.shape[1] - given]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """basis [n, k] and whether it spans the free space."""
+        return {"basis": self.basis.clone(), "retain": torch.tensor(self.kind == "retain")}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from ``state_dict()``."""
+        self.basis = state["basis"].to(self.basis, copy=True)
+        self.kind = "retain" if bool(state["retain"]) else "remove"
+
+
+def complement(basis: Tensor) -> Tensor:
+    """Orthonormal [n, n - k] orthogonal to the orthonormal ``basis`` [n, k]."""
+    return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]

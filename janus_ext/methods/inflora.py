@@ -1,0 +1,65 @@
+"""InfLoRA: interference-free low-rank adaptation (Liang & Li, CVPR 2024).
+
+For every task:
+    a pass over its images gives H = sum x x^T of each block's inputs, H~ = the part of it in the free space (DualGPM)
+    A <- the r leading left singular vectors of H~, transposed, times 1/sqrt(3); frozen, shared by K and V
+    train B from 0, and the head
+    a second pass gives H once more; W <- W + s B A;  DualGPM takes H up
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from janus_ext.methods.base import Task, TaskReport, below
+from janus_ext.methods.dual_gpm import DualGPM
+from janus_ext.methods.lora import SequentialLoRA
+from janus_ext.methods.protected import energy
+
+if TYPE_CHECKING:
+    from janus_ext.backbone import ContinualClassifier
+    from janus_ext.config import TrainConfig
+
+
+class InfLoRA(SequentialLoRA):
+    """InfLoRA; energy_start and energy_end are the thresholds of DualGPM."""
+
+    def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
+        super().__init__(model, config)
+        self.memories = {name: DualGPM(layer.in_features, layer.A.device) for name, layer in self.layers.items()}
+        for layer in self.layers.values():
+            layer.A.requires_grad_(False)
+
+    def trainable(self) -> list[nn.Parameter]:
+        return [layer.B for layer in self.layers.values()]
+
+    def begin_task(self, task: Task) -> None:
+        super().begin_task(task)
+        for name, H in self.second_moments(task).items():
+            layer, U = self.layers[name], torch.linalg.svd(self.memories[name].free(H)).U
+            layer.A.copy_(U[:, : layer.rank].mT / math.sqrt(3))
+
+    def close_task(self, task: Task) -> TaskReport:
+        moments = self.second_moments(task)
+        report = super().close_task(task)
+        for name, H in moments.items():
+            self.memories[name].update(H, energy(self.config, task))
+            report.basis_rank[name] = self.memories[name].protected().shape[1]
+        return report
+
+    def guarded(self, name: str) -> Tensor:
+        return self.memories[name].protected()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        parts = {f"memories.{name}": memory for name, memory in self.memories.items()}
+        tensors = {f"{part}.{key}": value for part, m in parts.items() for key, value in m.state_dict().items()}
+        return super().state_dict() | tensors
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        for name, memory in self.memories.items():
+            memory.load_state_dict(below(f"memories.{name}.", state))

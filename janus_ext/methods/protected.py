@@ -1,0 +1,56 @@
+"""LoRA beside a protected subspace: what Janus-LoRA and LoRA-GPM share.
+
+At the end of task t, for every layer, from its inputs as the layer's estimator has seen them:
+    V' <- commit(energy_start + (energy_end - energy_start) t / T)
+    W <- W + s B A;  fresh factors;  V <- V' is protected in the next task
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from janus_ext.methods.base import Task, TaskReport, below
+from janus_ext.methods.lora import SequentialLoRA
+
+if TYPE_CHECKING:
+    from janus_ext.backbone import ContinualClassifier
+    from janus_ext.config import TrainConfig
+
+
+class ProtectedLoRA(SequentialLoRA):
+    """Keeps one estimator and one growing basis per layer; how the inputs are observed is up to the method."""
+
+    def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
+        super().__init__(model, config)
+        self.estimators = {} if config.estimator == "none" else self.make_estimators()
+
+    def close_task(self, task: Task) -> TaskReport:
+        bases = self._commit(energy(self.config, task))
+        report = super().close_task(task)
+        for name, basis in bases.items():
+            self.layers[name].protect(basis)
+            report.basis_rank[name] = basis.shape[1]
+        return report
+
+    def _commit(self, share: float) -> dict[str, Tensor]:
+        """The bases of the next task; where a layer's statistics are bad, none is changed and nothing is merged."""
+        rooms = {name: self.layers[name].in_features - self.layers[name].rank for name in self.estimators}
+        bases = {name: estimator.extended(share, rooms[name]) for name, estimator in self.estimators.items()}
+        return {name: self.estimators[name].adopt(basis) for name, basis in bases.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        parts = {f"estimators.{name}": estimator for name, estimator in self.estimators.items()}
+        tensors = {f"{part}.{key}": value for part, e in parts.items() for key, value in e.state_dict().items()}
+        return super().state_dict() | tensors
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        for name, estimator in self.estimators.items():
+            estimator.load_state_dict(below(f"estimators.{name}.", state))
+
+
+def energy(config: TrainConfig, task: Task) -> float:
+    """Share of the input energy to protect after ``task``: the schedule of GPM and InfLoRA."""
+    return config.energy_start + (config.energy_end - config.energy_start) * task.index / task.total
