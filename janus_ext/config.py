@@ -93,6 +93,8 @@ class TrainConfig:
     """Passes over the training images of each task; by default 12 for emoji, else 5 to 50."""
     batch_size: int | None = None
     """Images per step; by default 32 for emoji, else 128."""
+    accumulate: int = 1
+    """Pieces in which a batch is computed, to save memory; lora-drs' triplet loss then looks within a piece."""
     optimizer: Literal["auto", "adam", "adamw", "sgd"] = "auto"
     """Optimizer, its state starts fresh with every task; sgd (momentum 0.9) by default for domainnet, else adam."""
     lr: float | None = None
@@ -109,8 +111,8 @@ class TrainConfig:
     """Random seeds, by default 0 (--preset paper: 0 to 4); several make one run each under <output>/seed-<n>."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
-    amp: Literal["auto", "off", "bf16"] = "auto"
-    """Autocast of the backbone to bfloat16 (factors and weights stay float32); auto: if the hardware multiplies it."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Autocast of the backbone to bfloat16, or float16 with scaled gradients; auto: bf16 if the hardware has it."""
     output: Path | None = None
     """Run folder; by default runs/<benchmark>-<method>-<seed>, numbered if that holds a finished run."""
     plots: bool = True
@@ -234,6 +236,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("share", 0, 1),
     ("epochs", 1, float("inf")),
     ("batch_size", 1, float("inf")),
+    ("accumulate", 1, float("inf")),
 )
 
 

@@ -25,7 +25,7 @@ from janus_ext.data import BENCHMARKS
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
 from janus_ext.info import PACKAGES
 from janus_ext.methods import METHODS
-from janus_ext.trainer import Trainer, be_deterministic, derive_seed, pick_amp, pick_device
+from janus_ext.trainer import AMP_DTYPES, Trainer, be_deterministic, derive_seed, pick_amp, pick_device
 
 LOG = logging.getLogger("janus_ext")
 RUN_FILES = ("metrics.jsonl", "results.json", "config.json", "log.txt")
@@ -75,7 +75,7 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
     config = replace(config, tasks=len(benchmark.tasks))
     torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
     backbone = load_backbone(config.backbone, config.weights).to(device)
-    model = ContinualClassifier(backbone, torch.bfloat16 if config.amp == "bf16" else None)
+    model = ContinualClassifier(backbone, AMP_DTYPES[config.amp])
     method = METHODS[config.method](model, config)
     benchmark = benchmark.at(model.input_size)
     prepare_folder(folder, config)

@@ -24,7 +24,7 @@ from janus_ext.checkpoint import append_json_line, make_folder, write_tensors
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, Split
 from janus_ext.errors import ArgumentError, StatisticsError, TrainingError
-from janus_ext.methods.base import Method, Task, TaskReport
+from janus_ext.methods.base import Method, Step, Task, TaskReport
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("janus_ext")
 READ_EVERY = 20  # steps between two reads of the loss: each read waits for the device
 EVALUATION_BATCH = 200
+AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -150,9 +151,10 @@ class Trainer:
         task = self._task(index)
         self.method.begin_task(task)
         optimizer = make_optimizer(self.config, self.method.trainable(), list(self.model.heads[-1].parameters()))
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
         self.model.train()
         for epoch in range(self.config.epochs):
-            self._train_epoch(task, epoch, optimizer, progress)
+            self._train_epoch(task, epoch, optimizer, scaler, progress)
         torch.manual_seed(derive_seed(self.seed, index, self.config.epochs, "next factors"))
         self.reports.append(self._end(task))
         self.seconds.append(time.perf_counter() - started)
@@ -163,7 +165,9 @@ class Trainer:
         except StatisticsError as error:
             raise TrainingError(f"task {task.index + 1} cannot be ended: {error}") from error
 
-    def _train_epoch(self, task: Task, epoch: int, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    def _train_epoch(
+        self, task: Task, epoch: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, progress: Progress
+    ) -> None:
         started = time.perf_counter()
         share = schedule(self.config, epoch)
         for group in optimizer.param_groups:
@@ -172,24 +176,47 @@ class Trainer:
         self.method.begin_epoch(is_last=epoch == self.config.epochs - 1)
         progress.begin_epoch(task.index, epoch)
         for images, labels in self._training_batches(task.index, epoch):
-            self._step(images, labels - task.first, optimizer, progress)
+            step = self._step(images, labels - task.first, optimizer, scaler)
+            progress.add(step.loss, step.correct, len(images))
         progress.read()
+        if scaler.get_scale() < 1:  # 1 without a scaler; halved at every step that was left out
+            raise TrainingError(
+                f"float16 does not hold the gradients of task {task.index + 1}, epoch {epoch + 1}, however small "
+                "the loss is scaled; --amp bf16 or --amp off will help"
+            )
         record = {"task": task.index, "epoch": epoch, "loss": progress.loss, "accuracy": progress.accuracy}
         record["lr"], record["head_lr"] = (group["lr"] for group in optimizer.param_groups)
         append_json_line(self.folder / "metrics.jsonl", record | {"seconds": time.perf_counter() - started})
 
-    def _step(self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-        """forward, backward, rectify, clip, step."""
+    def _step(
+        self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> Step:
+        """forward, backward, unscale, rectify, clip, step; the scaler leaves out a step whose gradients are not finite.
+
+        Nothing waits for the device: such gradients are rectified and clipped like others, then dropped.
+        """
         optimizer.zero_grad(set_to_none=True)
-        step = self.method.loss(images, targets)
-        step.loss.backward()
+        step = self._forward_backward(images, targets, scaler)
+        scaler.unscale_(optimizer)
         self.method.after_backward()
         if self.config.clip_norm is not None:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         self.method.after_step()
-        progress.add(step.loss, step.correct, len(images))
+        return step
+
+    def _forward_backward(self, images: Tensor, targets: Tensor, scaler: torch.amp.GradScaler) -> Step:
+        """Adds up the gradients of the batch's mean loss, piece after piece; all pieces but the last are one size."""
+        size = -(-self.config.batch_size // self.config.accumulate)
+        loss, correct = 0.0, 0
+        for piece, labels in zip(images.split(size), targets.split(size), strict=True):
+            step = self.method.loss(piece, labels)
+            share = step.loss * (len(piece) / len(images))
+            scaler.scale(share).backward()
+            loss, correct = loss + share.detach(), correct + step.correct
+        return Step(loss, correct)
 
     @torch.no_grad()
     def _evaluate(self, index: int) -> list[float]:
@@ -280,7 +307,8 @@ def make_optimizer(config: TrainConfig, factors: list[nn.Parameter], head: list[
     makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "adam": lambda: torch.optim.Adam(groups, fused=True),
         "adamw": lambda: torch.optim.AdamW(groups, fused=True),
-        "sgd": lambda: torch.optim.SGD(groups, momentum=0.9, fused=True),
+        # fused, and its first step left out by the gradient scaler, it would start from momenta that nobody has set
+        "sgd": lambda: torch.optim.SGD(groups, momentum=0.9, fused=config.amp != "fp16"),
     }
     return makers[config.optimizer]()
 
@@ -301,7 +329,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_amp(name: str, device: torch.device) -> str:
-    """Either "bf16" or "off"; "auto" is bf16 where the hardware multiplies it (half the time on a CPU with AMX)."""
+    """A key of AMP_DTYPES; "auto" is bf16 where hardware multiplies it (half the time on a CPU with AMX), else off."""
     if name != "auto":
         return name
     if device.type == "cuda":

@@ -14,7 +14,7 @@ from janus_ext.config import BenchmarkName, MethodName, TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.errors import ArgumentError
 from janus_ext.methods import METHODS
-from janus_ext.trainer import pick_amp, pick_device, schedule
+from janus_ext.trainer import AMP_DTYPES, pick_amp, pick_device, schedule
 
 
 def test_a_method_fills_in_its_own_defaults():
@@ -59,6 +59,7 @@ def test_every_field_is_explained_to_the_user():
         ({"rank": 0}, "--rank"),
         ({"epochs": 0}, "--epochs"),
         ({"batch_size": 0}, "--batch-size"),
+        ({"accumulate": 0}, "--accumulate"),
         ({"tasks": 0}, "--tasks"),
         ({"limit_per_class": 0}, "--limit-per-class"),
         ({"lr": 0.0}, "--lr"),
@@ -153,5 +154,5 @@ def test_devices():
 
 def test_autocast_is_chosen_by_the_hardware_unless_said():
     cpu = torch.device("cpu")
-    assert pick_amp("off", cpu) == "off" and pick_amp("bf16", cpu) == "bf16"
+    assert [pick_amp(name, cpu) for name in AMP_DTYPES] == ["off", "bf16", "fp16"]
     assert pick_amp("auto", cpu) in ("off", "bf16")

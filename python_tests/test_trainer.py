@@ -21,7 +21,7 @@ from janus_ext.data.benchmark import Benchmark, MemorySplit
 from janus_ext.errors import ArgumentError, CheckpointError, TrainingError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method, Step
-from janus_ext.trainer import Trainer, derive_seed
+from janus_ext.trainer import AMP_DTYPES, Trainer, derive_seed
 
 ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
     "nothing": ("none", "none", 0.0),
@@ -66,8 +66,7 @@ def make_trainer(benchmark: Benchmark, weights: Path, folder: Path, cls: type[Tr
     }
     config = TrainConfig(weights=str(weights), **(settings | changes)).resolved()
     torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
-    amp = torch.bfloat16 if config.amp == "bf16" else None
-    model = ContinualClassifier(load_backbone("emoji", str(weights)), amp)
+    model = ContinualClassifier(load_backbone("emoji", str(weights)), AMP_DTYPES[config.amp])
     return cls(config, benchmark, model, METHODS[config.method](model, config), folder)
 
 
@@ -213,7 +212,7 @@ def test_importing_the_package_pulls_in_no_heavy_library():
 
 
 # repeatability -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_the_same_seed_is_bit_identical_and_another_is_not(benchmark, weights, tmp_path, amp):
     runs = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
@@ -285,7 +284,7 @@ def assert_protected_inputs_are_left_alone(trainer: KeepingTrainer, tasks: int) 
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_exact_rectification_leaves_protected_inputs_alone(benchmark, weights, tmp_path, optimizer, amp):
     changes = {"optimizer": optimizer, "amp": amp, "clip_norm": 1.0}
     trainer = make_trainer(benchmark, weights, tmp_path / "run", KeepingTrainer, **changes)
