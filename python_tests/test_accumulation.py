@@ -1,6 +1,9 @@
 """--accumulate: a batch computed in pieces gives the step of the whole batch."""
 # ruff: noqa: F811 - the fixture that is imported and asked for
 
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,52 +12,74 @@ from conftest import relative_error
 from test_trainer import benchmark, make_trainer  # noqa: F401
 from torch import Tensor
 
-from janus_ext.backbone import ContinualClassifier
-from janus_ext.methods.base import Task, TaskReport
+from janus_ext import OnlineEstimator
+from janus_ext.data.benchmark import Benchmark
+from janus_ext.methods import lora
+from janus_ext.methods.base import Step
+from janus_ext.trainer import Trainer
 
 METHODS = {
     "lora": {"method": "lora"},
+    "lora-gpm": {"method": "lora-gpm"},
     "all parts, exact": {"rectify": "exact"},
     "all parts, tangent": {"rectify": "tangent"},
-    "lora-gpm": {"method": "lora-gpm"},
 }
 
 
-@pytest.fixture(autouse=True)
-def _float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All in float64, so that the only difference, rounding, stays far below what an error would make."""
-    add_task = ContinualClassifier.add_task
-    monkeypatch.setattr(ContinualClassifier, "add_task", lambda self, classes: add_task(self, classes).double())
+@pytest.fixture
+def _float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything in float64: what differs is rounding, far below anything that a mistake would do."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(lora, "OnlineEstimator", partial(OnlineEstimator, dtype=torch.float64))
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
-def learned(benchmark, weights, folder, **changes: Any) -> dict[str, Tensor]:
-    """Weights after two tasks of 16 images in batches of 7, 7 and 2, and what the estimators saw in each."""
-    with torch.device("cpu"):
-        torch.set_default_dtype(torch.float64)
-        try:
-            trainer = make_trainer(benchmark, weights, folder, batch_size=7, epochs=2, optimizer="sgd", **changes)
-            seen = {}
-            close = trainer.method.close_task
+class Watched(Trainer):
+    """Keeps what was observed in each task, and the loss and count of every step."""
 
-            def close_task(task: Task) -> TaskReport:
-                for name, estimator in getattr(trainer.method, "estimators", {}).items():
-                    seen[f"{task.index}.{name}.rows"] = torch.tensor(estimator.rows)
-                    seen[f"{task.index}.{name}.gram"] = estimator.statistics.gram.clone()
-                return close(task)
+    def _end(self, task: Any) -> Any:
+        for name, estimator in getattr(self.method, "estimators", {}).items():
+            self.seen[f"{task.index}.{name}"] = estimator.statistics.gram.clone()
+            self.seen[f"{task.index}.{name}.rows"] = torch.tensor(estimator.rows)
+        return super()._end(task)
 
-            trainer.method.close_task = close_task
-            results = trainer.run()
-        finally:
-            torch.set_default_dtype(torch.float32)
-    assert all(value.dtype != torch.float32 for value in trainer.model.state_dict().values())
-    return trainer.model.state_dict() | seen
+    def _step(self, *args: Any) -> Step:
+        step = super()._step(*args)
+        self.seen[f"step {len(self.seen)}"] = torch.stack([step.loss, step.correct.to(step.loss)])
+        return step
+
+
+def learned(benchmark: Benchmark, weights: Path, folder: Path, **changes: Any) -> dict[str, Tensor]:
+    """Weights after three tasks of 16 images in batches of 7, 7 and 2, and all that was seen on the way."""
+    trainer = make_trainer(benchmark, weights, folder, Watched, batch_size=7, epochs=2, optimizer="sgd", **changes)
+    trainer.seen = {}
+    trainer.run()
+    assert sum(key.startswith("step") for key in trainer.seen) == 3 * 2 * 3
+    return trainer.model.state_dict() | trainer.seen
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_number_of_pieces_gives_the_same_weights(benchmark, weights, tmp_path, method):
+def test_any_number_of_pieces_gives_the_same_weights(benchmark, weights, tmp_path, method, _float64):
     whole = learned(benchmark, weights, tmp_path / "1", **METHODS[method])
+    assert all(value.dtype in (torch.float64, torch.int64) for value in whole.values())
     for pieces in (2, 3, 7, 50):
         got = learned(benchmark, weights, tmp_path / str(pieces), accumulate=pieces, **METHODS[method])
+        assert got.keys() == whole.keys()
         for key, want in whole.items():
             assert relative_error(got[key], want) < 1e-9, (key, pieces)
+
+
+@pytest.mark.parametrize(("batch", "pieces", "sizes"), [(8, 3, [3, 3, 2]), (8, 2, [4, 4]), (20, 3, [7, 7, 2])])
+def test_pieces_are_no_larger_than_the_batch_size_allows(benchmark, weights, tmp_path, batch, pieces, sizes):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", batch_size=batch, accumulate=pieces, method="lora")
+    seen, loss = [], trainer.method.loss
+    trainer.method.loss = lambda images, targets: (seen.append(len(images)), loss(images, targets))[1]
+    trainer.run()
+    assert seen[: len(sizes)] == sizes
+
+
+def test_float16_takes_pieces_too(benchmark, weights, tmp_path):
+    results = make_trainer(benchmark, weights, tmp_path / "run", amp="fp16", accumulate=3, clip_norm=1.0).run()
+    assert all(v <= 1e-5 for v in results["violation"][1:])
