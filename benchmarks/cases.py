@@ -1,4 +1,4 @@
-"""The registry of kernel benchmarks: a stable name, what is timed, what it is timed against, and the target."""
+"""The registry of benchmarks: a stable name, what is timed, what it is timed against, and the target."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from program import Stepper, run_tasks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +18,7 @@ Build = Callable[[str], tuple[Run, Run]]
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: `build(device)` returns the two functions, which must give the same tensors."""
+    """One comparison: `build(device)` returns the two functions, which must give the same tensors, or nothing."""
 
     name: str
     against: str
@@ -26,6 +27,8 @@ class Case:
     """Ratio to reach, by device."""
     tolerance: float = 1e-4
     """Largest relative difference of the two results."""
+    repeats: int = 15
+    """At least so many interleaved pairs, and two seconds of ours."""
 
 
 def _orthonormal(n: int, k: int, device: str) -> Tensor:
@@ -202,6 +205,33 @@ def _isvd(device: str) -> tuple[Run, Run]:
     return sketch, lambda: ops.gram_update_(gram.zero_(), x) @ z
 
 
+def _steps(first: dict[str, Any], second: dict[str, Any]) -> Build:
+    """Training steps of a ViT-S/16 in float32 with batches of 16 on a CPU; a ViT-B/16, bfloat16, 128 on a GPU.
+
+    Each layer protects half of its inputs, and there are 345 old classes, where the two do not say otherwise.
+    """
+
+    def build(device: str) -> tuple[Run, Run]:
+        model = ("vit_base_patch16_224", 128, "bf16") if device == "cuda" else ("vit_small_patch16_224", 16, "off")
+        width = 768 if device == "cuda" else 384
+        steppers = []
+        for settings in (first, second):
+            state = {"protected": width // 2 if settings["method"] == "janus" else 0, "old_classes": 345} | settings
+            steppers.append(Stepper(device, *model[:2], amp=model[2], **state))
+        return steppers[0].step, steppers[1].step
+
+    return build
+
+
+JANUS, LORA = {"method": "janus"}, {"method": "lora"}
+OBSERVE, FIRST = {"observe": True}, {"protected": 0, "old_classes": 0}
+
+
+def _task(device: str) -> tuple[Run, Run]:
+    """Two tasks at DomainNet's preset; what they learn differs by design."""
+    return lambda: run_tasks(device, "janus"), lambda: run_tasks(device, "inflora")
+
+
 CASES = [
     Case("gram-768", "C.mul_(d).addmm_(X.T, X), N = 12608", _gram(12608, 768), {"cpu": 1.4, "cuda": 1.3}),
     Case("gram-384", "C.mul_(d).addmm_(X.T, X), N = 6304", _gram(6304, 384), {"cpu": 1.4}),
@@ -213,4 +243,10 @@ CASES = [
     Case("margin", "eager formula", _margin, {"cpu": 1.15}),
     Case("commit", "DualGPM's SVD route in NumPy", _commit, {"cpu": 3.0}, tolerance=1e-3),
     Case("isvd", "gram_update_ of the same rows, n = 8192", _isvd, tolerance=1e-3),
+    Case("step", "the step of plain LoRA", _steps(JANUS, LORA), {"cpu": 1 / 1.03, "cuda": 1 / 1.02}),
+    Case(
+        "step-observing", "the step of plain LoRA", _steps(JANUS | OBSERVE, LORA), {"cpu": 1 / 1.07, "cuda": 1 / 1.05}
+    ),
+    Case("flatness", "the step of the first task", _steps(JANUS, JANUS | FIRST), {"cpu": 1 / 1.05, "cuda": 1 / 1.05}),
+    Case("task", "the task of InfLoRA", _task, {"cpu": 1 / 0.85, "cuda": 1 / 0.85}, repeats=3),
 ]

@@ -17,23 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak_mb, reset_peak
 from run import about
 
 from janus_ext import OnlineEstimator
 
 WIDTHS = (384, 768, 2048, 4096, 8192)
 ROWS, RANK = 2048, 256
-
-
-def peak_mb() -> float:
-    """Largest resident size of this process since `reset_peak`, MB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1000
-
-
-def reset_peak() -> None:
-    """Make the present resident size the peak."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def cost(function: Callable[[], Any]) -> tuple[float, float]:

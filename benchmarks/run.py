@@ -1,4 +1,4 @@
-"""Kernel benchmarks: each case checks that both sides agree, times them interleaved, and prints the ratio.
+"""Benchmarks of kernels and program: each case checks that both sides agree, times them in turn, prints the ratio.
 
 python benchmarks/run.py list
 python benchmarks/run.py run [names] [--device cuda] [--json FILE]
@@ -40,7 +40,9 @@ def clock(function: Callable[[], Any], device: str) -> float:
 
 
 def agree(ours: Any, theirs: Any, tolerance: float) -> float:
-    """Largest relative difference; raises where it exceeds the tolerance."""
+    """Largest relative difference, 0 where there is nothing to compare; raises where it exceeds the tolerance."""
+    if ours is None:
+        return 0.0
     pairs = zip(ours, theirs, strict=True) if isinstance(ours, list) else [(ours, theirs)]
     worst = max(float((a - b).detach().norm() / b.detach().norm()) for a, b in pairs)
     if not worst <= tolerance:
@@ -48,12 +50,12 @@ def agree(ours: Any, theirs: Any, tolerance: float) -> float:
     return worst
 
 
-def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
+def measure(case: Case, device: str, repeats: int | None) -> dict[str, Any]:
     """Medians of interleaved repeats; the ratio is theirs over ours, so above 1 is faster."""
     torch.manual_seed(0)
     ours, theirs = case.build(device)
     difference = agree(ours(), theirs(), case.tolerance)
-    repeats = max(repeats, int(LEAST_SECONDS / clock(ours, device)))
+    repeats = max(repeats or case.repeats, int(LEAST_SECONDS / clock(ours, device)))
     times = [(clock(ours, device), clock(theirs, device)) for _ in range(repeats)]
     mine, other = (statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(t / o for o, t in times)
@@ -163,7 +165,7 @@ def main() -> None:
     running = actions.add_parser("run", help="measure")
     running.add_argument("names", nargs="*", help="only these cases")
     running.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    running.add_argument("--repeats", type=int, default=15, help="at least, and for two seconds")
+    running.add_argument("--repeats", type=int, help="at least, and for two seconds; by default the case's own")
     running.add_argument("--json", type=new_file)
     comparing = actions.add_parser("compare", help="ratios of two JSON files; status 1 where one fell by a fifth")
     comparing.add_argument("before", type=results_file)
