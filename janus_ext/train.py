@@ -75,7 +75,7 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
     config = replace(config, tasks=len(benchmark.tasks))
     torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
     backbone = load_backbone(config.backbone, config.weights).to(device)
-    model = ContinualClassifier(backbone, AMP_DTYPES[config.amp])
+    model = ContinualClassifier(backbone, AMP_DTYPES[config.amp], config.normalize)
     method = METHODS[config.method](model, config)
     benchmark = benchmark.at(model.input_size)
     prepare_folder(folder, config)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from janus_ext import checkpoint, report, train
@@ -406,49 +405,6 @@ def test_a_task_without_images_is_refused(benchmark, weights, tmp_path):
     rows = rows[benchmark.test.labels[rows] != 2]
     with pytest.raises(ArgumentError, match="task 2 has 16 training and 0 test images"):
         make_trainer(replace(benchmark, test=benchmark.test.take(rows)), weights, tmp_path / "run")
-
-
-# backbones -----------------------------------------------------------------------------------------------------------
-def test_a_backbone_file_describes_itself(weights):
-    model = load_backbone("emoji", str(weights))
-    assert model.input_size == 32 and model.input_std == (0.25, 0.25, 0.25)
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert isinstance(model.patch_drop, torch.nn.Identity)
-
-
-def test_random_weights_of_a_timm_model_and_resized_images():
-    torch.manual_seed(0)
-    model = ContinualClassifier(load_backbone("vit_tiny_patch16_224", "none"))
-    model.add_task(3)
-    model.add_task(2)
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    assert model.features(images).shape == (2, 192) and model(images).shape == (2, 5)
-
-
-def test_a_timm_model_takes_a_local_file(tmp_path):
-    torch.manual_seed(0)
-    saved = load_backbone("vit_tiny_patch16_224", "none")
-    save_file(saved.state_dict(), tmp_path / "vit.safetensors")
-    loaded = load_backbone("vit_tiny_patch16_224", str(tmp_path / "vit.safetensors"))
-    assert torch.equal(loaded.blocks[3].attn.qkv.weight, saved.blocks[3].attn.qkv.weight)
-
-
-def test_damaged_backbone_files_are_named(weights, tmp_path):
-    truncated = tmp_path / "short.safetensors"
-    truncated.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="short.safetensors"):
-        load_backbone("emoji", str(truncated))
-    bare = tmp_path / "bare.safetensors"
-    save_file({"x": torch.zeros(1)}, bare)
-    with pytest.raises(CheckpointError, match="no vision transformer.*architecture"):
-        load_backbone("emoji", str(bare))
-    with pytest.raises(CheckpointError, match="vit_tiny_patch16_224"):
-        load_backbone("vit_tiny_patch16_224", str(truncated))
-
-
-def test_an_unknown_model_is_answered_with_similar_names():
-    with pytest.raises(ArgumentError, match="similar: .*dinov2"):
-        load_backbone("patch14_dinov2")
 
 
 # files ---------------------------------------------------------------------------------------------------------------
