@@ -104,7 +104,7 @@ def _load_embedded(weights: str) -> nn.Module:
     except KeyError as error:
         raise CheckpointError(f"{what}: no {error} in its metadata") from error
     except (ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{what}: {_misfit(error, len(tensors))}") from error
+        raise CheckpointError(f"{what}: {_misfit(error, len(tensors)) or _first_line(error)}") from error
 
 
 def _load_timm(name: str, weights: str) -> nn.Module:
@@ -156,7 +156,7 @@ def _download(name: str) -> nn.Module:
         constants.HF_HUB_OFFLINE = before or not _answers(constants.ENDPOINT)
         return timm.create_model(name, pretrained=True, num_classes=0)
     except LocalEntryNotFoundError as error:
-        reason, cause = f"{source} is not in the local cache, and {constants.ENDPOINT} does not answer", error
+        reason, cause = f"{source} is neither in the local cache nor to be had from {constants.ENDPOINT}", error
     except Exception as error:  # whatever the hub's client, its transport and the file's reader raise
         reason, cause = f"{source or 'timm'} gave no weights ({_first_line(error)})", error
     finally:
@@ -195,7 +195,7 @@ def _load_tensors(name: str, path: str) -> nn.Module:
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
     except Exception as error:  # timm's conversions of a file of another model fail in any way
-        reason = _misfit(error, len(tensors))
+        reason = _misfit(error, len(tensors)) or f"timm cannot convert it ({_first_line(error)})"
         raise CheckpointError(f"--weights {path} does not fit --backbone {name}: {reason}") from error
     del model.pretrained_cfg["state_dict"]
     return model
@@ -226,17 +226,19 @@ def _load_npz(name: str, path: str) -> nn.Module:
     import timm
 
     model = timm.create_model(name, num_classes=0)
+    unfit = f"--weights {path} does not fit --backbone {name}"
     try:
         found = _sizes_of_npz(path)
     except Exception as error:  # of the file system, NumPy, zipfile or zlib
         raise CheckpointError(f"--weights {path} cannot be read as .npz: {_first_line(error)}") from error
     try:
         wanted = (len(model.blocks), model.embed_dim, model.blocks[0].attn.num_heads)
-        if found != wanted:
-            raise ValueError(f"blocks, width and heads must be {wanted}, found {found or 'no encoder'}")
-        model.load_pretrained(path)
+        if found == wanted:
+            model.load_pretrained(path)
     except Exception as error:  # the loader checks little and fails in any way; a model of another kind has none
-        raise CheckpointError(f"--weights {path} does not fit --backbone {name}: {_first_line(error)}") from error
+        raise CheckpointError(f"{unfit}: timm cannot convert it ({_first_line(error)})") from error
+    if found != wanted:
+        raise CheckpointError(f"{unfit}: blocks, width and heads must be {wanted}, found {found or 'no encoder'}")
     return model
 
 
@@ -251,8 +253,8 @@ def _sizes_of_npz(path: str) -> tuple[int, ...] | None:
     return (*(stacked or [len(queries)]), width, heads)
 
 
-def _misfit(error: Exception, given: int = 0) -> str:
-    """In one line what PyTorch says in a page: why ``given`` named tensors do not fit a module."""
+def _misfit(error: Exception, given: int) -> str:
+    """In one line what PyTorch says in a page: why ``given`` named tensors do not fit a module; "" of other errors."""
     text = str(error)
     shapes = re.findall(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)", text)
     lines = {kind: re.search(rf"{kind} key\(s\) in state_dict: (.*)", text) for kind in ("Missing", "Unexpected")}
@@ -264,7 +266,7 @@ def _misfit(error: Exception, given: int = 0) -> str:
         "missing": keys["Missing"],
         "unexpected": keys["Unexpected"],
     }
-    return "; ".join(f"{kind}: {_some(names)}" for kind, names in parts.items() if names) or _first_line(error)
+    return "; ".join(f"{kind}: {_some(names)}" for kind, names in parts.items() if names)
 
 
 def _some(names: list[str]) -> str:

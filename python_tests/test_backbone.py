@@ -270,6 +270,11 @@ def test_missing_and_unexpected_tensors_are_named(source, written):
     assert line.endswith("; unexpected: fc_norm.weight")
 
 
+def test_what_timm_cannot_convert_is_refused(source, written):
+    path = written(source.state_dict() | {"pos_embed": torch.zeros(1, 100, 64)})  # no position of a class token
+    assert "timm cannot convert it (" in refusal(NAME, path)
+
+
 def test_another_architecture_is_named(written):
     prepare_torchvision()
     import timm
@@ -287,7 +292,10 @@ def test_jax_checkpoints_that_do_not_fit(source, tmp_path):
     )
     assert wide in refusal("vit_tiny_patch16_224", path)
     np.savez(path, **{key: value for key, value in arrays.items() if not key.endswith("block_3/LayerNorm_2/bias")})
-    assert "Transformer/encoderblock_3/LayerNorm_2/bias is not a file in the archive" in refusal(NAME, path)
+    assert (
+        "timm cannot convert it (Transformer/encoderblock_3/LayerNorm_2/bias is not a file in the archive"
+        in refusal(NAME, path)
+    )
     np.savez(path, x=np.zeros(3))
     assert "found no encoder" in refusal(NAME, path)
 
@@ -313,8 +321,8 @@ def test_without_a_network_one_line_says_what_was_tried(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError) as caught:
         load_backbone(NAME)
     assert str(caught.value) == (
-        "--backbone test_vit --weights pretrained: timm/test_vit.r160_in1k is not in the local cache, and "
-        "http://127.0.0.1:9 does not answer; --weights FILE takes a local file (.safetensors, .pth, .npz)"
+        "--backbone test_vit --weights pretrained: timm/test_vit.r160_in1k is neither in the local cache "
+        "nor to be had from http://127.0.0.1:9; --weights FILE takes a local file (.safetensors, .pth, .npz)"
     )
     assert not constants.HF_HUB_OFFLINE
 
