@@ -58,7 +58,7 @@ def _torchvision_library_loads() -> bool:
 
 
 def load_backbone(name: str = "emoji", weights: str = "pretrained") -> nn.Module:
-    """A vision transformer without classifier: "emoji" (embedded) or any timm model name with a class token.
+    """A vision transformer without classifier: "emoji" (embedded) or any timm model name.
 
     ``weights`` is "pretrained" (timm's, from its hub or the local cache), "none" (random, drawn from torch's global
     generator) or a local file. For "emoji" that is safetensors with the keys "architecture" and "normalize" in its
@@ -74,16 +74,12 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained") -> nn.Module
     The result carries ``input_mean``, ``input_std`` (3 numbers each) and ``input_size`` (pixels).
 
     Raises:
-        ArgumentError: timm has no such name, or the model has no class token.
+        ArgumentError: timm has no such name.
         CheckpointError: the file is missing, damaged or does not fit, or the hub cannot be reached.
     """
     if weights not in ("pretrained", "none") and not os.path.isfile(weights):
         raise CheckpointError(f"--weights {weights}: no such file (or one of: pretrained, none)")
-    model = _load_embedded(weights) if name == "emoji" else _load_timm(name, weights)
-    if getattr(model, "cls_token", None) is None:
-        kind = type(model).__name__
-        raise ArgumentError(f"--backbone {name} must be a vision transformer with a class token, got a {kind} without")
-    return model
+    return _load_embedded(weights) if name == "emoji" else _load_timm(name, weights)
 
 
 def _load_embedded(weights: str) -> nn.Module:
@@ -334,7 +330,7 @@ class ContinualClassifier(nn.Module):
         return head
 
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [b, 3, H, W] -> float32 [b, d]: the class token after the final norm."""
+        """uint8 [b, 3, H, W] -> float32 [b, d]: the class token after the final norm, or what the backbone pools."""
         pixels = images.float()
         if pixels.shape[-1] != self.input_size or pixels.shape[-2] != self.input_size:
             side = (self.input_size, self.input_size)

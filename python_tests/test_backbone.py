@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURE
+from conftest import ARCHITECTURE, assert_close
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -334,8 +334,15 @@ def test_an_unknown_model_is_answered_with_similar_names():
         load_backbone("test_vit.other")
 
 
+def test_a_model_without_a_class_token_gives_what_it_pools():
+    backbone = load_backbone("test_vit2", "none").eval()
+    assert backbone.cls_token is None
+    images = torch.randint(256, (2, 3, backbone.input_size, backbone.input_size), dtype=torch.uint8)
+    model = ContinualClassifier(backbone)
+    with torch.no_grad():
+        assert_close(model.features(images), backbone((images.float() - model.mean) / model.std), torch.float32)
+
+
 def test_models_of_another_kind_are_refused():
-    with pytest.raises(ArgumentError, match="test_vit2 must be .* with a class token, got a VisionTransformer without"):
-        load_backbone("test_vit2", "none")
     with pytest.raises(ArgumentError, match="attention blocks with a fused `qkv`"):
         inject(make("test_resnet", num_classes=0), rank=2)
