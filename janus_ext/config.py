@@ -68,7 +68,7 @@ class TrainConfig:
     backbone: str | None = None
     """Backbone: emoji (embedded, 64 px) or any vision transformer of timm; by default ViT-B/16 but for emoji."""
     weights: str = "pretrained"
-    """Backbone weights: pretrained, none (random), or a local file."""
+    """Backbone weights: pretrained, none (random), or a local file: .safetensors, .pth (tensors only), .npz (JAX)."""
     normalize: Normalize = "auto"
     """Colours of the images: as the backbone was pretrained (model), or in [0, 1] (identity, --preset paper)."""
     rank: int | None = None
