@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_trainer, weights_of, without_time
 from torch import Tensor
 
 from janus_ext import checkpoint, report, train
 from janus_ext.backbone import ContinualClassifier, load_backbone
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji
-from janus_ext.data.benchmark import Benchmark, MemorySplit
 from janus_ext.errors import ArgumentError, CheckpointError, TrainingError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method, Step
-from janus_ext.trainer import AMP_DTYPES, Trainer, derive_seed
+from janus_ext.trainer import Trainer
 
 ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
     "nothing": ("none", "none", 0.0),
@@ -34,47 +34,6 @@ ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
     "all exact": ("exact", "gram", 0.5),
     "all exact, incremental SVD": ("exact", "isvd", 0.5),
 }
-
-
-@pytest.fixture(scope="session")
-def benchmark() -> Benchmark:
-    """Six classes in three tasks, a class being a pattern of coloured patches under noise; class order 5 .. 0."""
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.randint(0, 256, (6, 3, 4, 4), generator=generator).float()
-    patterns = patterns.repeat_interleave(8, 2).repeat_interleave(8, 3)
-
-    def split(name: str, per_class: int) -> MemorySplit:
-        labels = torch.arange(6).repeat_interleave(per_class)
-        noise = 25 * torch.randn(len(labels), 3, 32, 32, generator=generator)
-        images = (patterns[labels] + noise).clamp(0, 255).to(torch.uint8)
-        return MemorySplit(images, labels, [f"{name}/{i}" for i in range(len(labels))])
-
-    names = tuple("abcdef")
-    return Benchmark("patterns", names, split("train", 8), split("test", 4), ((5, 4), (3, 2), (1, 0)))
-
-
-def make_trainer(benchmark: Benchmark, weights: Path, folder: Path, cls: type[Trainer] = Trainer, **changes) -> Trainer:
-    settings = {
-        "rank": 4,
-        "epochs": 3,
-        "batch_size": 8,
-        "lr": 1e-2,
-        "amp": "off",
-        "energy_start": 0.9,
-        "energy_end": 0.9,
-    }
-    config = TrainConfig(weights=str(weights), **(settings | changes)).resolved()
-    torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
-    model = ContinualClassifier(load_backbone("emoji", str(weights)), AMP_DTYPES[config.amp])
-    return cls(config, benchmark, model, METHODS[config.method](model, config), folder)
-
-
-def without_time(results: dict) -> dict:
-    return {key: value for key, value in results.items() if key != "seconds"}
-
-
-def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in trainer.model.state_dict().items()}
 
 
 # the command ---------------------------------------------------------------------------------------------------------
