@@ -288,11 +288,16 @@ def test_the_update_leaves_alone_what_is_protected(replayed):
             assert violation(change, protected) <= 1e-5
 
 
-def test_inputs_that_are_zero_or_not_finite_leave_the_memory_as_it_was():
-    memory = DualGPM(4)
-    memory.update(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)), 0.5)
-    before = memory.basis
-    for bad in (0.0, float("nan")):
-        with pytest.raises(StatisticsError):
-            memory.update(torch.full((4, 4), bad, dtype=torch.float64), 0.9)
-    assert torch.equal(memory.basis, before)
+def test_inputs_that_are_not_finite_are_named_and_nothing_is_merged(benchmark, weights, tmp_path):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="inflora")
+    method, task = trainer.method, trainer._task(0)
+    method.begin_task(task)
+    with torch.no_grad():
+        for layer in method.layers.values():
+            layer.B.fill_(0.1)
+        method.layers["blocks.0.attn.qkv"].B[1, 0, 0] = float("inf")
+    before = {name: torch.stack(layer.target_weights()) for name, layer in method.layers.items()}
+    with pytest.raises(StatisticsError, match="blocks.1.attn.qkv"):
+        method.close_task(task)
+    assert all(torch.equal(torch.stack(layer.target_weights()), before[n]) for n, layer in method.layers.items())
+    assert not any(memory.basis.numel() for memory in method.memories.values())

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from janus_ext.errors import StatisticsError
-
 
 class DualGPM:
     """``basis`` F [n, k], float64: of the old inputs (``kind`` "remove"), or of the free space ("retain")."""
@@ -30,9 +28,7 @@ class DualGPM:
         return self.basis if self.kind == "remove" else complement(self.basis)
 
     def update(self, H: Tensor, threshold: float) -> None:
-        """Takes up the inputs of a task, H [n, n] float64, until a share ``threshold`` of |H|_F^2 is protected."""
-        if not bool(torch.isfinite(H).all()) or not bool(H.any()):
-            raise StatisticsError("the inputs of the task are all zero, or not finite; the memory stays as it was")
+        """Takes up a task's inputs until a share ``threshold`` of |H|_F^2 is protected; H [n, n] float64, not 0."""
         if self.kind == "retain":
             self._shrink(H, threshold)
         else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from janus_ext.errors import StatisticsError
 from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.lora import inject, violation
 from janus_ext.methods.base import Method, Task, TaskReport
@@ -87,10 +88,14 @@ class SequentialLoRA(Method):
         self.model.train()
 
     def second_moments(self, task: Task) -> dict[str, Tensor]:
-        """H = sum x x^T [n, n], float64, of every layer's inputs over such a pass."""
+        """H = sum x x^T [n, n], float64, of every layer's inputs over such a pass; StatisticsError names a bad one."""
         estimators = self.make_estimators()
         self.watch(task, estimators)
-        return {name: estimator.statistics.tensors()["gram"].double() for name, estimator in estimators.items()}
+        moments = {name: estimator.statistics.tensors()["gram"].double() for name, estimator in estimators.items()}
+        for name, H in moments.items():
+            if not bool(torch.isfinite(H).all()) or not bool(H.any()):
+                raise StatisticsError(f"{name}: the inputs of the task are all zero, or not finite")
+        return moments
 
     def _factors(self) -> dict[str, Tensor]:
         """Copies of the effective A [g, r, n] and B [g, m, r] and the basis [n, k] in force, of every layer."""

@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from janus_ext.errors import StatisticsError
-from janus_ext.lora import LoRALayer
 from janus_ext.methods.base import Task, TaskReport, below
 from janus_ext.methods.lora import SequentialLoRA
 from janus_ext.methods.protected import energy
@@ -76,7 +74,7 @@ class LoRADRS(SequentialLoRA):
         with self._old_updates_subtracted():
             moments = self.second_moments(task)
         share = energy(self.config, task)
-        return {name: trailing(H, share, self.layers[name], name) for name, H in moments.items()}
+        return {name: trailing(H, share, self.layers[name].rank) for name, H in moments.items()}
 
     @contextmanager
     def _old_updates_subtracted(self) -> Iterator[None]:
@@ -102,17 +100,15 @@ class LoRADRS(SequentialLoRA):
         self.pretrained = {name: stored[name].to(weight, copy=True) for name, weight in self.pretrained.items()}
 
 
-def trailing(H: Tensor, share: float, layer: LoRALayer, name: str) -> Tensor:
+def trailing(H: Tensor, share: float, rank: int) -> Tensor:
     """Eigenvectors [n, n - k] of H [n, n] behind the k leading ones that hold ``share`` of its trace.
 
-    k is at least the layer's rank: its factors need room in the space that they are kept in.
+    k is at least ``rank``, that of the factors: they need room in the space that they are kept in.
     """
-    if not bool(torch.isfinite(H).all()) or not bool(H.any()):
-        raise StatisticsError(f"{name}: the inputs of the task are all zero, or not finite")
     values, vectors = torch.linalg.eigh(H)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     below_share = int((values.cumsum(0) < share * values.sum()).sum())
-    return vectors[:, max(below_share + 1, layer.rank) :]
+    return vectors[:, max(below_share + 1, rank) :]
 
 
 def triplet_loss(features: Tensor, targets: Tensor, prototypes: Tensor, margin: float) -> Tensor:
