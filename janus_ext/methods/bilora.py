@@ -3,12 +3,13 @@
 Every task trains f real coefficients c at positions of the m x n frequency grid that no earlier task had, from 0:
     dW = s Re(IFFT2(F)), F = c at the positions and 0 elsewhere, for K and V of every block;  W <- W + dW at the end
 No statistics, no memory. The published code draws each task's positions by itself, so that two tasks share f / (m n) of
-them in expectation (0.5 % in ViT-B); here they share none until the grid is used up. A position and its mirror image
-still give the same real pattern, as there.
+them in expectation (0.5 % in ViT-B); here they share none until the grid is used up, and one set serves all matrices of
+a task. A position and its mirror image still give the same real pattern, as there.
 """
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,7 +98,8 @@ def positions(task: int, grid: tuple[int, int], frequencies: int, seed: int) -> 
     """int64 [frequencies]: the positions of ``task`` on the grid, row by row; disjoint until the grid is used up."""
     size = grid[0] * grid[1]
     tasks_a_round = size // frequencies
-    generator = torch.Generator().manual_seed(2**32 * seed + task // tasks_a_round)
+    drawn = random.Random(f"{seed}/{task // tasks_a_round}").getrandbits(63)  # seeds may be any integers, torch's not
+    generator = torch.Generator().manual_seed(drawn)
     order = torch.randperm(size, generator=generator)
     start = task % tasks_a_round * frequencies
     return order[start : start + frequencies]
