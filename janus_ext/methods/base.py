@@ -102,7 +102,12 @@ class Method(ABC):
     def scores(self, images: Tensor) -> Tensor:
         """uint8 [b, 3, H, W] -> [b, classes seen so far], the largest wins: logits, or cosines to prototypes."""
         features = self.model.features(images)
-        return self.prototypes.cosines(features) if self.config.head == "ncm" else self.model.classify(features)
+        logits = self.model.classify(features)
+        if self.config.head != "ncm":
+            return logits
+        scores = torch.full_like(logits, -float("inf"))  # of a class that had no training images, hence no prototype
+        scores[:, self.prototypes.classes] = self.prototypes.cosines(features)
+        return scores
 
     @abstractmethod
     def close_task(self, task: Task) -> TaskReport:
