@@ -1,0 +1,165 @@
+"""What every method owes: runs that end, repeat bit for bit and can be taken up again from the saved state."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_trainer, weights_of, without_time
+
+from janus_ext import checkpoint
+from janus_ext.config import TrainConfig
+from janus_ext.data import emoji
+from janus_ext.methods import METHODS
+from janus_ext.trainer import Progress
+
+CASES = {
+    "janus": {},
+    "janus, nearest class mean": {"method": "janus", "head": "ncm"},
+    "janus, isvd and tangent": {"method": "janus", "estimator": "isvd", "rectify": "tangent"},
+    "lora": {},
+    "lora-gpm": {},
+    "lora-gpm, tangent": {"method": "lora-gpm", "rectify": "tangent"},
+    "lora-gpm, exact": {"method": "lora-gpm", "rectify": "exact"},
+    "inflora": {},
+    "lora-drs": {},
+    "lora-drs, tangent": {"method": "lora-drs", "rectify": "tangent"},
+    "lora-drs, exact": {"method": "lora-drs", "rectify": "exact"},
+    "bilora": {"frequencies": 100},
+}
+
+
+def trainer_of(case: str, benchmark, weights, folder):
+    """At 1e-2 every method learns something of the patterns in two epochs; energies leave room beside the bases."""
+    changes = {"method": case.split(",")[0], "epochs": 2} | CASES[case]
+    return make_trainer(benchmark, weights, folder, **changes)
+
+
+def comparable(report) -> tuple:
+    factors = {name: tensor.tolist() for name, tensor in report.factors.items()}
+    return (report.violation, report.basis_rank, report.danger, report.similarity_own, report.similarity_old, factors)
+
+
+class Silent:
+    """A progress bar that shows nothing."""
+
+    def set_postfix_str(self, *_, **__):
+        pass
+
+    def update(self, steps):
+        pass
+
+
+def learn(trainer, index: int) -> list[float]:
+    """One task as `Trainer.run` goes through it."""
+    trainer._learn(index, Progress(Silent()))
+    return trainer._evaluate(index)
+
+
+def test_every_method_is_a_case():
+    assert {case.split(",")[0] for case in CASES} == set(METHODS) - {"joint"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_ends_repeats_itself_and_is_taken_up_again(benchmark, weights, tmp_path, case):
+    first = trainer_of(case, benchmark, weights, tmp_path / "first")
+    results = first.run()
+    check_results(results)
+    again = trainer_of(case, benchmark, weights, tmp_path / "again")
+    checkpoint.make_folder(again.folder)
+    rows = [learn(again, task) for task in (0, 1)]
+    resumed = resume(case, again, benchmark, weights, tmp_path / "resumed")
+    for trainer in (again, resumed):
+        assert [*rows, learn(trainer, 2)] == results["accuracy_matrix"]
+        assert comparable(trainer.reports[-1]) == comparable(first.reports[-1])
+        assert all(torch.equal(value, weights_of(trainer)[key]) for key, value in weights_of(first).items())
+        states = trainer.method.state_dict(), first.method.state_dict()
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(value, states[0][key]) for key, value in states[1].items())
+
+
+def check_results(results: dict) -> None:
+    assert [len(row) for row in results["accuracy_matrix"]] == [1, 2, 3]
+    assert all(0 <= value <= 100 for row in results["accuracy_matrix"] for value in row)
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+
+
+def resume(case: str, trainer, benchmark, weights, folder):
+    """A fresh trainer with the state of `trainer`, which has learned two tasks, from files like those of a run."""
+    checkpoint.make_folder(folder)
+    checkpoint.write_tensors(folder / "model.safetensors", trainer.model.state_dict(), {})
+    checkpoint.write_tensors(folder / "method.safetensors", trainer.method.state_dict(), {})
+    fresh = trainer_of(case, benchmark, weights, folder)
+    for classes in benchmark.tasks[:2]:
+        fresh.model.add_task(len(classes))
+    fresh.model.load_state_dict(checkpoint.read_tensors(folder / "model.safetensors")[0])
+    fresh.method.load_state_dict(checkpoint.read_tensors(folder / "method.safetensors")[0])
+    return fresh
+
+
+@pytest.mark.parametrize("case", ["lora-gpm, exact", "lora-drs, exact"])
+def test_exact_rectification_is_exact_in_every_method(benchmark, weights, tmp_path, case):
+    violation = trainer_of(case, benchmark, weights, tmp_path / "run").run()["violation"]
+    assert violation[0] is None and max(violation[1:]) <= 1e-5
+
+
+def test_lora_gpm_and_janus_differ_in_what_they_observe(benchmark, weights, tmp_path):
+    """Same rectification, no margin loss: a pass after the task sees other inputs than the last epoch."""
+    changes = {"rectify": "exact", "margin_weight": 0.0}
+    janus, gpm = (make_trainer(benchmark, weights, tmp_path / m, method=m, **changes) for m in ("janus", "lora-gpm"))
+    results = [trainer.run() for trainer in (janus, gpm)]
+    first = [r["accuracy_matrix"][0] for r in results]
+    assert first[0] == first[1]
+    bases = [trainer.method.layers["blocks.1.attn.qkv"].basis for trainer in (janus, gpm)]
+    assert bases[0].shape != bases[1].shape or not torch.allclose(bases[0], bases[1], atol=1e-4)
+
+
+# the nearest class mean ----------------------------------------------------------------------------------------------
+def test_the_nearest_class_mean_takes_prototypes_in_place_of_heads(benchmark, weights, tmp_path):
+    trainer = trainer_of("janus, nearest class mean", benchmark, weights, tmp_path / "run")
+    matrix = trainer.run()["accuracy_matrix"]
+    features = trainer.model.eval().features(benchmark.test.images).detach()
+    nearest = torch.cdist(torch.nn.functional.normalize(features, dim=1), trainer.method.prototypes.matrix).argmin(1)
+    right = (nearest == benchmark.positions[benchmark.test.labels]).float()
+    assert matrix[-1] == pytest.approx([100 * float(right[rows].mean()) for rows in trainer.test_rows])
+    with torch.no_grad():
+        for head in trainer.model.heads:
+            head.weight.zero_()
+    assert trainer._evaluate(2) == matrix[-1]  # heads take no part in it
+    trainer.method.prototypes.matrix = trainer.method.prototypes.matrix.roll(1, 0)
+    assert trainer._evaluate(2) != matrix[-1]
+
+
+def test_training_does_not_depend_on_the_classifier_of_the_test(benchmark, weights, tmp_path):
+    linear, ncm = (trainer_of(case, benchmark, weights, tmp_path / case) for case in list(CASES)[:2])
+    for trainer in (linear, ncm):
+        trainer.run()
+    assert all(torch.equal(value, weights_of(ncm)[key]) for key, value in weights_of(linear).items())
+
+
+def test_a_class_without_training_images_does_not_shift_the_others(benchmark, weights, tmp_path):
+    kept = (benchmark.train.labels != 4).nonzero().flatten()  # the second output of the first task
+    lacking = replace(benchmark, train=benchmark.train.take(kept))
+    trainer = trainer_of("janus, nearest class mean", lacking, weights, tmp_path / "run")
+    trainer.run()
+    assert trainer.method.prototypes.classes == [0, 2, 3, 4, 5]
+    with torch.no_grad():
+        scores = trainer.method.scores(benchmark.test.images)
+        cosines = trainer.method.prototypes.cosines(trainer.model.features(benchmark.test.images))
+    assert scores.shape == (24, 6) and torch.allclose(scores[:, [0, 2, 3, 4, 5]], cosines, atol=1e-6)
+    assert not (scores.argmax(-1) == 1).any()
+
+
+# joint ---------------------------------------------------------------------------------------------------------------
+def test_joint_training_is_one_task_with_all_classes(tmp_path):
+    config = TrainConfig(method="joint", limit_per_class=1).resolved()
+    assert len(emoji.load(config).tasks) == 1
+    assert sorted(emoji.load(config).tasks[0]) == list(range(200))
+
+
+def test_joint_training_is_plain_lora_on_everything(benchmark, weights, tmp_path):
+    single = replace(benchmark, tasks=(benchmark.class_order,))
+    runs = [make_trainer(single, weights, tmp_path / method, method=method) for method in ("joint", "lora")]
+    results = [without_time(trainer.run()) | {"method": None} for trainer in runs]
+    assert results[0] == results[1] and len(runs[0].model.heads) == 1
+    assert all(torch.equal(value, weights_of(runs[1])[key]) for key, value in weights_of(runs[0]).items())
