@@ -52,7 +52,7 @@ class TaskReport:
     violation: dict[str, float] = field(default_factory=dict)
     """Per layer |dW V|_F / |dW|_F."""
     basis_rank: dict[str, int] = field(default_factory=dict)
-    """Per layer the number of directions protected from the next task on."""
+    """Per layer the number of directions protected from the next task on (by LoRA-DRS: in this task)."""
     danger: float | None = None
     """Mean cosine of the task's features to the nearest old prototype; None for the first task."""
     similarity_own: list[float] = field(default_factory=list)

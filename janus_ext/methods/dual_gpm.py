@@ -1,8 +1,8 @@
 """DualGPM, the memory of InfLoRA (Liang & Li, CVPR 2024): of the old inputs, or of what they leave free.
 
 Follows the authors' code, which thresholds the squared singular values of H = sum x x^T, hence the fourth powers of
-those of the inputs. One departure: where the very first task already takes more than half of the space, their code
-stores its directions as the free space; here their complement is stored, as the paper has it.
+those of the inputs. One departure: where the very first task already takes half of the space or more, their code stores
+its directions as the free space (and stops where they are more than half); here their complement is, as in the paper.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ class DualGPM:
         if self.kind == "retain":
             self._shrink(H, threshold)
         else:
+            first = not self.basis.shape[1]
             self._grow(H, threshold)
             n, k = self.basis.shape
-            if k > n / 2:
+            if k > n / 2 or (first and k == n / 2):
                 self.basis, self.kind = complement(self.basis), "retain"
 
     def _grow(self, H: Tensor, threshold: float) -> None:

@@ -10,6 +10,7 @@ For every task:
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +41,7 @@ class InfLoRA(SequentialLoRA):
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         for name, H in self.second_moments(task).items():
+            self._warn_of_little_room(name)
             layer, U = self.layers[name], torch.linalg.svd(self.memories[name].free(H)).U
             layer.A.copy_(U[:, : layer.rank].mT / math.sqrt(3))
 
@@ -53,6 +55,17 @@ class InfLoRA(SequentialLoRA):
 
     def guarded(self, name: str) -> Tensor:
         return self.memories[name].protected()
+
+    def _warn_of_little_room(self, name: str) -> None:
+        """What A has more rows than the free space has dimensions is arbitrary, as in the authors' code."""
+        layer = self.layers[name]
+        free = layer.in_features - self.guarded(name).shape[1]
+        if free < layer.rank:
+            warnings.warn(
+                f"{name}: the old inputs leave {free} dimensions free, fewer than the rank {layer.rank}: InfLoRA "
+                "interferes from now on; lower --energy-end",
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         parts = {f"memories.{name}": memory for name, memory in self.memories.items()}

@@ -101,6 +101,6 @@ class SequentialLoRA(Method):
         """Copies of the effective A [g, r, n] and B [g, m, r] and the basis [n, k] in force, of every layer."""
         factors = {}
         for name, layer in self.layers.items():
-            tensors = {"A": layer.effective_A(), "B": layer.B, "basis": layer.basis}
+            tensors = {"A": layer.effective_A(), "B": layer.B, "basis": self.guarded(name)}
             factors |= {f"{name}.{key}": tensor.detach().clone() for key, tensor in tensors.items()}
         return factors

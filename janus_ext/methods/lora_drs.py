@@ -65,7 +65,7 @@ class LoRADRS(SequentialLoRA):
                 layer.A.sub_(outside)
 
     def close_task(self, task: Task) -> TaskReport:
-        report = super().close_task(task)
+        report = super().close_task(task)  # the space is that of the task: the next one finds its own
         report.basis_rank = {name: layer.basis.shape[1] for name, layer in self.layers.items()}
         return report
 
