@@ -263,19 +263,50 @@ def sweep(name: str, seeds: list[int], rows: list[str], jobs: int, threads: int,
 
 def table(name: str, path: Path) -> str:
     """Mean and sample deviation of each row's finished cells as Markdown, in the sweep's order."""
-    assets, lines = assets_sha256(), read_lines(path)
-    rows = {method: chosen(method, path) for method in METHODS} if name == "methods" else {}
-    rows |= {row: (row, change) for row, change in SWEEPS.get(name, {}).items()}
+    if name == "methods":
+        return methods_table(path)
     text = ["| row | seeds | ACC | MAA | BWT | plasticity | violation | danger |", "|---|---|---|---|---|---|---|---|"]
-    for shown, (row, change) in rows.items():
-        cells = [line for line in lines if is_done(line, row, cell_config(change, line["seed"]), assets)]
-        cells = [line for line in cells if name != "methods" or line["seed"] not in SELECTION_SEEDS]
-        if cells:
-            columns = [spread([c[m] for c in cells], "{:.2f}") for m in ("acc", "maa", "bwt", "plasticity")]
-            columns += [spread([c["violation"] for c in cells], "{:.1e}")]
-            columns += [spread([c["danger"] for c in cells], "{:.3f}")]
-            text.append(f"| {shown} | {len(cells)} | " + " | ".join(columns) + " |")
+    for row, cells in finished({row: (row, change) for row, change in SWEEPS[name].items()}, path).items():
+        text.append(f"| {row} | {len(cells)} | " + " | ".join([*accuracies(cells), danger(cells)]) + " |")
     return "\n".join(text)
+
+
+def methods_table(path: Path) -> str:
+    """What was chosen for each method and what it reached on the reported seeds, also seed by seed against janus."""
+    rows = {method: chosen(method, path) for method in METHODS}
+    reported = {
+        method: [line for line in cells if line["seed"] not in SELECTION_SEEDS]
+        for method, cells in finished(rows, path).items()
+    }
+    text = ["| method | chosen | ACC | MAA | BWT | plasticity | violation | ACC less janus's |"]
+    text.append("|" + "---|" * 8)
+    janus = {line["seed"]: line["acc"] for line in reported["janus"]}
+    for method, cells in reported.items():
+        ahead = spread([line["acc"] - janus[line["seed"]] for line in cells if line["seed"] in janus], "{:+.2f}")
+        setting = rows[method][0].partition(" | ")[2]
+        text.append(f"| {method} | {setting} | " + " | ".join([*accuracies(cells), ahead]) + " |")
+    return "\n".join(text)
+
+
+def finished(rows: dict[str, tuple[str, dict[str, Any]]], path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The finished cells of every (row, change), under the keys of `rows`; rows without any are left out."""
+    assets, lines = assets_sha256(), read_lines(path)
+    cells = {
+        shown: [line for line in lines if is_done(line, row, cell_config(change, line["seed"]), assets)]
+        for shown, (row, change) in rows.items()
+    }
+    return {shown: found for shown, found in cells.items() if found}
+
+
+def accuracies(cells: list[dict[str, Any]]) -> list[str]:
+    """Columns of a table: ACC, MAA, BWT, plasticity, violation."""
+    columns = [spread([c[metric] for c in cells], "{:.2f}") for metric in ("acc", "maa", "bwt", "plasticity")]
+    return [*columns, spread([c["violation"] for c in cells], "{:.1e}")]
+
+
+def danger(cells: list[dict[str, Any]]) -> str:
+    """Column of a table: danger."""
+    return spread([c["danger"] for c in cells], "{:.3f}")
 
 
 def spread(values: list[float | None], form: str) -> str:
@@ -284,7 +315,7 @@ def spread(values: list[float | None], form: str) -> str:
     if not known:
         return "–"
     mean = form.format(statistics.fmean(known))
-    return mean if len(known) == 1 else f"{mean} ± {form.format(statistics.stdev(known))}"
+    return mean if len(known) == 1 else f"{mean} ± {form.replace('+', '').format(statistics.stdev(known))}"
 
 
 def main() -> None:
