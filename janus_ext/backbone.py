@@ -337,9 +337,22 @@ class ContinualClassifier(nn.Module):
             pixels = F.interpolate(pixels, side, mode="bilinear", antialias=True, align_corners=False)
         pixels = (pixels - self.mean) / self.std
         with torch.autocast(pixels.device.type, dtype=self.amp, enabled=self.amp is not None):
-            tokens = self.backbone.forward_features(pixels)
-            pooled = self.backbone.forward_head(tokens, pre_logits=True)
+            pooled = self.embed(pixels)
         return pooled.float()
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """The backbone's pass from normalised pixels [b, 3, s, s] to [b, d]."""
+        return self.backbone.forward_head(self.backbone.forward_features(pixels), pre_logits=True)
+
+    def compile_backbone(self) -> None:
+        """From now on the backbone runs as a compiled graph for every batch size; no name in the state changes."""
+        graph = torch.compile(self.embed, fullgraph=True)
+
+        def embed(pixels: Tensor) -> Tensor:
+            torch._dynamo.maybe_mark_dynamic(pixels, 0)
+            return graph(pixels)
+
+        self.embed = embed
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [b, 3, H, W] -> logits [b, classes seen so far]."""

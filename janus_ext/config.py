@@ -113,10 +113,14 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Autocast of the backbone to bfloat16, or float16 with scaled gradients; auto: bf16 if the hardware has it."""
+    compile: bool = False
+    """Compile the backbone with torch.compile, which takes a minute or so and needs a C++ compiler (a GPU: Triton)."""
     output: Path | None = None
     """Run folder; by default runs/<benchmark>-<method>-<seed>, numbered if that holds a finished run."""
     plots: bool = True
     """Draw plots/*.png at the end."""
+    tensorboard: bool = False
+    """Write the scalars of every epoch and task to <output>/tensorboard, too (pip install tensorboard)."""
 
     def resolved(self) -> TrainConfig:
         """The checked configuration with the preset's values for what was not said; ArgumentError names the flag."""

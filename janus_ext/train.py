@@ -17,7 +17,7 @@ import torch
 import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from janus_ext import report
+from janus_ext import events, report
 from janus_ext.backbone import ContinualClassifier, load_backbone
 from janus_ext.checkpoint import make_folder, write_json
 from janus_ext.config import TrainConfig
@@ -29,6 +29,7 @@ from janus_ext.trainer import AMP_DTYPES, Trainer, be_deterministic, derive_seed
 
 LOG = logging.getLogger("janus_ext")
 RUN_FILES = ("metrics.jsonl", "results.json", "config.json", "log.txt")
+RUN_GLOBS = ("checkpoints/*", "plots/*.png", "tensorboard/events.out.*")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: TrainConfig) -> list[report.Results]:
     """One run per seed; returns the results of each, in the order of the seeds."""
     config = config.resolved()
+    if config.tensorboard:
+        events.require_tensorboard()
     if config.check_data:
         check_data(config)
         return []
@@ -120,7 +123,7 @@ def prepare_folder(folder: Path, config: TrainConfig) -> None:
     make_folder(folder)
     if any(folder.iterdir()) and not is_run(folder):
         raise ArgumentError(f"{folder} holds files that are no run of this program; choose another with --output")
-    for path in [*(folder / name for name in RUN_FILES), *folder.glob("checkpoints/*"), *folder.glob("plots/*.png")]:
+    for path in [*(folder / name for name in RUN_FILES), *(path for glob in RUN_GLOBS for path in folder.glob(glob))]:
         try:
             path.unlink(missing_ok=True)
         except OSError as error:

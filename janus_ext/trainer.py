@@ -12,6 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from janus_ext import metrics
+from janus_ext import events, metrics
 from janus_ext.checkpoint import append_json_line, make_folder, write_tensors
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, Split
@@ -109,12 +110,19 @@ class Trainer:
         self.matrix: list[list[float]] = []
         self.reports: list[TaskReport] = []
         self.seconds: list[float] = []
+        self.write: events.Write = events.write_nothing
         self._check_tasks()
+        if config.compile:
+            model.compile_backbone()
 
     def run(self) -> dict[str, Any]:
         """Learns every task, evaluating after each; returns what ``results.json`` holds."""
         make_folder(self.folder / "checkpoints")
-        with tqdm(total=self._total_steps(), unit="step", disable=None, dynamic_ncols=True) as bar:
+        with ExitStack() as stack:
+            bar = stack.enter_context(tqdm(total=self._total_steps(), unit="step", disable=None, dynamic_ncols=True))
+            if self.config.tensorboard:
+                self.write = stack.enter_context(events.writing(self.folder / "tensorboard"))
+            stack.enter_context(compiling())
             progress = Progress(bar)
             for index in range(len(self.benchmark.tasks)):
                 bar.set_description(f"task {index + 1}/{len(self.benchmark.tasks)}")
@@ -122,6 +130,7 @@ class Trainer:
                 self.matrix.append(self._evaluate(index))
                 self._save(index)
                 self._log_task(index)
+                self._write_task(index)
         return self.results()
 
     def results(self) -> dict[str, Any]:
@@ -184,9 +193,11 @@ class Trainer:
                 f"float16 does not hold the gradients of task {task.index + 1}, epoch {epoch + 1}, however small "
                 "the loss is scaled; --amp bf16 or --amp off will help"
             )
-        record = {"task": task.index, "epoch": epoch, "loss": progress.loss, "accuracy": progress.accuracy}
-        record["lr"], record["head_lr"] = (group["lr"] for group in optimizer.param_groups)
-        append_json_line(self.folder / "metrics.jsonl", record | {"seconds": time.perf_counter() - started})
+        values = {"loss": progress.loss, "accuracy": progress.accuracy}
+        values["lr"], values["head_lr"] = (group["lr"] for group in optimizer.param_groups)
+        record = {"task": task.index, "epoch": epoch, **values, "seconds": time.perf_counter() - started}
+        append_json_line(self.folder / "metrics.jsonl", record)
+        self.write("epoch", values, task.index * self.config.epochs + epoch + 1)
 
     def _step(
         self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
@@ -245,6 +256,13 @@ class Trainer:
             *(index + 1, len(self.benchmark.tasks), sum(row) / len(row), row[-1], self.seconds[index]),
         )
 
+    def _write_task(self, index: int) -> None:
+        results = self.results()
+        values = {name: results[name][index] for name in ("violation", "danger")}
+        values["acc"] = results["acc"]
+        values["basis_rank"] = _mean_or_none(results["basis_rank"][index].values())
+        self.write("task", values, index + 1)
+
     def _task(self, index: int) -> Task:
         first = sum(len(classes) for classes in self.benchmark.tasks[:index])
         return Task(
@@ -283,6 +301,16 @@ class Trainer:
         for index, (train, test) in enumerate(zip(self.train_rows, self.test_rows, strict=True)):
             if not len(train) or not len(test):
                 raise ArgumentError(f"task {index + 1} has {len(train)} training and {len(test)} test images")
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Turns the pages in which torch.compile fails, at the first batch or later, into one line."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise TrainingError(f"--compile fails here, leave it out or see to this: {reason}") from error
 
 
 def derive_seed(seed: int, task: int, epoch: int, purpose: str) -> int:

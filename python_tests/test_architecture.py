@@ -29,7 +29,8 @@ ALLOWED = {
     "report": {"checkpoint", "metrics"},
     "data": {"config", "data", "checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "methods"},
-    "trainer": {"methods.base", "data.benchmark", "metrics", "checkpoint", "config"},
+    "events": set(),
+    "trainer": {"methods.base", "data.benchmark", "events", "metrics", "checkpoint", "config"},
 }
 ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info"}
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}

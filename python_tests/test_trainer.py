@@ -104,9 +104,10 @@ def test_an_unfinished_run_starts_over(tmp_path):
     train.prepare_folder(tmp_path, config)
     checkpoint.append_json_line(tmp_path / "metrics.jsonl", {"epoch": 0})
     checkpoint.write_tensors(checkpoint.make_folder(tmp_path / "checkpoints") / "factors-9.safetensors", {})
+    (checkpoint.make_folder(tmp_path / "tensorboard") / "events.out.tfevents.1.host").touch()
     train.prepare_folder(tmp_path, config)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "checkpoints"}
-    assert not any((tmp_path / "checkpoints").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "checkpoints", "tensorboard"}
+    assert not any((tmp_path / "checkpoints").iterdir()) and not any((tmp_path / "tensorboard").iterdir())
 
 
 @pytest.mark.parametrize("flag", ["--output", "--weights"])
