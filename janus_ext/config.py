@@ -114,7 +114,7 @@ class TrainConfig:
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Autocast of the backbone to bfloat16, or float16 with scaled gradients; auto: bf16 if the hardware has it."""
     compile: bool = False
-    """Compile the backbone with torch.compile, which takes a minute or so and needs a C++ compiler (a GPU: Triton)."""
+    """Compile the backbone with torch.compile, which takes minutes at the start and needs a C++ compiler."""
     output: Path | None = None
     """Run folder; by default runs/<benchmark>-<method>-<seed>, numbered if that holds a finished run."""
     plots: bool = True

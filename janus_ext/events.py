@@ -26,8 +26,11 @@ def write_nothing(group: str, values: Mapping[str, float | None], step: int) -> 
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[Write]:
+def writing(folder: Path | None) -> Iterator[Write]:
     """Within it, write(group, values, step) appends "group/name" for every value that is there to files in folder."""
+    if folder is None:
+        yield write_nothing
+        return
     require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 

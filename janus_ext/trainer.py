@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -118,11 +118,9 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Learns every task, evaluating after each; returns what ``results.json`` holds."""
         make_folder(self.folder / "checkpoints")
-        with ExitStack() as stack:
-            bar = stack.enter_context(tqdm(total=self._total_steps(), unit="step", disable=None, dynamic_ncols=True))
-            if self.config.tensorboard:
-                self.write = stack.enter_context(events.writing(self.folder / "tensorboard"))
-            stack.enter_context(compiling())
+        bar = tqdm(total=self._total_steps(), unit="step", disable=None, dynamic_ncols=True)
+        scalars = self.folder / "tensorboard" if self.config.tensorboard else None
+        with bar, events.writing(scalars) as self.write, compiling():
             progress = Progress(bar)
             for index in range(len(self.benchmark.tasks)):
                 bar.set_description(f"task {index + 1}/{len(self.benchmark.tasks)}")
@@ -261,7 +259,7 @@ class Trainer:
         values = {name: results[name][index] for name in ("violation", "danger")}
         values["acc"] = results["acc"]
         values["basis_rank"] = _mean_or_none(results["basis_rank"][index].values())
-        self.write("task", values, index + 1)
+        self.write("task", values, index + 1)  # steps count what is done: tasks here, epochs of the whole run above
 
     def _task(self, index: int) -> Task:
         first = sum(len(classes) for classes in self.benchmark.tasks[:index])
