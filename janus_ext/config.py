@@ -180,6 +180,8 @@ class TrainConfig:
             raise ArgumentError(f"--estimator-rank belongs to --estimator isvd, got --estimator {self.estimator}")
         if self.estimator == "isvd" and self.energy_power == 2:
             raise ArgumentError("--energy-power 2 needs the Gram matrix: use --estimator gram, not isvd")
+        if self.compile and self.estimator == "isvd":
+            raise ArgumentError("--compile makes a graph for every batch size with --estimator isvd: use gram")
         if self.rectify == "project" and self.estimator == "none":
             raise ArgumentError(
                 "--rectify project removes what --estimator found; with --estimator none it does nothing"

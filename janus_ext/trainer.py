@@ -200,9 +200,9 @@ class Trainer:
     def _step(
         self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> Step:
-        """forward, backward, unscale, rectify, clip, step; the scaler leaves out a step whose gradients are not finite.
+        """forward, backward, unscale, rectify, clip, step.
 
-        Nothing waits for the device: such gradients are rectified and clipped like others, then dropped.
+        Gradients that float16 did not hold are rectified and clipped like others; then the scaler leaves the step out.
         """
         optimizer.zero_grad(set_to_none=True)
         step = self._forward_backward(images, targets, scaler)

@@ -19,7 +19,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "janus": {},
     "bf16": {"amp": "bf16"},
     "tangent": {"rectify": "tangent"},
-    "isvd": {"estimator": "isvd"},
     "pieces": {"accumulate": 2},
     "lora": {"method": "lora"},
     "lora-gpm": {"method": "lora-gpm"},

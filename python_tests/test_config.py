@@ -79,6 +79,7 @@ def test_every_field_is_explained_to_the_user():
         ({"rectify": "project", "estimator": "none"}, "--rectify project"),
         ({"estimator_rank": 8}, "--estimator-rank belongs to --estimator isvd, got --estimator gram"),
         ({"estimator": "isvd", "energy_power": 2}, "--energy-power 2 needs the Gram matrix"),
+        ({"compile": True, "estimator": "isvd"}, "--compile makes a graph for every batch size"),
         ({"method": "lora", "rectify": "exact"}, "--rectify"),
         ({"method": "lora", "margin_weight": 0.5}, "--margin-weight"),
         ({"method": "inflora", "rectify": "exact"}, "--rectify exact; it takes none"),
