@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from janus_ext import _native
+from janus_ext import _native, checkpoint
 from janus_ext.backbone import ContinualClassifier, load_backbone, prepare_torchvision
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, MemorySplit
@@ -139,3 +139,26 @@ def without_time(results: dict) -> dict:
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in trainer.model.state_dict().items()}
+
+
+class KeepingTrainer(Trainer):
+    """Keeps the weights after each task."""
+
+    def _save(self, index: int) -> None:
+        super()._save(index)
+        self.history = [*getattr(self, "history", []), weights_of(self)]
+
+
+def assert_protected_inputs_are_left_alone(trainer: KeepingTrainer, tasks: int) -> None:
+    """method.md, section 5, point 2, from the weights and the factors' files of a whole run."""
+    for task in range(1, tasks):
+        factors, _ = checkpoint.read_tensors(trainer.folder / "checkpoints" / f"factors-{task}.safetensors")
+        for name in trainer.method.layers:
+            before, after = (trainer.history[t][f"backbone.{name}.linear.weight"].double() for t in (task - 1, task))
+            basis = factors[f"{name}.basis"].double()
+            change = after - before
+            assert basis.shape[1] > 0 and change.norm() > 0
+            rounding = torch.finfo(torch.float32).eps * before.norm()
+            assert (change @ basis).norm() <= 1e-5 * change.norm() + rounding
+            update = factors[f"{name}.B"].double() @ factors[f"{name}.A"].double()
+            assert (update @ basis).norm() <= 1e-5 * update.norm()

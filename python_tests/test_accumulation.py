@@ -1,5 +1,4 @@
 """--accumulate: a batch computed in pieces gives the step of the whole batch."""
-# ruff: noqa: F811 - the fixture that is imported and asked for
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import relative_error
-from test_trainer import benchmark, make_trainer  # noqa: F401
+from conftest import make_trainer, relative_error
 from torch import Tensor
 
 from janus_ext import OnlineEstimator

@@ -1,5 +1,4 @@
 """--compile: the same run, from graphs that are made in the first task, under the same names."""
-# ruff: noqa: F811 - the fixture that is imported and asked for
 
 import shutil
 from collections.abc import Iterator
@@ -8,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close
-from test_trainer import KeepingTrainer, benchmark, make_trainer, without_time  # noqa: F401
+from conftest import KeepingTrainer, assert_close, make_trainer, without_time
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from janus_ext.checkpoint import read_tensors

@@ -1,11 +1,10 @@
 """--tensorboard: what the event files hold, and what is said where the package is missing."""
-# ruff: noqa: F811 - the fixture that is imported and asked for
 
 import json
 import sys
 
 import pytest
-from test_trainer import benchmark, make_trainer  # noqa: F401
+from conftest import make_trainer
 
 from janus_ext import train
 

@@ -1,18 +1,11 @@
 """--amp fp16: a step whose gradients are not finite is left out whole, and rectification does not mind."""
-# ruff: noqa: F811 - the fixture that is imported and asked for
 
 import copy
 from typing import Any
 
 import pytest
 import torch
-from test_trainer import (  # noqa: F401
-    KeepingTrainer,
-    assert_protected_inputs_are_left_alone,
-    benchmark,
-    make_trainer,
-    weights_of,
-)
+from conftest import KeepingTrainer, assert_protected_inputs_are_left_alone, make_trainer, weights_of
 from torch import Tensor
 
 from janus_ext.errors import TrainingError

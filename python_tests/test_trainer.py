@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_trainer, weights_of, without_time
+from conftest import (
+    KeepingTrainer,
+    assert_protected_inputs_are_left_alone,
+    make_trainer,
+    weights_of,
+    without_time,
+)
 from torch import Tensor
 
 from janus_ext import checkpoint, report, train
@@ -20,7 +26,6 @@ from janus_ext.data import emoji
 from janus_ext.errors import ArgumentError, CheckpointError, TrainingError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method, Step
-from janus_ext.trainer import Trainer
 
 ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
     "nothing": ("none", "none", 0.0),
@@ -217,29 +222,6 @@ def test_every_row_of_the_ablation_runs(benchmark, weights, tmp_path, row):
         assert results["violation"] == [None] * 3 and results["basis_rank"] == [{}] * 3
     else:
         assert all(v <= 1e-5 for v in results["violation"][1:]) == (rectify == "exact")
-
-
-class KeepingTrainer(Trainer):
-    """Keeps the weights after each task."""
-
-    def _save(self, index: int) -> None:
-        super()._save(index)
-        self.history = [*getattr(self, "history", []), weights_of(self)]
-
-
-def assert_protected_inputs_are_left_alone(trainer: KeepingTrainer, tasks: int) -> None:
-    """method.md, section 5, point 2, from the weights and the factors' files of a whole run."""
-    for task in range(1, tasks):
-        factors, _ = checkpoint.read_tensors(trainer.folder / "checkpoints" / f"factors-{task}.safetensors")
-        for name in trainer.method.layers:
-            before, after = (trainer.history[t][f"backbone.{name}.linear.weight"].double() for t in (task - 1, task))
-            basis = factors[f"{name}.basis"].double()
-            change = after - before
-            assert basis.shape[1] > 0 and change.norm() > 0
-            rounding = torch.finfo(torch.float32).eps * before.norm()
-            assert (change @ basis).norm() <= 1e-5 * change.norm() + rounding
-            update = factors[f"{name}.B"].double() @ factors[f"{name}.A"].double()
-            assert (update @ basis).norm() <= 1e-5 * update.norm()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
