@@ -18,7 +18,8 @@ import torch
 from memory import peak_mb, reset_peak
 from run import about, new_file
 
-from janus_ext.backbone import ContinualClassifier, load_backbone
+from janus_ext.backbone import load_backbone
+from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.methods import METHODS

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext.backbone import ContinualClassifier, load_backbone
+from janus_ext.backbone import load_backbone
+from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, MemorySplit
 from janus_ext.estimator import OnlineEstimator, observing

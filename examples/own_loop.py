@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from janus_ext import ClassPrototypes, DecoupledMarginLoss, OnlineEstimator, inject, observing
-from janus_ext.backbone import ContinualClassifier, load_backbone
+from janus_ext.backbone import load_backbone
+from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 

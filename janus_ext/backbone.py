@@ -1,4 +1,4 @@
-"""Vision transformers of timm with local weights, and the classifier that grows one linear head per task.
+"""Vision transformers of timm with local weights.
 
 timm needs torchvision to import, and the torchvision of the package index is a CUDA build whose library cannot load
 beside a CPU-only PyTorch ("operator torchvision::nms does not exist"). Declaring the two operators it registers fake
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.checkpoint import read_tensors
@@ -284,80 +283,3 @@ def _describe(model: nn.Module, mean: Any, std: Any, size: int) -> nn.Module:
 
 def _first(size: int | list[int]) -> int:
     return size if isinstance(size, int) else size[0]
-
-
-def _unfuse_attention(model: nn.Module) -> None:
-    """Attention as plain products: PyTorch's fused CPU kernel takes half of a bfloat16 step at 65 tokens."""
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-
-
-class ContinualClassifier(nn.Module):
-    """A backbone and one linear head per task; the logits of all seen classes are the heads' outputs side by side.
-
-    The backbone runs under autocast to ``amp`` if given; features and heads are always float32. Colours are
-    normalized as the backbone was pretrained (``normalize`` "model"), or stay in [0, 1] ("identity").
-    """
-
-    def __init__(self, backbone: nn.Module, amp: torch.dtype | None = None, normalize: str = "model") -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.heads = nn.ModuleList()
-        self.amp = amp
-        self.input_size: int = backbone.input_size
-        device = next(backbone.parameters()).device
-        if amp is not None and device.type == "cpu":
-            _unfuse_attention(backbone)
-        if normalize not in ("model", "identity"):
-            raise ArgumentError(f"normalize must be 'model' or 'identity', got {normalize!r}")
-        colours = (backbone.input_mean, backbone.input_std) if normalize == "model" else ((0.0,) * 3, (1.0,) * 3)
-        for name, values in zip(("mean", "std"), colours, strict=True):
-            pixels = torch.tensor(values, device=device).view(3, 1, 1) * 255
-            self.register_buffer(name, pixels, persistent=False)
-
-    @property
-    def feature_dim(self) -> int:
-        """Width d of the feature."""
-        return self.backbone.num_features
-
-    def add_task(self, classes: int) -> nn.Linear:
-        """Appends the head of a new task (weights normal with deviation 0.01, bias 0) and returns it."""
-        head = nn.Linear(self.feature_dim, classes)
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
-        self.heads.append(head.to(self.mean.device))
-        return head
-
-    def features(self, images: Tensor) -> Tensor:
-        """uint8 [b, 3, H, W] -> float32 [b, d]: the class token after the final norm, or what the backbone pools."""
-        pixels = images.float()
-        if pixels.shape[-1] != self.input_size or pixels.shape[-2] != self.input_size:
-            side = (self.input_size, self.input_size)
-            pixels = F.interpolate(pixels, side, mode="bilinear", antialias=True, align_corners=False)
-        pixels = (pixels - self.mean) / self.std
-        with torch.autocast(pixels.device.type, dtype=self.amp, enabled=self.amp is not None):
-            pooled = self.embed(pixels)
-        return pooled.float()
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        """The backbone's pass from normalised pixels [b, 3, s, s] to [b, d]."""
-        return self.backbone.forward_head(self.backbone.forward_features(pixels), pre_logits=True)
-
-    def compile_backbone(self) -> None:
-        """From now on the backbone runs as a compiled graph for every batch size; no name in the state changes."""
-        graph = torch.compile(self.embed, fullgraph=True)
-
-        def embed(pixels: Tensor) -> Tensor:
-            torch._dynamo.maybe_mark_dynamic(pixels, 0)
-            return graph(pixels)
-
-        self.embed = embed
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 [b, 3, H, W] -> logits [b, classes seen so far]."""
-        return self.classify(self.features(images))
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Logits [b, classes seen so far] of features [b, d]."""
-        return torch.cat([head(features) for head in self.heads], dim=-1)

@@ -18,8 +18,9 @@ import tyro
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from janus_ext import events, report
-from janus_ext.backbone import ContinualClassifier, load_backbone
+from janus_ext.backbone import load_backbone
 from janus_ext.checkpoint import make_folder, write_json
+from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError

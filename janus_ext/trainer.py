@@ -30,7 +30,7 @@ from janus_ext.methods.base import Method, Step, Task, TaskReport
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from janus_ext.backbone import ContinualClassifier
+    from janus_ext.classifier import ContinualClassifier
 
 LOG = logging.getLogger("janus_ext")
 READ_EVERY = 20  # steps between two reads of the loss: each read waits for the device

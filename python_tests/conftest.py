@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from janus_ext import _native, checkpoint
-from janus_ext.backbone import ContinualClassifier, load_backbone, prepare_torchvision
+from janus_ext.backbone import load_backbone, prepare_torchvision
+from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, MemorySplit
 from janus_ext.methods import METHODS

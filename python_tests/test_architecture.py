@@ -26,6 +26,7 @@ ALLOWED = {
     "rectifier": {"ops", "estimator", "lora"},
     "lora": {"ops"},
     "backbone": {"checkpoint"},
+    "classifier": set(),
     "report": {"checkpoint", "metrics"},
     "data": {"config", "data", "checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "methods"},

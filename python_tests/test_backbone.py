@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from janus_ext import inject, train
-from janus_ext.backbone import ContinualClassifier, load_backbone, prepare_torchvision
+from janus_ext.backbone import load_backbone, prepare_torchvision
+from janus_ext.classifier import ContinualClassifier
 from janus_ext.errors import ArgumentError, CheckpointError
 
 NAME = "test_vit"  # timm's smallest: 160 pixels, patches of 16, width 64, 6 blocks, 2 heads

@@ -20,7 +20,8 @@ from conftest import (
 from torch import Tensor
 
 from janus_ext import checkpoint, report, train
-from janus_ext.backbone import ContinualClassifier, load_backbone
+from janus_ext.backbone import load_backbone
+from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji
 from janus_ext.errors import ArgumentError, CheckpointError, TrainingError

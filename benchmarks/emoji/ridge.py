@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from janus_ext.backbone import EMBEDDED, ContinualClassifier, load_backbone
+from janus_ext.backbone import EMBEDDED, load_backbone
+from janus_ext.classifier import ContinualClassifier
 from janus_ext.data import emoji
 
 LAMBDAS = torch.logspace(-3, 5, 33, dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from janus_ext.margin import ClassPrototypes
 
 if TYPE_CHECKING:  # names for the reader; a method gets both objects handed in
-    from janus_ext.backbone import ContinualClassifier
+    from janus_ext.classifier import ContinualClassifier
     from janus_ext.config import TrainConfig
 
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]

@@ -21,7 +21,7 @@ from janus_ext.lora import attention_qkv
 from janus_ext.methods.base import Method, Task, TaskReport
 
 if TYPE_CHECKING:
-    from janus_ext.backbone import ContinualClassifier
+    from janus_ext.classifier import ContinualClassifier
     from janus_ext.config import TrainConfig
 
 

@@ -22,7 +22,7 @@ from janus_ext.methods.lora import SequentialLoRA
 from janus_ext.methods.protected import energy
 
 if TYPE_CHECKING:
-    from janus_ext.backbone import ContinualClassifier
+    from janus_ext.classifier import ContinualClassifier
     from janus_ext.config import TrainConfig
 
 

@@ -22,7 +22,7 @@ from janus_ext.methods.base import Task, TaskReport
 from janus_ext.methods.protected import ProtectedLoRA
 
 if TYPE_CHECKING:
-    from janus_ext.backbone import ContinualClassifier
+    from janus_ext.classifier import ContinualClassifier
     from janus_ext.config import TrainConfig
 
 

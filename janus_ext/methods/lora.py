@@ -14,7 +14,7 @@ from janus_ext.methods.base import Method, Task, TaskReport
 from janus_ext.rectifier import GradientRectifier
 
 if TYPE_CHECKING:
-    from janus_ext.backbone import ContinualClassifier
+    from janus_ext.classifier import ContinualClassifier
     from janus_ext.config import TrainConfig
 
 

@@ -15,7 +15,7 @@ from janus_ext.methods.base import Task, TaskReport, below
 from janus_ext.methods.lora import SequentialLoRA
 
 if TYPE_CHECKING:
-    from janus_ext.backbone import ContinualClassifier
+    from janus_ext.classifier import ContinualClassifier
     from janus_ext.config import TrainConfig
 
 
