@@ -124,7 +124,8 @@ class Trainer:
             progress = Progress(bar)
             for index in range(len(self.benchmark.tasks)):
                 bar.set_description(f"task {index + 1}/{len(self.benchmark.tasks)}")
-                self._learn(index, progress)
+                with naming_task(index):
+                    self._learn(index, progress)
                 self.matrix.append(self._evaluate(index))
                 self._save(index)
                 self._log_task(index)
@@ -163,14 +164,8 @@ class Trainer:
         for epoch in range(self.config.epochs):
             self._train_epoch(task, epoch, optimizer, scaler, progress)
         torch.manual_seed(derive_seed(self.seed, index, self.config.epochs, "next factors"))
-        self.reports.append(self._end(task))
+        self.reports.append(self.method.end_task(task))
         self.seconds.append(time.perf_counter() - started)
-
-    def _end(self, task: Task) -> TaskReport:
-        try:
-            return self.method.end_task(task)
-        except StatisticsError as error:
-            raise TrainingError(f"task {task.index + 1} cannot be ended: {error}") from error
 
     def _train_epoch(
         self, task: Task, epoch: int, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, progress: Progress
@@ -299,6 +294,15 @@ class Trainer:
         for index, (train, test) in enumerate(zip(self.train_rows, self.test_rows, strict=True)):
             if not len(train) or not len(test):
                 raise ArgumentError(f"task {index + 1} has {len(train)} training and {len(test)} test images")
+
+
+@contextmanager
+def naming_task(index: int) -> Iterator[None]:
+    """Says in which task a layer's statistics went bad."""
+    try:
+        yield
+    except StatisticsError as error:
+        raise TrainingError(f"task {index + 1}: {error}") from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from conftest import make_trainer, relative_error, subspace
 from torch import Tensor
 
-from janus_ext.errors import StatisticsError
+from janus_ext.errors import StatisticsError, TrainingError
 from janus_ext.lora import violation
 from janus_ext.methods import METHODS
 from janus_ext.methods.dual_gpm import DualGPM
@@ -315,3 +315,11 @@ def test_inputs_that_are_not_finite_are_named_and_nothing_is_merged(benchmark, w
         method.close_task(task)
     assert all(torch.equal(torch.stack(layer.target_weights()), before[n]) for n, layer in method.layers.items())
     assert not any(memory.basis.numel() for memory in method.memories.values())
+
+
+def test_bad_inputs_are_named_with_their_task(benchmark, weights, tmp_path):
+    trainer = make_trainer(benchmark, weights, tmp_path, method="inflora")
+    with torch.no_grad():
+        trainer.model.backbone.blocks[1].norm1.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="task 1: blocks.1.attn.qkv: the inputs of the task"):
+        trainer.run()
