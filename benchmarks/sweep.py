@@ -111,7 +111,7 @@ def _energies(*pairs: tuple[float, float]) -> list[dict[str, Any]]:
 
 
 _MEMORY = _grid((2e-3, 8e-3, 1.6e-2), *_energies((0.7, 0.9), (0.9, 0.97)))
-_TRIPLET = _grid((1e-3, 4e-3, 8e-3), {"margin_weight": 0.05}, {"margin_weight": 0.2})
+_TRIPLET = _grid((5e-4, 1e-3, 4e-3), {"margin_weight": 0.05}, {"margin_weight": 0.2})
 METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "janus": ({"method": "janus"}, _MEMORY),
     "lora": ({"method": "lora"}, _RATES),
