@@ -121,7 +121,7 @@ METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "inflora": ({"method": "inflora"}, _grid((1e-3, 4e-3, 1.6e-2), *_energies((0.98, 1.0), (0.999, 1.0)))),
     "lora-drs": ({"method": "lora-drs"}, _TRIPLET),
     "lora-drs + GR": ({"method": "lora-drs", "rectify": "exact"}, _TRIPLET),
-    "bilora": ({"method": "bilora"}, [{"lr": v} for v in (2e-3, 8e-3, 2e-2, 5e-2, 1e-1, 2e-1)]),
+    "bilora": ({"method": "bilora"}, [{"lr": v} for v in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2)]),
     "janus, ncm": ({"method": "janus", "head": "ncm"}, _MEMORY),
     "lora, ncm": ({"method": "lora", "head": "ncm"}, _RATES),
     "frozen, ncm": ({"method": "lora", "head": "ncm", "epochs": 1}, [{"lr": 1e-12}]),  # nothing to tune
