@@ -7,9 +7,9 @@ A method is called in this order, once per task: ``begin_task``; per epoch ``beg
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +147,18 @@ class Method(ABC):
             nearest = self.prototypes.nearest(features)
             report.similarity_old = [float(nearest[labels == c].mean()) for c in classes]
             report.danger = float(nearest.mean())
+
+
+def states(group: str, parts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of all ``parts``' state dictionaries, as "<group>.<part>.<tensor>"."""
+    named = {f"{group}.{name}": part.state_dict() for name, part in parts.items()}
+    return {f"{name}.{key}": tensor for name, state in named.items() for key, tensor in state.items()}
+
+
+def load_states(group: str, parts: Mapping[str, Any], state: dict[str, Tensor]) -> None:
+    """Gives every part back what ``states`` took from it."""
+    for name, part in parts.items():
+        part.load_state_dict(below(f"{group}.{name}.", state))
 
 
 def below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

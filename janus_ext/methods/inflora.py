@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from janus_ext.methods.base import Task, TaskReport, below
+from janus_ext.methods.base import Task, TaskReport, load_states, states
 from janus_ext.methods.dual_gpm import DualGPM
 from janus_ext.methods.lora import SequentialLoRA
 from janus_ext.methods.protected import energy
@@ -68,11 +68,8 @@ class InfLoRA(SequentialLoRA):
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        parts = {f"memories.{name}": memory for name, memory in self.memories.items()}
-        tensors = {f"{part}.{key}": value for part, m in parts.items() for key, value in m.state_dict().items()}
-        return super().state_dict() | tensors
+        return super().state_dict() | states("memories", self.memories)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        for name, memory in self.memories.items():
-            memory.load_state_dict(below(f"memories.{name}.", state))
+        load_states("memories", self.memories, state)

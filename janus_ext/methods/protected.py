@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from janus_ext.methods.base import Task, TaskReport, below
+from janus_ext.methods.base import Task, TaskReport, load_states, states
 from janus_ext.methods.lora import SequentialLoRA
 
 if TYPE_CHECKING:
@@ -41,14 +41,11 @@ class ProtectedLoRA(SequentialLoRA):
         return {name: self.estimators[name].adopt(basis) for name, basis in bases.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
-        parts = {f"estimators.{name}": estimator for name, estimator in self.estimators.items()}
-        tensors = {f"{part}.{key}": value for part, e in parts.items() for key, value in e.state_dict().items()}
-        return super().state_dict() | tensors
+        return super().state_dict() | states("estimators", self.estimators)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        for name, estimator in self.estimators.items():
-            estimator.load_state_dict(below(f"estimators.{name}.", state))
+        load_states("estimators", self.estimators, state)
 
 
 def energy(config: TrainConfig, task: Task) -> float:
