@@ -98,7 +98,7 @@ class TrainConfig:
     optimizer: Literal["auto", "adam", "adamw", "sgd"] = "auto"
     """Optimizer, its state starts fresh with every task; sgd (momentum 0.9) by default for domainnet, else adam."""
     lr: float | None = None
-    """Learning rate of the factors at the start of each task; by default 0.008 for emoji, else 0.0005 or 0.005."""
+    """Learning rate of the factors as each task starts; by default 0.008 for janus on emoji, else 0.0005 to 0.016."""
     head_lr: float | None = None
     """Learning rate of the task's head at its start; by default 0.01 for emoji and domainnet, else 0.0005."""
     schedule: Literal["auto", "cosine", "step", "constant"] = "auto"
