@@ -89,8 +89,8 @@ EMBEDDED_METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lr": 1e-3},
     "lora-gpm": {"energy_start": 0.97, "energy_end": 0.99},
     "inflora": {"lr": 4e-3, "energy_start": 0.98, "energy_end": 1.0},
-    "lora-drs": {"lr": 1e-3},
-    "bilora": {"lr": 1e-3},
+    "lora-drs": {"lr": 1e-3, "margin_weight": 0.2},
+    "bilora": {"lr": 2e-3},
     "joint": {"lr": 1.6e-2},
 }
 COMMON: dict[str, Any] = {"normalize": "model", "head": "linear", "scale": 1.0, "margin": 0.2, "seed": (0,)}
