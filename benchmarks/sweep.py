@@ -54,9 +54,7 @@ START: dict[str, Any] = {
     "margin": 0.2,
     "temperature": 16.0,
 }
-PLAIN = {"method": "lora"} | {
-    name: value for name, value in START.items() if name not in ("margin_weight", "margin", "temperature")
-}
+PLAIN = {"method": "lora"} | {name: START[name] for name in ("lr", "head_lr", "epochs")}
 
 # One change at a time from START, which is exact rectification without the margin loss; and plain LoRA beside it.
 TUNING: dict[str, dict[str, Any]] = {
@@ -128,12 +126,17 @@ METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 }
 
 
-def cell_config(change: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The resolved configuration of one cell as JSON, without what does not touch the result."""
+def resolved(change: dict[str, Any], seed: int) -> Any:
+    """The resolved configuration of one cell."""
     from janus_ext.config import TrainConfig
 
-    config = TrainConfig(**change, seed=(seed,), shuffle_classes=True, plots=False).resolved().to_json()
-    return {key: value for key, value in config.items() if key != "output"}
+    return TrainConfig(**change, seed=(seed,), shuffle_classes=True, plots=False).resolved()
+
+
+def cell_config(change: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The resolved configuration of one cell as JSON, without what does not touch the result."""
+    config = resolved(change, seed)
+    return {key: value for key, value in config.to_json().items() if key not in {"output", *config.without_effect()}}
 
 
 def commit() -> str:
@@ -192,7 +195,7 @@ def is_done(line: dict[str, Any], row: str, config: dict[str, Any], assets: str)
     if line["row"] != row or line["assets"] != assets or line["seed"] != config["seed"][0]:
         return False
     if all(config.get(name) == value for name, value in line["config"].items() if name in config):
-        defaults = cell_config({"method": config["method"]}, line["seed"])
+        defaults = resolved({"method": config["method"]}, line["seed"]).to_json()
         return all(value == defaults[name] for name, value in config.items() if name not in line["config"])
     return False
 

@@ -133,7 +133,31 @@ class TrainConfig:
         config._check_data_flags()
         config._check_combinations()
         config._check_method()
+        for name, wanted in config.without_effect().items():
+            untouched = (TrainConfig.__dataclass_fields__[name].default, defaults.get(name))
+            if getattr(self, name) not in untouched:  # typed, or it would be the preset's
+                raise ArgumentError(f"{_flag(name)} would do nothing here: it needs {wanted}")
         return config
+
+    def without_effect(self) -> dict[str, str]:
+        """The fields that a run of this resolved configuration does not read, each with what it would take."""
+        rectified = (self.rectify in ("tangent", "exact"), "--rectify tangent or exact")
+        remembering = (self.estimator != "none", "a method that remembers old inputs, and an --estimator")
+        pushing = (self.margin_weight > 0, "--method janus or lora-drs, and a --margin-weight above 0")
+        needs = {
+            "rank": (self.method != "bilora", "LoRA factors, and --method bilora has --frequencies"),
+            "frequencies": (self.method == "bilora", "--method bilora"),
+            "energy_start": remembering,
+            "energy_end": remembering,
+            "energy_power": remembering,
+            "damping": rectified,
+            "share": rectified,
+            "balance": rectified,
+            "margin": pushing,
+            "temperature": (self.method == "janus" and pushing[0], "--method janus, and a --margin-weight above 0"),
+            "milestones": (max(self.milestones or (0,)) < self.epochs, f"epochs before the last of {self.epochs}"),
+        }
+        return {name: wanted for name, (is_read, wanted) in needs.items() if not is_read}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values of all fields."""
@@ -179,7 +203,10 @@ class TrainConfig:
         if self.estimator_rank is not None and self.estimator != "isvd":
             raise ArgumentError(f"--estimator-rank belongs to --estimator isvd, got --estimator {self.estimator}")
         if self.estimator == "isvd" and self.energy_power == 2:
-            raise ArgumentError("--energy-power 2 needs the Gram matrix: use --estimator gram, not isvd")
+            raise ArgumentError(
+                "--energy-power 2 (InfLoRA's, in all presets but emoji's) needs the Gram matrix: use --estimator gram, "
+                "or --energy-power 1 with an --energy-start and --energy-end that suit it"
+            )
         if self.compile and self.estimator == "isvd":
             raise ArgumentError("--compile makes a graph for every batch size with --estimator isvd: use gram")
         if self.rectify == "project" and self.estimator == "none":
@@ -221,6 +248,8 @@ DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some ben
     "split": ("imagenet-r", "folder"),
     "split_files": ("imagenet-r",),
     "class_list": ("imagenet-100",),
+    "workers": ("imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"),
+    "cache_images": ("imagenet-r", "imagenet-100", "domainnet", "folder"),  # the others are in memory anyway
 }
 
 SPLITS: dict[str, tuple[Split, ...]] = {

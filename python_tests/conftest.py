@@ -128,6 +128,8 @@ def make_trainer(benchmark: Benchmark, weights: Path, folder: Path, cls: type[Tr
         "energy_start": 0.9,
         "energy_end": 0.9,
     }
+    idle = TrainConfig(**changes).resolved().without_effect()  # of the settings here, what the method does not have
+    settings = {name: value for name, value in settings.items() if name not in idle}
     config = TrainConfig(weights=str(weights), **(settings | changes)).resolved()
     torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
     model = ContinualClassifier(load_backbone("emoji", str(weights)), AMP_DTYPES[config.amp])

@@ -78,7 +78,10 @@ def test_every_field_is_explained_to_the_user():
         ({"seed": (3, 3)}, "--seed"),
         ({"rectify": "project", "estimator": "none"}, "--rectify project"),
         ({"estimator_rank": 8}, "--estimator-rank belongs to --estimator isvd, got --estimator gram"),
-        ({"estimator": "isvd", "energy_power": 2}, "--energy-power 2 needs the Gram matrix"),
+        (
+            {"estimator": "isvd", "energy_power": 2},
+            "--energy-power 2 (InfLoRA's, in all presets but emoji's) needs the Gram matrix",
+        ),
         ({"compile": True, "estimator": "isvd"}, "--compile makes a graph for every batch size"),
         ({"method": "lora", "rectify": "exact"}, "--rectify"),
         ({"method": "lora", "margin_weight": 0.5}, "--margin-weight"),
@@ -90,6 +93,20 @@ def test_every_field_is_explained_to_the_user():
         ({"schedule": "step"}, "--milestones"),
         ({"milestones": (4,)}, "--milestones"),
         ({"schedule": "step", "milestones": (0, 4)}, "--milestones must be at least 1, got [0, 4]"),
+        ({"method": "bilora", "rank": 4}, "--rank would do nothing here: it needs LoRA factors"),
+        ({"frequencies": 100}, "--frequencies would do nothing here: it needs --method bilora"),
+        ({"method": "lora", "energy_end": 0.99}, "--energy-end would do nothing here: it needs a method"),
+        ({"estimator": "none", "energy_start": 0.5}, "--energy-start would do nothing here"),
+        ({"method": "joint", "energy_power": 2}, "--energy-power would do nothing here"),
+        ({"method": "lora-gpm", "damping": 1.0}, "--damping would do nothing here: it needs --rectify"),
+        ({"method": "inflora", "share": 0.0}, "--share would do nothing here"),
+        ({"rectify": "none", "balance": False}, "--balance would do nothing here"),
+        ({"method": "lora", "margin": 0.5}, "--margin would do nothing here: it needs --method janus or lora-drs"),
+        ({"margin_weight": 0.0, "margin": 0.5}, "--margin would do nothing here"),
+        ({"method": "lora-drs", "temperature": 8.0}, "--temperature would do nothing here: it needs --method janus"),
+        ({"schedule": "step", "milestones": (4, 12)}, "--milestones would do nothing here: it needs epochs before"),
+        ({"workers": 2}, "--benchmark emoji has no --workers"),
+        ({"cache_images": True, "benchmark": "cifar100"}, "--benchmark cifar100 has no --cache-images"),
         ({"preset": "paper"}, "--preset paper is a published protocol, and --benchmark emoji has none"),
     ],
 )
@@ -119,6 +136,14 @@ def test_the_paper_preset_is_the_published_protocol(benchmark, published):
 def test_what_the_user_types_wins_over_a_preset_even_where_it_is_another_presets_value(preset, field, value):
     config = TrainConfig(preset=preset, benchmark="cifar100", **{field: value}).resolved()
     assert getattr(config, field) == value
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("method", get_args(MethodName))
+def test_what_a_preset_says_is_never_refused(method, preset):
+    config = TrainConfig(method=method, preset=preset, benchmark="domainnet", epochs=1).resolved()
+    assert config.resolved() == config  # nor in a configuration that is resolved already
+    assert "milestones" in config.without_effect() and ("rank" in config.without_effect()) == (method == "bilora")
 
 
 def test_another_schedule_leaves_the_presets_milestones():
