@@ -118,7 +118,9 @@ def benchmark() -> Benchmark:
     return Benchmark("patterns", names, split("train", 8), split("test", 4), ((5, 4), (3, 2), (1, 0)))
 
 
-def make_trainer(benchmark: Benchmark, weights: Path, folder: Path, cls: type[Trainer] = Trainer, **changes) -> Trainer:
+def make_trainer(
+    benchmark: Benchmark, weights: Path, folder: Path, cls: type[Trainer] = Trainer, /, **changes
+) -> Trainer:
     settings = {
         "rank": 4,
         "epochs": 3,

@@ -177,6 +177,26 @@ def test_a_large_first_task_departs_from_the_authors_code_as_documented():
     assert relative_error(subspace(memory.basis), torch.eye(24, dtype=torch.float64) - subspace(leading)) <= 1e-10
 
 
+def test_plain_gpm_keeps_to_the_old_inputs_however_many_directions_they_take():
+    rng = np.random.default_rng(0)
+    first, second = second_moment(rng, 24, 1.0), second_moment(rng, 24, 1.0)
+    memory, leading = DualGPM(24, dual=False), torch.from_numpy(np.linalg.svd(first)[0])
+    memory.update(torch.from_numpy(first), 0.98)
+    k = memory.basis.shape[1]
+    assert k > 12 and relative_error(subspace(memory.basis), subspace(leading[:, :k])) <= 1e-10
+    memory.update(torch.from_numpy(second), 0.99)
+    inside = subspace(memory.basis) @ torch.from_numpy(second)
+    assert memory.kind == "remove" and k < memory.basis.shape[1] < 24
+    assert torch.equal(memory.protected(), memory.basis)
+    assert float(inside.norm() ** 2) >= 0.99 * float(np.linalg.norm(second) ** 2)
+
+
+@pytest.mark.parametrize(("name", "dual"), [("domainnet", False), ("imagenet-r", True)])
+def test_domainnet_has_plain_gpm_as_in_the_authors_code(benchmark, weights, tmp_path, name, dual):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="inflora", benchmark=name, backbone="emoji")
+    assert {memory.dual for memory in trainer.method.memories.values()} == {dual}
+
+
 @pytest.mark.parametrize("retain", [False, True])
 def test_dual_gpm_continues_from_its_state(retain):
     rng = np.random.default_rng(0)

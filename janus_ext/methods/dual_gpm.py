@@ -3,6 +3,7 @@
 Follows the authors' code, which thresholds the squared singular values of H = sum x x^T, hence the fourth powers of
 those of the inputs. One departure: where the very first task already takes half of the space or more, their code stores
 its directions as the free space (and stops where they are more than half); here their complement is, as in the paper.
+For DomainNet their code keeps to the old inputs (GPM), however many directions these take: ``dual`` False.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from torch import Tensor
 class DualGPM:
     """``basis`` F [n, k], float64: of the old inputs (``kind`` "remove"), or of the free space ("retain")."""
 
-    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, dim: int, device: torch.device | str | None = None, dual: bool = True) -> None:
         self.basis = torch.zeros(dim, 0, dtype=torch.float64, device=device)
         self.kind = "remove"
+        self.dual = dual
 
     def free(self, H: Tensor) -> Tensor:
         """H~ [n, n]: the part of H that lies in the free space."""
@@ -35,13 +37,13 @@ class DualGPM:
             first = not self.basis.shape[1]
             self._grow(H, threshold)
             n, k = self.basis.shape
-            if k > n / 2 or (first and k == n / 2):
+            if self.dual and (k > n / 2 or (first and k == n / 2)):
                 self.basis, self.kind = complement(self.basis), "retain"
 
     def _grow(self, H: Tensor, threshold: float) -> None:
         """Appends leading directions of the rest of H until the threshold is reached; in the first task just not."""
         U, S, _ = torch.linalg.svd(self.free(H))
-        shares = S.square() / H.square().sum()
+        shares = (S.square() / H.square().sum()).cpu()  # a GPU's cumsum is not repeatable
         held = 1 - shares.sum()
         if self.basis.shape[1]:
             before = torch.cat([held[None], held + shares.cumsum(0)[:-1]])  # held when direction i is looked at
@@ -53,7 +55,7 @@ class DualGPM:
     def _shrink(self, H: Tensor, threshold: float) -> None:
         """Gives up leading directions of H in the free space while they hold too much of it."""
         U, S, _ = torch.linalg.svd(self.free(H))
-        shares = S.square() / H.square().sum()
+        shares = (S.square() / H.square().sum()).cpu()
         left = shares.sum() - torch.cat([shares.new_zeros(1), shares.cumsum(0)[:-1]])
         given = min(int((left >= 1 - threshold).sum()), self.basis.shape[1])
         rest = self.basis - U[:, :given] @ (U[:, :given].mT @ self.basis)

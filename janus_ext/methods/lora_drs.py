@@ -106,7 +106,7 @@ def trailing(H: Tensor, share: float, rank: int) -> Tensor:
     k is at least ``rank``, that of the factors: they need room in the space that they are kept in.
     """
     values, vectors = torch.linalg.eigh(H)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    values, vectors = values.flip(0).clamp_min(0).cpu(), vectors.flip(1)  # a GPU's cumsum is not repeatable
     below_share = int((values.cumsum(0) < share * values.sum()).sum())
     return vectors[:, max(below_share + 1, rank) :]
 
