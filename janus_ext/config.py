@@ -101,8 +101,8 @@ class TrainConfig:
     """Learning rate of the factors as each task starts; by default 0.008 for janus on emoji, else 0.0005 to 0.016."""
     head_lr: float | None = None
     """Learning rate of the task's head at its start; by default 0.01 for emoji and domainnet, else 0.0005."""
-    schedule: Literal["auto", "cosine", "step", "constant"] = "auto"
-    """Learning rate over the epochs of a task; by default step for domainnet, else cosine."""
+    schedule: Literal["auto", "cosine", "quarter", "step", "constant"] = "auto"
+    """Learning rate in a task: half a cosine (emoji's), a quarter of one (InfLoRA's), steps (domainnet's), constant."""
     milestones: tuple[int, ...] | None = None
     """Epochs after which --schedule step divides the learning rates by ten; by default 4 of domainnet's 5."""
     clip_norm: float | None = None
@@ -125,7 +125,11 @@ class TrainConfig:
     def resolved(self) -> TrainConfig:
         """The checked configuration with the preset's values for what was not said; ArgumentError names the flag."""
         defaults = presets.values(self.preset, self.benchmark, self.method)
-        if self.schedule in ("cosine", "constant"):  # said by the user, who thereby leaves the preset's milestones
+        if self.schedule in (
+            "cosine",
+            "quarter",
+            "constant",
+        ):  # said by the user, who thereby leaves the preset's milestones
             defaults.pop("milestones", None)
         missing = {name: value for name, value in defaults.items() if getattr(self, name) in (None, "auto")}
         config = replace(self, **missing)

@@ -28,8 +28,8 @@ EMBEDDED: dict[str, Any] = {
     "energy_power": 1,
 }
 
-# InfLoRA's configuration files and code: Adam without decay, one rate for factors and head, a cosine stepped per epoch.
-# Its thresholds are shares of the squared eigenvalues of the Gram matrix: energy_power 2.
+# InfLoRA's configuration files and code: Adam without decay, one rate for factors and head, CODA-Prompt's quarter of
+# a cosine, stepped per epoch. Its thresholds are shares of the Gram matrix's squared eigenvalues: energy_power 2.
 IMAGENET_R: dict[str, Any] = {
     "backbone": VIT_B16,
     "rank": 10,
@@ -38,7 +38,7 @@ IMAGENET_R: dict[str, Any] = {
     "optimizer": "adam",
     "lr": 5e-4,
     "head_lr": 5e-4,
-    "schedule": "cosine",
+    "schedule": "quarter",
     "energy_start": 0.98,
     "energy_end": 1.0,
     "energy_power": 2,

@@ -322,9 +322,14 @@ def derive_seed(seed: int, task: int, epoch: int, purpose: str) -> int:
 
 
 def schedule(config: TrainConfig, epoch: int) -> float:
-    """Share of the peak learning rates in ``epoch``: half a cosine over the task's, a tenth per milestone, or 1."""
+    """Share of the peak learning rates in ``epoch``: half a cosine or a quarter, a tenth per milestone, or 1.
+
+    The quarter is CODA-Prompt's, whose schedule InfLoRA uses: its last epoch stands at 99 % of the quarter.
+    """
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    if config.schedule == "quarter":
+        return math.cos(0.495 * math.pi * epoch / max(1, config.epochs - 1))
     return 0.1 ** sum(epoch >= milestone for milestone in config.milestones or ())
 
 

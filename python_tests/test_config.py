@@ -118,8 +118,8 @@ def test_a_refusal_names_the_flag(change, flag):
 @pytest.mark.parametrize(
     ("benchmark", "published"),
     [  # the table of the published protocol: InfLoRA's line
-        ("cifar100", ("adam", 5e-4, 5e-4, "cosine", 20, 10, 0.95)),
-        ("imagenet-r", ("adam", 5e-4, 5e-4, "cosine", 50, 10, 0.98)),
+        ("cifar100", ("adam", 5e-4, 5e-4, "quarter", 20, 10, 0.95)),
+        ("imagenet-r", ("adam", 5e-4, 5e-4, "quarter", 50, 10, 0.98)),
         ("domainnet", ("sgd", 5e-3, 1e-2, "step", 5, 30, 0.95)),
     ],
 )
@@ -166,6 +166,9 @@ def test_every_method_has_values_on_every_benchmark(method, benchmark):
 def test_learning_rate_schedules():
     cosine = TrainConfig(epochs=4).resolved()
     assert [schedule(cosine, e) for e in range(4)] == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466])
+    quarter = TrainConfig(epochs=4, schedule="quarter").resolved()
+    assert [schedule(quarter, e) for e in range(4)] == pytest.approx([1.0, 0.8686315, 0.5090414, 0.01570732])
+    assert schedule(TrainConfig(epochs=1, schedule="quarter").resolved(), 0) == 1.0
     assert schedule(TrainConfig(epochs=4, schedule="constant").resolved(), 3) == 1.0
     step = TrainConfig(epochs=5, schedule="step", milestones=(2, 4)).resolved()
     assert [schedule(step, e) for e in range(5)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
