@@ -233,9 +233,10 @@ def ranked(method: str, rows: dict[str, dict[str, Any]], seeds: tuple[int, ...],
 
     def mean(row: str) -> float:
         configs = [cell_config(rows[row], seed) for seed in seeds]
-        return statistics.fmean(
-            next(line["acc"] for line in lines if is_done(line, row, config, assets)) for config in configs
-        )
+        found = [[line["acc"] for line in lines if is_done(line, row, config, assets)] for config in configs]
+        if not all(found):
+            raise SystemExit(f"{row}: not tried yet on seeds {', '.join(map(str, seeds))}; run the methods sweep first")
+        return statistics.fmean(accuracies[0] for accuracies in found)
 
     return sorted(rows, key=mean, reverse=True)
 
@@ -333,6 +334,12 @@ def main() -> None:
     if arguments.action == "table":
         print(table(arguments.name, HERE / "results" / f"{arguments.name}.jsonl"))
         return
+    unknown = set(arguments.rows) - set(METHODS if arguments.action == "methods" else SWEEPS[arguments.action])
+    if unknown:
+        parser.error(f"no such rows: {', '.join(sorted(unknown))}")
+    used = set(arguments.seeds) & set(SELECTION_SEEDS)
+    if arguments.action == "methods" and used:
+        parser.error(f"--seeds {', '.join(map(str, sorted(used)))}: methods are tuned on them, they are not reported")
     path = HERE / "results" / f"{arguments.action}.jsonl"
     how = (arguments.jobs, arguments.threads, path)
     if arguments.action == "methods":

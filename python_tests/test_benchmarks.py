@@ -90,3 +90,15 @@ def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
 def test_unknown_names_are_refused() -> None:
     done = call("python benchmarks/run.py run nothing")
     assert done.returncode != 0 and "no such case: nothing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("methods --rows nothing", "no such rows: nothing"),
+        ("methods --seeds 0 100", "--seeds 100: methods are tuned on them"),
+    ],
+)
+def test_a_sweep_refuses_what_it_cannot_report(arguments: str, said: str) -> None:
+    done = call(f"python benchmarks/sweep.py {arguments}")
+    assert done.returncode == 2 and said in done.stderr
