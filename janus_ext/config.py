@@ -125,11 +125,7 @@ class TrainConfig:
     def resolved(self) -> TrainConfig:
         """The checked configuration with the preset's values for what was not said; ArgumentError names the flag."""
         defaults = presets.values(self.preset, self.benchmark, self.method)
-        if self.schedule in (
-            "cosine",
-            "quarter",
-            "constant",
-        ):  # said by the user, who thereby leaves the preset's milestones
+        if self.schedule not in ("auto", "step"):  # the user's schedule leaves the preset's milestones
             defaults.pop("milestones", None)
         missing = {name: value for name, value in defaults.items() if getattr(self, name) in (None, "auto")}
         config = replace(self, **missing)
@@ -137,11 +133,15 @@ class TrainConfig:
         config._check_data_flags()
         config._check_combinations()
         config._check_method()
-        for name, wanted in config.without_effect().items():
-            untouched = (TrainConfig.__dataclass_fields__[name].default, defaults.get(name))
-            if getattr(self, name) not in untouched:  # typed, or it would be the preset's
-                raise ArgumentError(f"{_flag(name)} would do nothing here: it needs {wanted}")
+        self._check_effect(config.without_effect(), defaults)
         return config
+
+    def _check_effect(self, without: dict[str, str], defaults: dict[str, Any]) -> None:
+        """Refuses what the user typed and the run would not read; what a preset or a default says may stand idle."""
+        for name, wanted in without.items():
+            untouched = (TrainConfig.__dataclass_fields__[name].default, defaults.get(name))
+            if getattr(self, name) not in untouched:
+                raise ArgumentError(f"{_flag(name)} would do nothing here: it needs {wanted}")
 
     def without_effect(self) -> dict[str, str]:
         """The fields that a run of this resolved configuration does not read, each with what it would take."""
