@@ -113,10 +113,10 @@ _TRIPLET = _grid((5e-4, 1e-3, 4e-3), {"margin_weight": 0.05}, {"margin_weight": 
 METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "janus": ({"method": "janus"}, _MEMORY),
     "lora": ({"method": "lora"}, _RATES),
-    "joint": ({"method": "joint"}, _RATES),
-    "lora-gpm": ({"method": "lora-gpm"}, _grid((1e-3, 4e-3, 8e-3), *_energies((0.9, 0.97), (0.97, 0.99)))),
+    "joint": ({"method": "joint"}, [{"lr": v} for v in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)]),
+    "lora-gpm": ({"method": "lora-gpm"}, _grid((4e-3, 8e-3, 1.6e-2), *_energies((0.9, 0.97), (0.97, 0.99)))),
     "lora-gpm + GR": ({"method": "lora-gpm", "rectify": "exact"}, _MEMORY),
-    "inflora": ({"method": "inflora"}, _grid((1e-3, 4e-3, 1.6e-2), *_energies((0.98, 1.0), (0.999, 1.0)))),
+    "inflora": ({"method": "inflora"}, _grid((1e-3, 4e-3, 1.6e-2), *_energies((0.95, 1.0), (0.98, 1.0)))),
     "lora-drs": ({"method": "lora-drs"}, _TRIPLET),
     "lora-drs + GR": ({"method": "lora-drs", "rectify": "exact"}, _TRIPLET),
     "bilora": ({"method": "bilora"}, [{"lr": v} for v in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2)]),

@@ -30,10 +30,12 @@ inline Tensor project(const Tensor& M, const OptionalTensor& basis) {
 }
 
 // The rule above for the candidates `values`, descending: at most `room`, and all of them if none reaches the energy.
+// On the CPU, where the running sum is the same in every run; the answer is wanted there anyway.
 inline int64_t directions_needed(const Tensor& values, const Tensor& have, const Tensor& total, double energy,
                                  int64_t room) {
-  if ((have >= energy * total).item<bool>()) return 0;
-  const auto wanted = (have + values.cumsum(0) < energy * total).sum().item<int64_t>() + 1;
+  const Tensor held = have.cpu(), asked = energy * total.cpu();
+  if ((held >= asked).item<bool>()) return 0;
+  const auto wanted = (held + values.cpu().cumsum(0) < asked).sum().item<int64_t>() + 1;
   return std::min(std::min(wanted, values.numel()), room);
 }
 

@@ -277,10 +277,14 @@ def extend_basis_factor(basis: Tensor, U: Tensor, S: Tensor, total: Tensor, ener
 
 
 def directions_needed(values: Tensor, have: Tensor, total: Tensor, energy: float, room: int) -> int:
-    """Smallest q with have + l_1 + ... + l_q >= energy * total, at most `room`; all candidates if none reaches it."""
-    if bool(have >= energy * total):
+    """Smallest q with have + l_1 + ... + l_q >= energy * total, at most `room`; all candidates if none reaches it.
+
+    On the CPU, where the running sum is the same in every run; the answer is wanted there anyway.
+    """
+    held, asked = have.cpu(), energy * total.cpu()
+    if bool(held >= asked):
         return 0
-    wanted = int((have + values.cumsum(0) < energy * total).sum()) + 1
+    wanted = int((held + values.cpu().cumsum(0) < asked).sum()) + 1
     return min(wanted, values.numel(), room)
 
 

@@ -94,7 +94,7 @@ def replay(memory: DualGPM, oracle: Oracle, moments: list[np.ndarray], start: fl
         oracle.update(H, threshold)
         n = len(H)
         protected = memory.protected()
-        assert protected.shape[1] == round(n - np.trace(oracle.free_projector()))
+        assert memory.rank == protected.shape[1] == round(n - np.trace(oracle.free_projector()))
         eye = torch.eye(n, dtype=torch.float64)
         assert (eye - subspace(protected) - torch.from_numpy(oracle.free_projector())).norm() <= 1e-8
         probe = torch.from_numpy(second_moment(np.random.default_rng(task), n, 1.0))

@@ -25,6 +25,12 @@ class DualGPM:
         inside = self.basis @ (self.basis.mT @ H)
         return H - inside if self.kind == "remove" else inside
 
+    @property
+    def rank(self) -> int:
+        """How many directions are protected."""
+        n, k = self.basis.shape
+        return k if self.kind == "remove" else n - k
+
     def protected(self) -> Tensor:
         """Basis [n, k] of what is protected, whatever is stored."""
         return self.basis if self.kind == "remove" else complement(self.basis)

@@ -51,7 +51,7 @@ class InfLoRA(SequentialLoRA):
         report = super().close_task(task)
         for name, H in moments.items():
             self.memories[name].update(H, energy(self.config, task))
-            report.basis_rank[name] = self.memories[name].protected().shape[1]
+            report.basis_rank[name] = self.memories[name].rank
         return report
 
     def guarded(self, name: str) -> Tensor:
@@ -60,7 +60,7 @@ class InfLoRA(SequentialLoRA):
     def _warn_of_little_room(self, name: str) -> None:
         """What A has more rows than the free space has dimensions is arbitrary, as in the authors' code."""
         layer = self.layers[name]
-        free = layer.in_features - self.guarded(name).shape[1]
+        free = layer.in_features - self.memories[name].rank
         if free < layer.rank:
             warnings.warn(
                 f"{name}: the old inputs leave {free} dimensions free, fewer than the rank {layer.rank}: InfLoRA "
