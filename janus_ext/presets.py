@@ -88,7 +88,7 @@ METHODS: dict[str, dict[str, Any]] = {
 SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     ("lora", "emoji"): {"lr": 1e-3},
     ("lora-gpm", "emoji"): {"energy_start": 0.97, "energy_end": 0.99},
-    ("inflora", "emoji"): {"lr": 4e-3, "energy_start": 0.98, "energy_end": 1.0},
+    ("inflora", "emoji"): {"lr": 4e-3, "energy_start": 0.95, "energy_end": 1.0},
     ("lora-drs", "emoji"): {"lr": 1e-3, "margin_weight": 0.2},
     ("bilora", "emoji"): {"lr": 2e-3},
     ("joint", "emoji"): {"lr": 1.6e-2},
