@@ -69,7 +69,10 @@ def table(path: Path) -> str:
     """The README's table of a JSON file."""
     stored = json.loads(path.read_text())
     lines = ["| | images/s |", "|---|---|"]
-    lines += [f"| loader, {row['workers']} workers | {row['rate']:.0f} |" for row in stored["loader"]]
+    lines += [
+        f"| loader, {row['workers']} worker{'s' * (row['workers'] > 1)} | {row['rate']:.0f} |"
+        for row in stored["loader"]
+    ]
     model, batch, amp = MODELS["cuda" if stored["on"] == "cuda" else "cpu"]
     return "\n".join([*lines, f"| training takes: {model}, batch {batch}, amp {amp} | {stored['training']:.0f} |"])
 

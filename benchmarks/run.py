@@ -140,7 +140,7 @@ def table(cases: list[dict[str, Any]]) -> str:
     """The README's table."""
     lines = ["| case | against | ours, ms | theirs, ms | ratio | target |", "|---|---|---|---|---|---|"]
     for row in cases:
-        target = "-" if row["target"] is None else f"{row['target']:g}"
+        target = "-" if row["target"] is None else f"{row['target']:.3g}"
         lines.append(
             "| `{case}` | {against} | {ms:.2f} | {against_ms:.2f} | {ratio:.2f} | ".format(**row) + f"{target} |"
         )
