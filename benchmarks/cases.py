@@ -232,7 +232,7 @@ def _task(device: str) -> tuple[Run, Run]:
     return lambda: run_tasks(device, "janus"), lambda: run_tasks(device, "inflora")
 
 
-CASES = [
+KERNELS = [
     Case("gram-768", "C.mul_(d).addmm_(X.T, X), N = 12608", _gram(12608, 768), {"cpu": 1.4, "cuda": 1.3}),
     Case("gram-384", "C.mul_(d).addmm_(X.T, X), N = 6304", _gram(6304, 384), {"cpu": 1.4}),
     Case("gram-bf16-768", "upcast, addmm_ (GPU: mm to float32)", _gram_bf16(12608, 768), {"cpu": 2.0, "cuda": 1.3}),
@@ -243,6 +243,8 @@ CASES = [
     Case("margin", "eager formula", _margin, {"cpu": 1.15}),
     Case("commit", "DualGPM's SVD route in NumPy", _commit, {"cpu": 3.0}, tolerance=1e-3),
     Case("isvd", "gram_update_ of the same rows, n = 8192", _isvd, tolerance=1e-3),
+]
+PROGRAM = [
     Case("step", "the step of plain LoRA", _steps(JANUS, LORA), {"cpu": 1 / 1.03, "cuda": 1 / 1.02}),
     Case(
         "step-observing", "the step of plain LoRA", _steps(JANUS | OBSERVE, LORA), {"cpu": 1 / 1.07, "cuda": 1 / 1.05}
@@ -250,3 +252,5 @@ CASES = [
     Case("flatness", "the step of the first task", _steps(JANUS, JANUS | FIRST), {"cpu": 1 / 1.05, "cuda": 1 / 1.05}),
     Case("task", "the task of InfLoRA", _task, {"cpu": 1 / 0.85, "cuda": 1 / 0.85}, repeats=3),
 ]
+GROUPS = {"kernels": KERNELS, "program": PROGRAM}
+CASES = [*KERNELS, *PROGRAM]

@@ -1,7 +1,7 @@
 """Benchmarks of kernels and program: each case checks that both sides agree, times them in turn, prints the ratio.
 
 python benchmarks/run.py list
-python benchmarks/run.py run [names] [--device cuda] [--json FILE]
+python benchmarks/run.py run [names or groups] [--device cuda] [--json FILE]
 python benchmarks/run.py compare a.json b.json
 python benchmarks/run.py table FILE
 """
@@ -21,7 +21,7 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import torch
-from cases import CASES, Case
+from cases import CASES, GROUPS, Case
 
 from janus_ext import _native
 
@@ -99,11 +99,14 @@ def processor() -> str:
 
 
 def chosen(names: list[str]) -> list[Case]:
-    """The cases of these names, all of them for no name."""
-    unknown = set(names) - {case.name for case in CASES}
+    """The cases of these names or groups, all of them for no name."""
+    unknown = set(names) - {case.name for case in CASES} - GROUPS.keys()
     if unknown:
-        raise SystemExit(f"no such case: {', '.join(sorted(unknown))}; `list` prints them")
-    return [case for case in CASES if not names or case.name in names]
+        raise SystemExit(
+            f"no such case: {', '.join(sorted(unknown))}; `list` prints them, groups are {', '.join(GROUPS)}"
+        )
+    wanted = {*names, *(case.name for group in GROUPS.keys() & set(names) for case in GROUPS[group])}
+    return [case for case in CASES if not names or case.name in wanted]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -163,7 +166,7 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="the cases")
     running = actions.add_parser("run", help="measure")
-    running.add_argument("names", nargs="*", help="only these cases")
+    running.add_argument("names", nargs="*", help="only these cases, or groups: kernels, program")
     running.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     running.add_argument("--repeats", type=int, help="at least, and for two seconds; by default the case's own")
     running.add_argument("--json", type=new_file)
