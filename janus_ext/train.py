@@ -30,6 +30,7 @@ from janus_ext.trainer import AMP_DTYPES, Trainer, be_deterministic, derive_seed
 
 LOG = logging.getLogger("janus_ext")
 RUN_FILES = ("metrics.jsonl", "results.json", "config.json", "log.txt")
+UNTOLD = {"output", "plots", "tensorboard", "workers", "cache_images"}  # settings that a result does not depend on
 RUN_GLOBS = ("checkpoints/*", "plots/*.png", "tensorboard/events.out.*")
 
 
@@ -55,7 +56,7 @@ def train(config: TrainConfig) -> list[report.Results]:
     folder = choose_folder(config)
     if len(config.seed) == 1:
         return [run_seed(config, folder)]
-    runs = [run_seed(replace(config, seed=(seed,)), folder / f"seed-{seed}") for seed in config.seed]
+    runs = [one_of_several(replace(config, seed=(seed,)), folder / f"seed-{seed}") for seed in config.seed]
     write_json(folder / "summary.json", report.summarize_runs(runs))
     print(report.format_summary(runs))
     return runs
@@ -93,25 +94,47 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
     return results
 
 
+def one_of_several(config: TrainConfig, folder: Path) -> report.Results:
+    """The results of one seed: those in its folder, if it had finished before the call was cut off, or a run's.
+
+    Raises ArgumentError when they were made with other settings.
+    """
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return run_seed(config, folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} holds a finished run that cannot be read: {error}") from error
+    settled = {name: value for name, value in config.to_json().items() if value not in ("auto", None)}
+    others = [name for name in settled.keys() & stored.keys() - UNTOLD if stored[name] != settled[name]]
+    if others:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(others))
+        raise ArgumentError(f"{folder} holds a finished run with another {flags}; choose another folder with --output")
+    print(f"{folder} has finished before: its results are taken")
+    return results
+
+
 def choose_folder(config: TrainConfig) -> Path:
     """--output, or the first of runs/<benchmark>-<method>-<seed>, ...-2, ...-3 without a finished run in it."""
+    several = len(config.seed) > 1
     if config.output is not None:
-        if is_finished(config.output):
+        if is_finished(config.output, several):
             raise ArgumentError(f"{config.output} holds a finished run; choose another folder with --output")
         return config.output
-    several = len(config.seed) > 1
     name = f"{config.benchmark}-{config.method}" + ("" if several else f"-{config.seed[0]}")
     folder, number = Path("runs") / name, 1
-    while is_finished(folder):
+    while is_finished(folder, several):
         number += 1
         folder = Path("runs") / f"{name}-{number}"
     return folder
 
 
-def is_finished(folder: Path) -> bool:
-    """True if ``folder`` holds the results of a run, or of any seed of a run over several."""
+def is_finished(folder: Path, several: bool = False) -> bool:
+    """True if ``folder`` holds a run's results or any seed's; a call over ``several`` goes on until a summary."""
     try:
-        return (folder / "results.json").exists() or any(folder.glob("seed-*/results.json"))
+        seeds = "summary.json" if several else "seed-*/results.json"
+        return (folder / "results.json").exists() or any(folder.glob(seeds))
     except OSError as error:
         raise CheckpointError(f"--output {folder} cannot be read: {error}") from error
 

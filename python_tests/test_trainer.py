@@ -142,6 +142,22 @@ def test_several_seeds_make_a_summary(weights, tmp_path, capsys):
     assert "2 seeds" in capsys.readouterr().out
 
 
+def test_several_seeds_go_on_where_they_were_cut_off(weights, tmp_path, capsys):
+    flags = f"--weights {weights} --method lora --tasks 2 --limit-per-class 1 --epochs 1 --batch-size 200 --no-plots"
+    call = [*flags.split(), "--seed", "3", "4", "--output", str(tmp_path / "many")]
+    assert train.main(call) == 0
+    whole = (tmp_path / "many" / "summary.json").read_bytes()
+    first = (tmp_path / "many" / "seed-3" / "results.json").read_bytes()
+    for lost in ("summary.json", "seed-4/results.json"):
+        (tmp_path / "many" / lost).unlink()
+    assert train.main([*call, "--lr", "0.5"]) == 2
+    assert "seed-3 holds a finished run with another --lr; choose" in capsys.readouterr().err
+    assert train.main(call) == 0
+    assert (tmp_path / "many" / "summary.json").read_bytes() == whole
+    assert (tmp_path / "many" / "seed-3" / "results.json").read_bytes() == first
+    assert train.main(call) == 2 and "holds a finished run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
