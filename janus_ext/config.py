@@ -159,7 +159,7 @@ class TrainConfig:
             "balance": rectified,
             "margin": pushing,
             "temperature": (self.method == "janus" and pushing[0], "--method janus, and a --margin-weight above 0"),
-            "milestones": (max(self.milestones or (0,)) < self.epochs, f"epochs before the last of {self.epochs}"),
+            "milestones": (max(self.milestones or (0,)) < self.epochs, f"epochs below --epochs {self.epochs}"),
         }
         return {name: wanted for name, (is_read, wanted) in needs.items() if not is_read}
 
@@ -218,9 +218,10 @@ class TrainConfig:
                 "--rectify project removes what --estimator found; with --estimator none it does nothing"
             )
         if (self.schedule == "step") != bool(self.milestones):
+            missing = "--schedule step" if self.milestones else "--milestones, the epochs after which it steps"
             raise ArgumentError(
-                f"--milestones are the epochs of --schedule step, got {list(self.milestones or ())} "
-                f"and --schedule {self.schedule}"
+                f"--milestones and --schedule step belong together, got --schedule {self.schedule} and milestones "
+                f"{list(self.milestones or ())}: add {missing}"
             )
         if self.milestones and min(self.milestones) < 1:
             raise ArgumentError(f"--milestones must be at least 1, got {list(self.milestones)}")

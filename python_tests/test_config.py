@@ -104,7 +104,7 @@ def test_every_field_is_explained_to_the_user():
         ({"method": "lora", "margin": 0.5}, "--margin would do nothing here: it needs --method janus or lora-drs"),
         ({"margin_weight": 0.0, "margin": 0.5}, "--margin would do nothing here"),
         ({"method": "lora-drs", "temperature": 8.0}, "--temperature would do nothing here: it needs --method janus"),
-        ({"schedule": "step", "milestones": (4, 12)}, "--milestones would do nothing here: it needs epochs before"),
+        ({"schedule": "step", "milestones": (4, 12)}, "--milestones would do nothing here: it needs epochs"),
         ({"workers": 2}, "--benchmark emoji has no --workers"),
         ({"cache_images": True, "benchmark": "cifar100"}, "--benchmark cifar100 has no --cache-images"),
         ({"preset": "paper"}, "--preset paper is a published protocol, and --benchmark emoji has none"),
