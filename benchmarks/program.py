@@ -12,9 +12,9 @@ from janus_ext.backbone import load_backbone
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, MemorySplit
-from janus_ext.estimator import OnlineEstimator, observing
+from janus_ext.estimator import observing
 from janus_ext.methods import METHODS
-from janus_ext.trainer import Trainer, make_optimizer
+from janus_ext.trainer import AMP_DTYPES, Trainer, make_optimizer
 
 
 def trainer(device: str, classes: int, tasks: int, per_class: int, folder: Path, **settings: Any) -> Trainer:
@@ -22,8 +22,7 @@ def trainer(device: str, classes: int, tasks: int, per_class: int, folder: Path,
     config = TrainConfig(device=device, **settings).resolved()
     torch.manual_seed(0)
     backbone = load_backbone(config.backbone, config.weights).to(device)
-    amp = {"off": None, "bf16": torch.bfloat16}[config.amp]
-    model = ContinualClassifier(backbone, amp)
+    model = ContinualClassifier(backbone, AMP_DTYPES[config.amp], config.normalize)
 
     def split(images_per_class: int) -> MemorySplit:
         labels = torch.arange(classes).repeat_interleave(images_per_class)
@@ -71,7 +70,7 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(device, enabled=False)
         self.images = self.trainer.benchmark.train.images.to(device)
         self.targets = torch.arange(batch, device=device)
-        self.observed = self._estimators() if observe else {}
+        self.observed = self.method.make_estimators() if observe else {}
         model.heads[0].register_forward_hook(lambda _, inputs, __: setattr(self, "features", inputs[0].detach()))
         model.train()
 
@@ -97,9 +96,6 @@ class Stepper:
             width = self.trainer.model.feature_dim
             random = torch.randn(old_classes, width, generator=generator).to(self.device)
             self.method.prototypes.add(random, torch.arange(old_classes) - old_classes)
-
-    def _estimators(self) -> dict[str, OnlineEstimator]:
-        return self.method.make_estimators()
 
 
 def run_tasks(device: str, method: str) -> None:

@@ -4,11 +4,12 @@
     python benchmarks/sweep.py ablation --seeds 0 1 2      # ten rows, appended to benchmarks/results/ablation.jsonl
     python benchmarks/sweep.py tuning --seeds 100 101      # candidates, on seeds that no reported run uses
     python benchmarks/sweep.py table methods               # mean and spread as Markdown
+    python benchmarks/sweep.py differences --against lora-drs   # of the methods to one of them, seed by seed
 
 Every finished cell is one line of JSON; a sweep goes on where it stopped, and runs a cell again only when its
 configuration, the embedded images or the backbone have changed. The class order is drawn from the seed.
 
-`methods` gives every method nine candidates on seed 100 and its best two once more on seed 101; the better mean ACC over
+`methods` gives every method nine candidates on seed 100 and its best two once more on seed 101; the better mean ACC of
 both goes to the reported seeds. No reported seed is looked at before.
 """
 
@@ -280,11 +281,7 @@ def table(name: str, path: Path) -> str:
 
 def methods_table(path: Path) -> str:
     """What was chosen for each method and what it reached on the reported seeds, also seed by seed against janus."""
-    rows = {method: chosen(method, path) for method in METHODS}
-    reported = {
-        method: [line for line in cells if line["seed"] not in SELECTION_SEEDS]
-        for method, cells in finished(rows, path).items()
-    }
+    rows, reported = reported_cells(path)
     text = ["| method | chosen | ACC | MAA | BWT | plasticity | violation | ACC less janus's |"]
     text.append("|" + "---|" * 8)
     janus = {line["seed"]: line["acc"] for line in reported["janus"]}
@@ -295,7 +292,34 @@ def methods_table(path: Path) -> str:
     return "\n".join(text)
 
 
-def finished(rows: dict[str, tuple[str, dict[str, Any]]], path: Path) -> dict[str, list[dict[str, Any]]]:
+def differences(path: Path, against: str) -> str:
+    """How far every method is ahead of `against`, seed by seed, as Markdown: mean and sample deviation."""
+    _, reported = reported_cells(path)
+    base = {line["seed"]: line for line in reported[against]}
+    metrics = ("acc", "maa", "bwt", "plasticity")
+    text = [f"| less {against} | ACC | MAA | BWT | plasticity | seeds ahead in ACC, MAA |", "|---|---|---|---|---|---|"]
+    for method, cells in reported.items():
+        pairs = [(line, base[line["seed"]]) for line in cells if line["seed"] in base]
+        if method == against or not pairs or pairs[0][0]["bwt"] is None:
+            continue
+        gains = {metric: [ours[metric] - theirs[metric] for ours, theirs in pairs] for metric in metrics}
+        ahead = [f"{sum(gain > 0 for gain in gains[metric])} of {len(pairs)}" for metric in ("acc", "maa")]
+        columns = [spread(gains[metric], "{:+.2f}") for metric in metrics]
+        text.append(f"| {method} | " + " | ".join([*columns, ", ".join(ahead)]) + " |")
+    return "\n".join(text)
+
+
+Rows = dict[str, tuple[str, dict[str, Any]]]
+
+
+def reported_cells(path: Path) -> tuple[Rows, dict[str, list[dict[str, Any]]]]:
+    """What was chosen for each method, as (row, change), and its finished cells on the reported seeds."""
+    rows = {method: chosen(method, path) for method in METHODS}
+    cells = finished(rows, path).items()
+    return rows, {method: [line for line in lines if line["seed"] not in SELECTION_SEEDS] for method, lines in cells}
+
+
+def finished(rows: Rows, path: Path) -> dict[str, list[dict[str, Any]]]:
     """The finished cells of every (row, change), under the keys of `rows`; rows without any are left out."""
     assets, lines = assets_sha256(), read_lines(path)
     cells = {
@@ -327,13 +351,17 @@ def spread(values: list[float | None], form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["methods", *SWEEPS, "table"])
+    parser.add_argument("action", choices=["methods", *SWEEPS, "table", "differences"])
     parser.add_argument("name", nargs="?", choices=["methods", *SWEEPS], default="methods", help="of the table")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", default=[], help="only these rows, or methods")
+    parser.add_argument("--against", choices=list(METHODS), default="janus", help="of the differences")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each")
     arguments = parser.parse_args()
+    if arguments.action == "differences":
+        print(differences(HERE / "results" / "methods.jsonl", arguments.against))
+        return
     if arguments.action == "table":
         print(table(arguments.name, HERE / "results" / f"{arguments.name}.jsonl"))
         return

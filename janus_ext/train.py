@@ -31,6 +31,7 @@ from janus_ext.trainer import AMP_DTYPES, Trainer, be_deterministic, derive_seed
 LOG = logging.getLogger("janus_ext")
 RUN_FILES = ("metrics.jsonl", "results.json", "config.json", "log.txt")
 UNTOLD = {"output", "plots", "tensorboard", "workers", "cache_images"}  # settings that a result does not depend on
+SETTLED = {"device", "amp", "tasks"}  # settings that a run makes definite
 RUN_GLOBS = ("checkpoints/*", "plots/*.png", "tensorboard/events.out.*")
 
 
@@ -106,8 +107,9 @@ def one_of_several(config: TrainConfig, folder: Path) -> report.Results:
         return run_seed(config, folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} holds a finished run that cannot be read: {error}") from error
-    settled = {name: value for name, value in config.to_json().items() if value not in ("auto", None)}
-    others = [name for name in settled.keys() & stored.keys() - UNTOLD if stored[name] != settled[name]]
+    asked = config.to_json()
+    left_open = UNTOLD | {name for name in SETTLED if asked[name] in ("auto", None)}
+    others = [name for name in asked.keys() & stored.keys() - left_open if stored[name] != asked[name]]
     if others:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(others))
         raise ArgumentError(f"{folder} holds a finished run with another {flags}; choose another folder with --output")

@@ -152,6 +152,12 @@ def test_several_seeds_go_on_where_they_were_cut_off(weights, tmp_path, capsys):
         (tmp_path / "many" / lost).unlink()
     assert train.main([*call, "--lr", "0.5"]) == 2
     assert "seed-3 holds a finished run with another --lr; choose" in capsys.readouterr().err
+    assert train.main([*call, "--clip-norm", "1"]) == 2
+    assert "seed-3 holds a finished run with another --clip-norm; choose" in capsys.readouterr().err
+    stored = tmp_path / "many" / "seed-3" / "config.json"
+    stored.write_text(stored.read_text().replace('"clip_norm": null', '"clip_norm": 1.0'))
+    assert train.main(call) == 2 and "another --clip-norm; choose" in capsys.readouterr().err
+    stored.write_text(stored.read_text().replace('"clip_norm": 1.0', '"clip_norm": null'))
     assert train.main(call) == 0
     assert (tmp_path / "many" / "summary.json").read_bytes() == whole
     assert (tmp_path / "many" / "seed-3" / "results.json").read_bytes() == first
