@@ -75,6 +75,8 @@ class TrainConfig:
     """Rank of the LoRA factors on the K and V projections of every block; by default 8 for emoji, else 10 or 30."""
     scale: float | None = None
     """Factor s in W + s B A, by default 1; of the inverse Fourier transform in bilora, by default 300."""
+    gpm: Literal["auto", "dual", "plain"] = "auto"
+    """Memory of inflora: dual (DualGPM) or plain (GPM); auto: plain for domainnet, as in its code, else dual."""
     frequencies: int = 3000
     """Fourier coefficients that bilora trains of each K and V projection in a task."""
     energy_start: float | None = None
@@ -151,6 +153,7 @@ class TrainConfig:
         needs = {
             "rank": (self.method != "bilora", "LoRA factors, and --method bilora has --frequencies"),
             "frequencies": (self.method == "bilora", "--method bilora"),
+            "gpm": (self.method == "inflora", "--method inflora"),
             "energy_start": remembering,
             "energy_end": remembering,
             "energy_power": remembering,

@@ -93,8 +93,16 @@ SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     ("bilora", "emoji"): {"lr": 2e-3},
     ("joint", "emoji"): {"lr": 1.6e-2},
     ("lora-drs", "domainnet"): {"rank": 40},
+    ("inflora", "domainnet"): {"gpm": "plain"},
 }
-COMMON: dict[str, Any] = {"normalize": "model", "head": "linear", "scale": 1.0, "margin": 0.2, "seed": (0,)}
+COMMON: dict[str, Any] = {
+    "normalize": "model",
+    "head": "linear",
+    "scale": 1.0,
+    "margin": 0.2,
+    "gpm": "dual",
+    "seed": (0,),
+}
 PAPER: dict[str, Any] = {"normalize": "identity", "seed": (0, 1, 2, 3, 4)}
 
 

@@ -90,6 +90,7 @@ def test_every_field_is_explained_to_the_user():
         ({"method": "joint", "tasks": 10}, "--tasks 10; it takes 1"),
         ({"margin": 1.5}, "--margin is a cosine"),
         ({"method": "bilora", "frequencies": 0}, "--frequencies"),
+        ({"gpm": "plain"}, "--gpm would do nothing here: it needs --method inflora"),
         ({"schedule": "step"}, "--milestones"),
         ({"milestones": (4,)}, "--milestones"),
         ({"schedule": "step", "milestones": (0, 4)}, "--milestones must be at least 1, got [0, 4]"),

@@ -195,6 +195,10 @@ def test_plain_gpm_keeps_to_the_old_inputs_however_many_directions_they_take():
 def test_domainnet_has_plain_gpm_as_in_the_authors_code(benchmark, weights, tmp_path, name, dual):
     trainer = make_trainer(benchmark, weights, tmp_path / "run", method="inflora", benchmark=name, backbone="emoji")
     assert {memory.dual for memory in trainer.method.memories.values()} == {dual}
+    other = make_trainer(
+        benchmark, weights, tmp_path / "other", method="inflora", benchmark=name, backbone="emoji", gpm="dual"
+    )
+    assert all(memory.dual for memory in other.method.memories.values())  # what the user types wins
 
 
 @pytest.mark.parametrize("retain", [False, True])

@@ -4,7 +4,7 @@ For every task:
     a pass over its images gives H = sum x x^T of each block's inputs, H~ = the part of it in the free space (DualGPM)
     A <- the r leading left singular vectors of H~, transposed, times 1/sqrt(3); frozen, shared by K and V
     train B from 0, and the head
-    a second pass gives H once more; W <- W + s B A;  DualGPM (on domainnet GPM, as in the authors' code) takes H up
+    a second pass gives H once more; W <- W + s B A;  DualGPM (or plain GPM) takes H up
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class InfLoRA(SequentialLoRA):
 
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
-        dual = config.benchmark != "domainnet"
+        dual = config.gpm == "dual"
         self.memories = {name: DualGPM(layer.in_features, layer.A.device, dual) for name, layer in self.layers.items()}
         for layer in self.layers.values():
             layer.A.requires_grad_(False)
