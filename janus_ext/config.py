@@ -80,9 +80,9 @@ class TrainConfig:
     frequencies: int = 3000
     """Fourier coefficients that bilora trains of each K and V projection in a task."""
     energy_start: float | None = None
-    """Share of input energy protected after the first task; by default 0.9 for emoji, else 0.95 or 0.98."""
+    """Share of input energy protected after the first task; by default 0.97 for emoji, else 0.95 or 0.98."""
     energy_end: float | None = None
-    """Share of input energy towards which the protected share grows with the tasks; by default 0.97 or 1."""
+    """Share of input energy towards which the protected share grows with the tasks; by default 0.99 for emoji, else 1."""
     energy_power: Literal[1, 2] | None = None
     """1 measures energy by squared activations (GPM; emoji), 2 by their squares again (InfLoRA's code; else)."""
     damping: float = 0.1
@@ -100,7 +100,7 @@ class TrainConfig:
     optimizer: Literal["auto", "adam", "adamw", "sgd"] = "auto"
     """Optimizer, its state starts fresh with every task; sgd (momentum 0.9) by default for domainnet, else adam."""
     lr: float | None = None
-    """Learning rate of the factors as each task starts; by default 0.008 for janus on emoji, else 0.0005 to 0.016."""
+    """Learning rate of the factors as each task starts; by default 0.016 for janus on emoji, else 0.0005 to 0.016."""
     head_lr: float | None = None
     """Learning rate of the task's head at its start; by default 0.01 for emoji and domainnet, else 0.0005."""
     schedule: Literal["auto", "cosine", "quarter", "step", "constant"] = "auto"

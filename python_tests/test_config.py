@@ -133,7 +133,7 @@ def test_the_paper_preset_is_the_published_protocol(benchmark, published):
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
-@pytest.mark.parametrize(("field", "value"), [("epochs", 12), ("lr", 8e-3), ("seed", (0,)), ("normalize", "model")])
+@pytest.mark.parametrize(("field", "value"), [("epochs", 12), ("lr", 1.6e-2), ("seed", (0,)), ("normalize", "model")])
 def test_what_the_user_types_wins_over_a_preset_even_where_it_is_another_presets_value(preset, field, value):
     config = TrainConfig(preset=preset, benchmark="cifar100", **{field: value}).resolved()
     assert getattr(config, field) == value
