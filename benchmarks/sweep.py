@@ -144,11 +144,13 @@ def cell_config(change: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the checkout, marked when files differ from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip()
+    """The commit of the checkout, marked when files beside the results, which grow with every cell, differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def assets_sha256() -> str:
