@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,40 @@ from torch import Tensor
 from janus_ext.errors import CheckpointError
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """``value`` as JSON, where NaN and infinity are null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON; NaN and infinity become null."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    text = to_json(value, indent=2) + "\n"
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a run; CheckpointError when it is no JSON object, or cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds no object")
+    return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines that `append_json_line` wrote, without a last one that was cut off; none where there is no file."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a file of such lines."""
+    text = "".join(to_json(value) + "\n" for value in values)
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -27,7 +58,7 @@ def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
     """Appends one line of JSON and flushes it."""
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+            file.write(to_json(value) + "\n")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
@@ -53,6 +84,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Removes files, of which some may be missing."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be removed: {error}") from error
 
 
 def make_folder(path: Path) -> Path:

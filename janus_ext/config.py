@@ -82,7 +82,7 @@ class TrainConfig:
     energy_start: float | None = None
     """Share of input energy protected after the first task; by default 0.97 for emoji, else 0.95 or 0.98."""
     energy_end: float | None = None
-    """Share of input energy towards which the protected share grows with the tasks; by default 0.99 for emoji, else 1."""
+    """Share of input energy towards which the protected share grows with the tasks; 0.99 for emoji, else 1."""
     energy_power: Literal[1, 2] | None = None
     """1 measures energy by squared activations (GPM; emoji), 2 by their squares again (InfLoRA's code; else)."""
     damping: float = 0.1
@@ -119,6 +119,8 @@ class TrainConfig:
     """Compile the backbone with torch.compile, which takes minutes at the start and needs a C++ compiler."""
     output: Path | None = None
     """Run folder; by default runs/<benchmark>-<method>-<seed>, numbered if that holds a finished run."""
+    resume: bool = False
+    """Go on with the run in --output behind the last task that it finished; with several seeds, with each of them."""
     plots: bool = True
     """Draw plots/*.png at the end."""
     tensorboard: bool = False

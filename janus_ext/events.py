@@ -26,8 +26,11 @@ def write_nothing(group: str, values: Mapping[str, float | None], step: int) -> 
 
 
 @contextmanager
-def writing(folder: Path | None) -> Iterator[Write]:
-    """Within it, write(group, values, step) appends "group/name" for every value that is there to files in folder."""
+def writing(folder: Path | None, done: int = 0) -> Iterator[Write]:
+    """Within it, write(group, values, step) appends "group/name" for every value that is there to files in folder.
+
+    Of what the folder holds already, steps beyond ``done`` are not shown any more.
+    """
     if folder is None:
         yield write_nothing
         return
@@ -35,7 +38,7 @@ def writing(folder: Path | None) -> Iterator[Write]:
     from torch.utils.tensorboard import SummaryWriter
 
     try:
-        writer = SummaryWriter(str(folder))
+        writer = SummaryWriter(str(folder), purge_step=done + 1)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
 

@@ -6,24 +6,15 @@ Exit status 1 if JANUS_EXT_REQUIRE_NATIVE=1 and the compiled ops are missing; th
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 import sys
 
 import torch
 
 from janus_ext import _native, ops
+from janus_ext.versions import PACKAGES, installed
 
-PACKAGES = ("janus-ext", "torch", "torchvision", "timm", "numpy", "safetensors")
 KEYS = ("CPU", "CUDA")
-
-
-def installed(package: str) -> str:
-    """Version of a package from its metadata, without importing it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def versions() -> list[tuple[str, str, str]]:
@@ -32,8 +23,8 @@ def versions() -> list[tuple[str, str, str]]:
     rows = {
         "Python": (built.get("python", ""), platform.python_version()),
         "CUDA of torch": (built.get("torch_cuda", ""), torch.version.cuda or ""),
-        **{name: ("", installed(name)) for name in PACKAGES},
-        "janus-ext": (built.get("version", ""), installed("janus-ext")),
+        **{name: ("", installed(name) or "not installed") for name in PACKAGES},
+        "janus-ext": (built.get("version", ""), installed("janus-ext") or "not installed"),
         "torch": (built.get("torch", ""), torch.__version__),
         "C++ compiler": (built.get("compiler", ""), ""),
         "nvcc": (built.get("nvcc", ""), ""),

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -19,20 +16,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from janus_ext import events, report
 from janus_ext.backbone import load_backbone
-from janus_ext.checkpoint import make_folder, write_json
+from janus_ext.checkpoint import make_folder, read_json, remove, write_json
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
-from janus_ext.info import PACKAGES
 from janus_ext.methods import METHODS
+from janus_ext.methods.base import Method
 from janus_ext.trainer import AMP_DTYPES, Trainer, be_deterministic, derive_seed, pick_amp, pick_device
 
 LOG = logging.getLogger("janus_ext")
 RUN_FILES = ("metrics.jsonl", "results.json", "config.json", "log.txt")
-UNTOLD = {"output", "plots", "tensorboard", "workers", "cache_images"}  # settings that a result does not depend on
+UNTOLD = {"output", "resume", "plots", "tensorboard", "workers", "cache_images"}  # settings that results do not show
 SETTLED = {"device", "amp", "tasks"}  # settings that a run makes definite
 RUN_GLOBS = ("checkpoints/*", "plots/*.png", "tensorboard/events.out.*")
+LEFTOVERS = (*(f".{name}.*.tmp" for name in RUN_FILES), "checkpoints/.*.safetensors.*.tmp")  # of writes cut off
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +54,8 @@ def train(config: TrainConfig) -> list[report.Results]:
         return []
     folder = choose_folder(config)
     if len(config.seed) == 1:
-        return [run_seed(config, folder)]
-    runs = [one_of_several(replace(config, seed=(seed,)), folder / f"seed-{seed}") for seed in config.seed]
+        return [run_or_take(config, folder)]
+    runs = [run_or_take(replace(config, seed=(seed,)), folder / f"seed-{seed}") for seed in config.seed]
     write_json(folder / "summary.json", report.summarize_runs(runs))
     print(report.format_summary(runs))
     return runs
@@ -72,22 +70,44 @@ def check_data(config: TrainConfig) -> None:
     )
 
 
+def run_or_take(config: TrainConfig, folder: Path) -> report.Results:
+    """The results of one seed: those in its folder, if it had finished before, or a run's.
+
+    Raises ArgumentError when they were made with other settings.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return run_seed(config, folder)
+    check_same_settings(config, folder)
+    print(f"{folder} has finished before: its results are taken")
+    return read_json(path)
+
+
 def run_seed(config: TrainConfig, folder: Path) -> report.Results:
     """Trains with the one seed of ``config``; writes and prints the results."""
     device = pick_device(config.device)
     be_deterministic(device)
     config = replace(config, device=str(device), amp=pick_amp(config.amp, device))
-    benchmark = BENCHMARKS[config.benchmark](config)
-    config = replace(config, tasks=len(benchmark.tasks))
+    resume = config.resume and is_run(folder)
+    if resume:
+        check_same_settings(config, folder)
     torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
-    backbone = load_backbone(config.backbone, config.weights).to(device)
+    backbone = load_backbone(config.backbone, config.weights).to(device)  # first: it fails sooner than images are read
+    with torch.random.fork_rng(devices=[]):
+        benchmark = BENCHMARKS[config.benchmark](config)
+    config = replace(config, tasks=len(benchmark.tasks))
     model = ContinualClassifier(backbone, AMP_DTYPES[config.amp], config.normalize)
-    method = METHODS[config.method](model, config)
+    method = make_method(model, config)
     benchmark = benchmark.at(model.input_size)
-    prepare_folder(folder, config)
+    remove(path for glob in LEFTOVERS for path in folder.glob(glob))
+    if not resume:
+        prepare_folder(folder, config)
     with logging_to(folder / "log.txt"):
         LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), folder)
-        results = Trainer(config, benchmark, model, method, folder).run() | {"versions": versions()}
+        trainer = Trainer(config, benchmark, model, method, folder)
+        if resume:
+            trainer.restore()
+        results = trainer.run()
         write_json(folder / "results.json", results)
     print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
     if config.plots:
@@ -95,33 +115,30 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
     return results
 
 
-def one_of_several(config: TrainConfig, folder: Path) -> report.Results:
-    """The results of one seed: those in its folder, if it had finished before the call was cut off, or a run's.
-
-    Raises ArgumentError when they were made with other settings.
-    """
+def make_method(model: ContinualClassifier, config: TrainConfig) -> Method:
+    """The method on this model; ArgumentError, with the backbone's name before it, when the two do not fit."""
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return run_seed(config, folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds a finished run that cannot be read: {error}") from error
-    asked = config.to_json()
+        return METHODS[config.method](model, config)
+    except ArgumentError as error:
+        raise ArgumentError(f"--backbone {config.backbone}: {error}") from error
+
+
+def check_same_settings(config: TrainConfig, folder: Path) -> None:
+    """Raises ArgumentError when the run in ``folder`` was begun with other settings."""
+    asked, stored = config.to_json(), read_json(folder / "config.json")
     left_open = UNTOLD | {name for name in SETTLED if asked[name] in ("auto", None)}
     others = [name for name in asked.keys() & stored.keys() - left_open if stored[name] != asked[name]]
     if others:
         flags = ", ".join("--" + name.replace("_", "-") for name in sorted(others))
-        raise ArgumentError(f"{folder} holds a finished run with another {flags}; choose another folder with --output")
-    print(f"{folder} has finished before: its results are taken")
-    return results
+        raise ArgumentError(f"{folder} holds a run with another {flags}; choose another folder with --output")
 
 
 def choose_folder(config: TrainConfig) -> Path:
     """--output, or the first of runs/<benchmark>-<method>-<seed>, ...-2, ...-3 without a finished run in it."""
     several = len(config.seed) > 1
     if config.output is not None:
-        if is_finished(config.output, several):
+        whole = config.output / ("summary.json" if several else "results.json")
+        if is_finished(config.output, several) and not (config.resume and whole.exists()):
             raise ArgumentError(f"{config.output} holds a finished run; choose another folder with --output")
         return config.output
     name = f"{config.benchmark}-{config.method}" + ("" if several else f"-{config.seed[0]}")
@@ -149,11 +166,7 @@ def prepare_folder(folder: Path, config: TrainConfig) -> None:
     make_folder(folder)
     if any(folder.iterdir()) and not is_run(folder):
         raise ArgumentError(f"{folder} holds files that are no run of this program; choose another with --output")
-    for path in [*(folder / name for name in RUN_FILES), *(path for glob in RUN_GLOBS for path in folder.glob(glob))]:
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be replaced: {error}") from error
+    remove([*(folder / name for name in RUN_FILES), *(path for glob in RUN_GLOBS for path in folder.glob(glob))])
     write_json(folder / "config.json", config.to_json())
 
 
@@ -187,17 +200,6 @@ def logging_to(path: Path) -> Iterator[None]:
             LOG.removeHandler(handler)
         LOG.setLevel(level)
         file.close()
-
-
-def versions() -> dict[str, Any]:
-    """Versions that a result depends on; null for a package that is not installed."""
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found | {"threads": torch.get_num_threads()}
 
 
 if __name__ == "__main__":

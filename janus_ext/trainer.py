@@ -1,12 +1,13 @@
 """The one training loop: tasks, epochs, steps. It knows what a method is, and no method in particular.
 
 Every random number derives from (seed, task, epoch, purpose), never from what ran before, so a run is repeatable bit
-for bit on one machine and can be taken up again at the beginning of any epoch.
+for bit on one machine, and one that was cut off is taken up again behind the last task that it finished.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -21,11 +22,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from janus_ext import events, metrics
-from janus_ext.checkpoint import append_json_line, make_folder, write_tensors
+from janus_ext.checkpoint import (
+    append_json_line,
+    make_folder,
+    read_json_lines,
+    read_tensors,
+    remove,
+    to_json,
+    write_json_lines,
+    write_tensors,
+)
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, Split
-from janus_ext.errors import ArgumentError, StatisticsError, TrainingError
+from janus_ext.errors import ArgumentError, CheckpointError, JanusError, StatisticsError, TrainingError
 from janus_ext.methods.base import Method, Step, Task, TaskReport
+from janus_ext.versions import result_versions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,14 +126,50 @@ class Trainer:
         if config.compile:
             model.compile_backbone()
 
+    def restore(self) -> None:
+        """Takes up the run in the folder behind the last task that it finished; at its beginning if it finished none.
+
+        Raises:
+            CheckpointError: a file of that run is damaged, or does not belong to this benchmark, model and method.
+        """
+        path = self.folder / "checkpoints" / "model.safetensors"
+        try:
+            if path.exists():
+                self._restore_task(*read_tensors(path))
+            lines = read_json_lines(self.folder / "metrics.jsonl")
+            write_json_lines(self.folder / "metrics.jsonl", [x for x in lines if x["task"] < len(self.matrix)])
+        except JanusError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(f"{path} does not fit this run: {reason[-1].strip()}") from error
+        LOG.info("taken up behind task %d/%d", len(self.matrix), len(self.benchmark.tasks))
+
+    def _restore_task(self, model: dict[str, Tensor], about: dict[str, str]) -> None:
+        results = json.loads(about["results"])
+        if results["split_sha256"] != self.benchmark.split_sha256:
+            raise CheckpointError(f"{self.folder} holds a run on other images, or with another order of classes")
+        self._restore_results(results)
+        for classes in self.benchmark.tasks[: len(self.matrix)]:
+            self.model.add_task(len(classes))
+        self.model.load_state_dict(model)
+        last = len(self.matrix) - 1
+        self.method.load_state_dict(read_tensors(self._method_path(last))[0])
+        self._remove_methods_before(last)
+        others = [name for name, version in result_versions().items() if results["versions"].get(name) != version]
+        if others:
+            LOG.warning("begun with another %s: not repeatable bit for bit any more", ", ".join(others))
+
     def run(self) -> dict[str, Any]:
-        """Learns every task, evaluating after each; returns what ``results.json`` holds."""
+        """Learns every task that is left, evaluating after each; returns what ``results.json`` holds."""
         make_folder(self.folder / "checkpoints")
-        bar = tqdm(total=self._total_steps(), unit="step", disable=None, dynamic_ncols=True)
+        done = len(self.matrix)
+        steps = self._steps(len(self.benchmark.tasks))
+        bar = tqdm(total=steps, initial=self._steps(done), unit="step", disable=None, dynamic_ncols=True)
         scalars = self.folder / "tensorboard" if self.config.tensorboard else None
-        with bar, events.writing(scalars) as self.write, compiling():
+        with bar, events.writing(scalars, done * self.config.epochs) as self.write, compiling():
             progress = Progress(bar)
-            for index in range(len(self.benchmark.tasks)):
+            for index in range(done, len(self.benchmark.tasks)):
                 bar.set_description(f"task {index + 1}/{len(self.benchmark.tasks)}")
                 with naming_task(index):
                     self._learn(index, progress)
@@ -150,7 +197,14 @@ class Trainer:
             "basis_rank": [report.basis_rank for report in self.reports],
             "test_sizes": self._test_sizes(),
             "seconds": self.seconds,
+            "versions": result_versions(),
         }
+
+    def _restore_results(self, results: dict[str, Any]) -> None:
+        """The inverse of ``results``; the factors of old tasks stay in their files."""
+        self.matrix, self.seconds = results["accuracy_matrix"], results["seconds"]
+        columns = ("violation_per_layer", "basis_rank", "danger", "similarity_own", "similarity_old")
+        self.reports = [TaskReport(*row) for row in zip(*(results[column] for column in columns), strict=True)]
 
     def _learn(self, index: int, progress: Progress) -> None:
         """Trains task ``index`` and lets the method consolidate it."""
@@ -235,12 +289,25 @@ class Trainer:
         return accuracies
 
     def _save(self, index: int) -> None:
-        """Writes the model, what the method keeps, and the task's factors before their merge."""
+        """Writes the task's factors before their merge, what the method keeps, and the model.
+
+        The model comes last and carries the results: with it the task is finished, and what the method kept before
+        is not needed any more. Cut off anywhere, the files of one finished task are all there.
+        """
         folder = self.folder / "checkpoints"
         about = {"task": str(index), "method": self.config.method, "scale": str(self.config.scale)}
-        write_tensors(folder / "model.safetensors", self.model.state_dict(), about)
-        write_tensors(folder / "method.safetensors", self.method.state_dict(), about)
         write_tensors(folder / f"factors-{index}.safetensors", self.reports[index].factors, about)
+        write_tensors(self._method_path(index), self.method.state_dict(), about)
+        about["results"] = to_json(self.results())
+        write_tensors(folder / "model.safetensors", self.model.state_dict(), about)
+        self._remove_methods_before(index)
+
+    def _method_path(self, index: int) -> Path:
+        return self.folder / "checkpoints" / f"method-{index}.safetensors"
+
+    def _remove_methods_before(self, index: int) -> None:
+        """Removes what the method kept after earlier tasks."""
+        remove(self._method_path(earlier) for earlier in range(index))
 
     def _log_task(self, index: int) -> None:
         row = self.matrix[index]
@@ -283,8 +350,9 @@ class Trainer:
             outputs = self.positions[labels]
             yield images.to(self.device, non_blocking=True), outputs.to(self.device, non_blocking=True)
 
-    def _total_steps(self) -> int:
-        return self.config.epochs * sum(-(-len(rows) // self.config.batch_size) for rows in self.train_rows)
+    def _steps(self, tasks: int) -> int:
+        """Number of steps in the first ``tasks`` tasks."""
+        return self.config.epochs * sum(-(-len(rows) // self.config.batch_size) for rows in self.train_rows[:tasks])
 
     def _test_sizes(self) -> list[int]:
         """Number of test images of each task learned so far."""

@@ -31,7 +31,8 @@ ALLOWED = {
     "data": {"config", "data", "checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "methods"},
     "events": set(),
-    "trainer": {"methods.base", "data.benchmark", "events", "metrics", "checkpoint", "config"},
+    "versions": set(),
+    "trainer": {"methods.base", "data.benchmark", "events", "metrics", "checkpoint", "config", "versions"},
 }
 ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info"}
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}

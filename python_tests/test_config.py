@@ -96,7 +96,7 @@ def test_every_field_is_explained_to_the_user():
         ({"schedule": "step", "milestones": (0, 4)}, "--milestones must be at least 1, got [0, 4]"),
         ({"method": "bilora", "rank": 4}, "--rank would do nothing here: it needs LoRA factors"),
         ({"frequencies": 100}, "--frequencies would do nothing here: it needs --method bilora"),
-        ({"method": "lora", "energy_end": 0.99}, "--energy-end would do nothing here: it needs a method"),
+        ({"method": "lora", "energy_end": 0.995}, "--energy-end would do nothing here: it needs a method"),
         ({"estimator": "none", "energy_start": 0.5}, "--energy-start would do nothing here"),
         ({"method": "joint", "energy_power": 2}, "--energy-power would do nothing here"),
         ({"method": "lora-gpm", "damping": 1.0}, "--damping would do nothing here: it needs --rectify"),

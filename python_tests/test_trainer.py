@@ -48,6 +48,7 @@ def run_folder(weights, tmp_path_factory) -> Path:
     """A run of the command on the embedded images: 4 tasks, one training image per class."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     flags = f"--weights {weights} --tasks 4 --limit-per-class 1 --epochs 1 --batch-size 64 --output {folder}"
+    flags += " --energy-start 0.9 --energy-end 0.97"  # the tiny backbone has room for these
     assert train.main(flags.split()) == 0
     return folder
 
@@ -56,10 +57,8 @@ def test_the_run_folder_is_complete(run_folder):
     expected = {"config.json", "metrics.jsonl", "results.json", "checkpoints", "plots", "log.txt"}
     assert {path.name for path in run_folder.iterdir()} == expected
     factors = {f"factors-{t}.safetensors" for t in range(4)}
-    assert {p.name for p in (run_folder / "checkpoints").iterdir()} == {
-        "model.safetensors",
-        "method.safetensors",
-    } | factors
+    saved = {p.name for p in (run_folder / "checkpoints").iterdir()}
+    assert saved == {"model.safetensors", "method-3.safetensors"} | factors
     assert {p.stem for p in (run_folder / "plots").iterdir()} == set(report.PLOTS)
     assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 4
     assert "task 4/4" in (run_folder / "log.txt").read_text()
@@ -151,9 +150,9 @@ def test_several_seeds_go_on_where_they_were_cut_off(weights, tmp_path, capsys):
     for lost in ("summary.json", "seed-4/results.json"):
         (tmp_path / "many" / lost).unlink()
     assert train.main([*call, "--lr", "0.5"]) == 2
-    assert "seed-3 holds a finished run with another --lr; choose" in capsys.readouterr().err
+    assert "seed-3 holds a run with another --lr; choose" in capsys.readouterr().err
     assert train.main([*call, "--clip-norm", "1"]) == 2
-    assert "seed-3 holds a finished run with another --clip-norm; choose" in capsys.readouterr().err
+    assert "seed-3 holds a run with another --clip-norm; choose" in capsys.readouterr().err
     stored = tmp_path / "many" / "seed-3" / "config.json"
     stored.write_text(stored.read_text().replace('"clip_norm": null', '"clip_norm": 1.0'))
     assert train.main(call) == 2 and "another --clip-norm; choose" in capsys.readouterr().err
@@ -170,6 +169,8 @@ def test_several_seeds_go_on_where_they_were_cut_off(weights, tmp_path, capsys):
         (["--rank", "0"], "--rank"),
         (["--weights", "nowhere.safetensors"], "--weights nowhere.safetensors"),
         (["--backbone", "vit_of_dreams"], "--backbone vit_of_dreams"),
+        (["--backbone", "resnet18", "--weights", "none"], "--backbone resnet18"),
+        (["--rank", "5000"], "rank must be from 1 to min(m, n) = 192, got 5000"),
         (["--tasks", "201"], "--tasks"),
         (["--device", "cuda:64"], "--device"),
     ],
@@ -289,7 +290,7 @@ def test_the_saved_model_is_the_evaluated_one(benchmark, weights, tmp_path):
         fresh.model.add_task(len(classes))
     fresh.model.load_state_dict(tensors)
     assert fresh._evaluate(2) == results["accuracy_matrix"][-1]
-    state, _ = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "method.safetensors")
+    state, _ = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "method-2.safetensors")
     fresh.method.load_state_dict(state)
     assert torch.equal(fresh.method.prototypes.matrix, trainer.method.prototypes.matrix)
     assert all(torch.equal(e.basis, trainer.method.estimators[k].basis) for k, e in fresh.method.estimators.items())
