@@ -26,11 +26,11 @@ from janus_ext.methods.base import Method
 from janus_ext.trainer import AMP_DTYPES, Trainer, be_deterministic, derive_seed, pick_amp, pick_device
 
 LOG = logging.getLogger("janus_ext")
-RUN_FILES = ("metrics.jsonl", "results.json", "config.json", "log.txt")
+RUN_FILES = ("metrics.jsonl", "results.json", "log.txt")
 UNTOLD = {"output", "resume", "plots", "tensorboard", "workers", "cache_images"}  # settings that results do not show
 SETTLED = {"device", "amp", "tasks"}  # settings that a run makes definite
 RUN_GLOBS = ("checkpoints/*", "plots/*.png", "tensorboard/events.out.*")
-LEFTOVERS = (*(f".{name}.*.tmp" for name in RUN_FILES), "checkpoints/.*.safetensors.*.tmp")  # of writes cut off
+LEFTOVERS = (".*.json*.*.tmp", "checkpoints/.*.safetensors.*.tmp")  # of writes that were cut off
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +80,10 @@ def run_or_take(config: TrainConfig, folder: Path) -> report.Results:
         return run_seed(config, folder)
     check_same_settings(config, folder)
     print(f"{folder} has finished before: its results are taken")
-    return read_json(path)
+    results = read_json(path)
+    if config.plots:
+        report.save_plots(results, folder / "plots")
+    return results
 
 
 def run_seed(config: TrainConfig, folder: Path) -> report.Results:
@@ -91,11 +94,10 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
     resume = config.resume and is_run(folder)
     if resume:
         check_same_settings(config, folder)
-    torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
-    backbone = load_backbone(config.backbone, config.weights).to(device)  # first: it fails sooner than images are read
-    with torch.random.fork_rng(devices=[]):
-        benchmark = BENCHMARKS[config.benchmark](config)
+    benchmark = BENCHMARKS[config.benchmark](config)
     config = replace(config, tasks=len(benchmark.tasks))
+    torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
+    backbone = load_backbone(config.backbone, config.weights).to(device)
     model = ContinualClassifier(backbone, AMP_DTYPES[config.amp], config.normalize)
     method = make_method(model, config)
     benchmark = benchmark.at(model.input_size)
