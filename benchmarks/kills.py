@@ -3,18 +3,20 @@
 python benchmarks/kills.py [--times 20]
 
 Each run is killed (SIGKILL) once, at a random moment of what a whole one takes from its first line to its last, and
-then taken up. Status 1 unless the accuracy matrix and every saved tensor are always the same, bit by bit.
+then taken up. Status 1 unless results, epochs and every saved tensor are always the same, bit by bit.
 """
 
 import argparse
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +27,7 @@ CALL = [sys.executable, "-m", "janus_ext.train", "--limit-per-class", "2", "--ep
 
 def begin(folder: Path) -> subprocess.Popen:
     """A run that has just written its first line."""
-    run = subprocess.Popen([*CALL, "--output", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    run = subprocess.Popen([*CALL, "--output", str(folder)], stdout=subprocess.PIPE)
     assert run.stdout is not None
     run.stdout.readline()
     return run
@@ -40,32 +42,38 @@ def finish(folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def kill(folder: Path, moment: float) -> str:
-    """Kills a run at a moment; what it left."""
+def kill(folder: Path, moment: float) -> bool:
+    """Kills a run at a moment; False if it had ended before."""
     run = begin(folder)
     try:
         run.wait(moment)
     except subprocess.TimeoutExpired:
         run.send_signal(signal.SIGKILL)
     run.communicate()
-    done = sorted(path.stem.removeprefix("method-") for path in (folder / "checkpoints").glob("method-*"))
-    return f"after {moment:.2f} s, method states of tasks {', '.join(done) or 'none'}"
+    return run.returncode == -signal.SIGKILL
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """What a run leaves, without its times, by the names of the files."""
+    results = json.loads((folder / "results.json").read_text())
+    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    tensors = {path.name: read_tensors(path)[0] for path in (folder / "checkpoints").iterdir()}
+    timeless = [{key: value for key, value in row.items() if key != "seconds"} for row in (results, *epochs)]
+    return {"results.json": timeless[0], "metrics.jsonl": timeless[1:], **tensors}
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two files are alike, tensors bit by bit."""
+    if not isinstance(ours, dict) or not any(isinstance(value, torch.Tensor) for value in ours.values()):
+        return ours == theirs
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def differences(folder: Path, other: Path) -> list[str]:
     """Names of the files that two runs do not have alike."""
-    matrices = [json.loads((run / "results.json").read_text())["accuracy_matrix"] for run in (folder, other)]
-    found = [] if matrices[0] == matrices[1] else ["results.json"]
-    names = {path.name for run in (folder, other) for path in (run / "checkpoints").iterdir()}
-    for name in sorted(names):
-        paths = [run / "checkpoints" / name for run in (folder, other)]
-        if not all(path.exists() for path in paths):
-            found.append(name)
-            continue
-        ours, theirs = (read_tensors(path)[0] for path in paths)
-        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
-            found.append(name)
-    return found
+    ours, theirs = kept(folder), kept(other)
+    alike = {name for name in ours.keys() & theirs.keys() if same(ours[name], theirs[name])}
+    return sorted((ours.keys() | theirs.keys()) - alike)
 
 
 def main() -> None:
@@ -77,16 +85,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / "whole"
         seconds = finish(whole)
-        same = 0
-        for index in range(arguments.times):
-            killed = Path(folder) / f"killed-{index}"
-            print(f"{index + 1}: {kill(killed, moments.uniform(0, seconds))}", end="; ", flush=True)
-            finish(killed)
-            found = differences(killed, whole)
-            same += not found
-            print("not the same: " + ", ".join(found) if found else "the same in the end", flush=True)
-    print(f"bit-identical: {same} of {arguments.times}")
-    sys.exit(same < arguments.times)
+        killed = alike = 0
+        while killed < arguments.times:
+            moment, run = moments.uniform(0, seconds), Path(folder) / f"killed-{killed}"
+            if not kill(run, moment):
+                shutil.rmtree(run)  # it was faster than the first one: another moment
+                continue
+            tasks = len(list((run / "checkpoints").glob("factors-*")))
+            finish(run)
+            found = differences(run, whole)
+            killed, alike = killed + 1, alike + (not found)
+            end = "not the same: " + ", ".join(found) if found else "the same in the end"
+            print(f"{killed}: killed after {moment:.2f} of {seconds:.2f} s, in task {tasks + 1}; {end}", flush=True)
+    print(f"bit-identical: {alike} of {arguments.times}")
+    sys.exit(alike < arguments.times)
 
 
 if __name__ == "__main__":

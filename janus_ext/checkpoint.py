@@ -1,10 +1,12 @@
 """Files of a run: every write goes to a temporary file first and is then moved into place, so none is ever half there.
 
-Tensors are safetensors and the rest is JSON (null, never NaN): reading a stranger's run executes no code.
+Tensors are safetensors and the rest is JSON (null, never NaN): reading a stranger's run executes no code. A file of
+tensors carries the SHA-256 of what is in it, so that one which was altered is noticed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -12,9 +14,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from janus_ext.errors import CheckpointError
+
+SHA256 = "janus_ext_sha256"  # of a file of tensors, in its metadata
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -25,14 +30,14 @@ def to_json(value: Any, indent: int | None = None) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON; NaN and infinity become null."""
     text = to_json(value, indent=2) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file of a run; CheckpointError when it is no JSON object, or cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} cannot be read: it holds no object")
@@ -43,47 +48,72 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The lines that `append_json_line` wrote, without a last one that was cut off; none where there is no file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except (OSError, ValueError) as error:
+        values = [json.loads(line) for line in lines if line.endswith("\n")]
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not all(isinstance(value, dict) for value in values):
+        raise CheckpointError(f"{path} cannot be read: a line holds no object")
+    return values
 
 
 def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Writes a file of such lines."""
     text = "".join(to_json(value) + "\n" for value in values)
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Appends one line of JSON and flushes it."""
+    """Appends one line of JSON and flushes it to the disk."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(to_json(value) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes named tensors (any device; stored on the CPU, own memory each) as safetensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Writes named tensors (any device; stored on the CPU, own memory each) as safetensors, and the SHA-256 of it all.
+
+    Returns the SHA-256.
+    """
+    from safetensors.torch import save
 
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    try:
-        _replace(path, lambda temporary: save_file(stored, str(temporary), dict(metadata or {})))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    about = dict(metadata or {})
+    about[SHA256] = _sha256(stored, about)
+    # not save_file: it has a temporary file of its own, which a kill would leave behind for ever
+    replace_file(path, lambda temporary: temporary.write_bytes(save(stored, about)))
+    return about[SHA256]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(named CPU tensors, metadata) of a safetensors file; CheckpointError if it is missing, truncated or altered."""
+    """(named CPU tensors, metadata) of a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing or truncated, or it says its SHA-256 and has another.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    if SHA256 in about and about[SHA256] != _sha256(tensors, about):
+        raise CheckpointError(f"{path} was altered: its SHA-256 is not the one that it was written with")
+    return tensors, about
+
+
+def _sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of names, types, shapes and bytes, and of the other metadata."""
+    digest = hashlib.sha256(to_json({key: metadata[key] for key in sorted(metadata) if key != SHA256}).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -104,7 +134,7 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a file beside ``path``, flushes it to the disk and moves it over ``path``."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from janus_ext.checkpoint import make_folder
-from janus_ext.errors import CheckpointError
+from janus_ext.checkpoint import make_folder, replace_file
 from janus_ext.metrics import mean_and_std, trajectory
 
 if TYPE_CHECKING:
@@ -285,7 +284,4 @@ def _figure() -> Iterator[Figure]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))

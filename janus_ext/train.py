@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,21 +15,18 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from janus_ext import events, report
 from janus_ext.backbone import load_backbone
-from janus_ext.checkpoint import make_folder, read_json, remove, write_json
+from janus_ext.checkpoint import read_json, write_json
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
+from janus_ext.data.benchmark import Benchmark
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method
+from janus_ext.run_folder import check_same_seeds, check_same_settings, choose_folder, is_finished, is_run, opened
 from janus_ext.trainer import AMP_DTYPES, Trainer, be_deterministic, derive_seed, pick_amp, pick_device
 
 LOG = logging.getLogger("janus_ext")
-RUN_FILES = ("metrics.jsonl", "results.json", "log.txt")
-UNTOLD = {"output", "resume", "plots", "tensorboard", "workers", "cache_images"}  # settings that results do not show
-SETTLED = {"device", "amp", "tasks"}  # settings that a run makes definite
-RUN_GLOBS = ("checkpoints/*", "plots/*.png", "tensorboard/events.out.*")
-LEFTOVERS = (".*.json*.*.tmp", "checkpoints/.*.safetensors.*.tmp")  # of writes that were cut off
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(TrainConfig, prog="janus_ext.train", args=argv)
     try:
         train(config)
-    except JanusError as error:
+    except (JanusError, OSError) as error:  # the system's own errors name the file and what is wrong with it
         print(f"janus_ext.train: {error}", file=sys.stderr)
         return 2
     return 0
@@ -54,8 +50,9 @@ def train(config: TrainConfig) -> list[report.Results]:
         return []
     folder = choose_folder(config)
     if len(config.seed) == 1:
-        return [run_or_take(config, folder)]
-    runs = [run_or_take(replace(config, seed=(seed,)), folder / f"seed-{seed}") for seed in config.seed]
+        return [run_seed(config, folder)]
+    check_same_seeds(folder, config.seed)
+    runs = [run_seed(replace(config, seed=(seed,)), folder / f"seed-{seed}") for seed in config.seed]
     write_json(folder / "summary.json", report.summarize_runs(runs))
     print(report.format_summary(runs))
     return runs
@@ -70,51 +67,50 @@ def check_data(config: TrainConfig) -> None:
     )
 
 
-def run_or_take(config: TrainConfig, folder: Path) -> report.Results:
-    """The results of one seed: those in its folder, if it had finished before, or a run's.
-
-    Raises ArgumentError when they were made with other settings.
-    """
-    path = folder / "results.json"
-    if not path.exists():
-        return run_seed(config, folder)
-    check_same_settings(config, folder)
-    print(f"{folder} has finished before: its results are taken")
-    results = read_json(path)
+def run_seed(config: TrainConfig, folder: Path) -> report.Results:
+    """Trains with the one seed of ``config``, or takes what ``folder`` has of it; writes and prints the results."""
+    device = pick_device(config.device)
+    be_deterministic(device)
+    config = replace(config, device=str(device), amp=pick_amp(config.amp, device))
+    benchmark = BENCHMARKS[config.benchmark](config)
+    config = replace(config, tasks=len(benchmark.tasks))
+    finished = is_finished(folder)
+    begin = not (is_run(folder) and (config.resume or finished))
+    if not begin:
+        check_same_settings(config, folder)
+    if finished:
+        results = take_results(folder, benchmark)
+    else:
+        trainer = make_trainer(config, benchmark, folder, device)
+        with opened(folder, config, begin), logging_to(folder / "log.txt"):
+            LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), folder)
+            if not begin:
+                trainer.restore()
+            results = trainer.run()
+            write_json(folder / "results.json", results)
+        print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
     if config.plots:
         report.save_plots(results, folder / "plots")
     return results
 
 
-def run_seed(config: TrainConfig, folder: Path) -> report.Results:
-    """Trains with the one seed of ``config``; writes and prints the results."""
-    device = pick_device(config.device)
-    be_deterministic(device)
-    config = replace(config, device=str(device), amp=pick_amp(config.amp, device))
-    resume = config.resume and is_run(folder)
-    if resume:
-        check_same_settings(config, folder)
-    benchmark = BENCHMARKS[config.benchmark](config)
-    config = replace(config, tasks=len(benchmark.tasks))
+def take_results(folder: Path, benchmark: Benchmark) -> report.Results:
+    """The results of a run that has finished; CheckpointError when they are damaged, or of other images."""
+    path = folder / "results.json"
+    results = read_json(path)
+    if results.get("split_sha256") != benchmark.split_sha256 or "accuracy_matrix" not in results:
+        raise CheckpointError(f"{path} holds no results of these images in this order of classes")
+    print(f"{folder} has finished before: its results are taken")
+    return results
+
+
+def make_trainer(config: TrainConfig, benchmark: Benchmark, folder: Path, device: torch.device) -> Trainer:
+    """The backbone, the model and the method of ``config``, whose first factors derive from the seed."""
     torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
     backbone = load_backbone(config.backbone, config.weights).to(device)
     model = ContinualClassifier(backbone, AMP_DTYPES[config.amp], config.normalize)
     method = make_method(model, config)
-    benchmark = benchmark.at(model.input_size)
-    remove(path for glob in LEFTOVERS for path in folder.glob(glob))
-    if not resume:
-        prepare_folder(folder, config)
-    with logging_to(folder / "log.txt"):
-        LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), folder)
-        trainer = Trainer(config, benchmark, model, method, folder)
-        if resume:
-            trainer.restore()
-        results = trainer.run()
-        write_json(folder / "results.json", results)
-    print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
-    if config.plots:
-        report.save_plots(results, folder / "plots")
-    return results
+    return Trainer(config, benchmark.at(model.input_size), model, method, folder)
 
 
 def make_method(model: ContinualClassifier, config: TrainConfig) -> Method:
@@ -123,62 +119,6 @@ def make_method(model: ContinualClassifier, config: TrainConfig) -> Method:
         return METHODS[config.method](model, config)
     except ArgumentError as error:
         raise ArgumentError(f"--backbone {config.backbone}: {error}") from error
-
-
-def check_same_settings(config: TrainConfig, folder: Path) -> None:
-    """Raises ArgumentError when the run in ``folder`` was begun with other settings."""
-    asked, stored = config.to_json(), read_json(folder / "config.json")
-    left_open = UNTOLD | {name for name in SETTLED if asked[name] in ("auto", None)}
-    others = [name for name in asked.keys() & stored.keys() - left_open if stored[name] != asked[name]]
-    if others:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(others))
-        raise ArgumentError(f"{folder} holds a run with another {flags}; choose another folder with --output")
-
-
-def choose_folder(config: TrainConfig) -> Path:
-    """--output, or the first of runs/<benchmark>-<method>-<seed>, ...-2, ...-3 without a finished run in it."""
-    several = len(config.seed) > 1
-    if config.output is not None:
-        whole = config.output / ("summary.json" if several else "results.json")
-        if is_finished(config.output, several) and not (config.resume and whole.exists()):
-            raise ArgumentError(f"{config.output} holds a finished run; choose another folder with --output")
-        return config.output
-    name = f"{config.benchmark}-{config.method}" + ("" if several else f"-{config.seed[0]}")
-    folder, number = Path("runs") / name, 1
-    while is_finished(folder, several):
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
-
-
-def is_finished(folder: Path, several: bool = False) -> bool:
-    """True if ``folder`` holds a run's results or any seed's; a call over ``several`` goes on until a summary."""
-    try:
-        seeds = "summary.json" if several else "seed-*/results.json"
-        return (folder / "results.json").exists() or any(folder.glob(seeds))
-    except OSError as error:
-        raise CheckpointError(f"--output {folder} cannot be read: {error}") from error
-
-
-def prepare_folder(folder: Path, config: TrainConfig) -> None:
-    """Makes the folder, clears what an unfinished run left in it, and saves the configuration.
-
-    Raises ArgumentError when the folder holds files but no run of this program: nobody's files are overwritten.
-    """
-    make_folder(folder)
-    if any(folder.iterdir()) and not is_run(folder):
-        raise ArgumentError(f"{folder} holds files that are no run of this program; choose another with --output")
-    remove([*(folder / name for name in RUN_FILES), *(path for glob in RUN_GLOBS for path in folder.glob(glob))])
-    write_json(folder / "config.json", config.to_json())
-
-
-def is_run(folder: Path) -> bool:
-    """True if ``folder`` holds the configuration of a run of this program."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.keys() >= {"benchmark", "method", "seed"}
 
 
 @contextmanager

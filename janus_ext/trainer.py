@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from janus_ext import events, metrics
 from janus_ext.checkpoint import (
+    SHA256,
     append_json_line,
     make_folder,
     read_json_lines,
@@ -34,7 +35,7 @@ from janus_ext.checkpoint import (
 )
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, Split
-from janus_ext.errors import ArgumentError, CheckpointError, JanusError, StatisticsError, TrainingError
+from janus_ext.errors import ArgumentError, CheckpointError, StatisticsError, TrainingError
 from janus_ext.methods.base import Method, Step, Task, TaskReport
 from janus_ext.versions import result_versions
 
@@ -133,32 +134,43 @@ class Trainer:
             CheckpointError: a file of that run is damaged, or does not belong to this benchmark, model and method.
         """
         path = self.folder / "checkpoints" / "model.safetensors"
-        try:
-            if path.exists():
-                self._restore_task(*read_tensors(path))
-            lines = read_json_lines(self.folder / "metrics.jsonl")
-            write_json_lines(self.folder / "metrics.jsonl", [x for x in lines if x["task"] < len(self.matrix)])
-        except JanusError:
-            raise
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(f"{path} does not fit this run: {reason[-1].strip()}") from error
+        if path.exists():
+            model, about = read_tensors(path)
+            if "results" not in about:
+                raise CheckpointError(f"{path} holds no results: it was written by an earlier version of this program")
+            self._restore_results(json.loads(about["results"]))
+            for classes in self.benchmark.tasks[: len(self.matrix)]:
+                self.model.add_task(len(classes))
+            state, of_method = read_tensors(self._method_path(len(self.matrix) - 1))
+            if of_method.get(SHA256) != about["state"]:
+                raise CheckpointError(f"{self._method_path(len(self.matrix) - 1)} does not belong to {path}")
+            with naming_file(path):
+                self.model.load_state_dict(model)
+            with naming_file(self._method_path(len(self.matrix) - 1)):
+                self.method.load_state_dict(state)
+        self._keep_lines_of_finished_tasks()
+        self._remove_methods_before(len(self.matrix) - 1)
         LOG.info("taken up behind task %d/%d", len(self.matrix), len(self.benchmark.tasks))
 
-    def _restore_task(self, model: dict[str, Tensor], about: dict[str, str]) -> None:
-        results = json.loads(about["results"])
+    def _restore_results(self, results: dict[str, Any]) -> None:
+        """The inverse of ``results``; the factors of old tasks stay in their files."""
         if results["split_sha256"] != self.benchmark.split_sha256:
-            raise CheckpointError(f"{self.folder} holds a run on other images, or with another order of classes")
-        self._restore_results(results)
-        for classes in self.benchmark.tasks[: len(self.matrix)]:
-            self.model.add_task(len(classes))
-        self.model.load_state_dict(model)
-        last = len(self.matrix) - 1
-        self.method.load_state_dict(read_tensors(self._method_path(last))[0])
-        self._remove_methods_before(last)
+            raise CheckpointError(f"{self.folder} holds a run on other image files, or with another order of classes")
         others = [name for name, version in result_versions().items() if results["versions"].get(name) != version]
         if others:
             LOG.warning("begun with another %s: not repeatable bit for bit any more", ", ".join(others))
+        self.matrix, self.seconds = results["accuracy_matrix"], results["seconds"]
+        columns = ("violation_per_layer", "basis_rank", "danger", "similarity_own", "similarity_old")
+        self.reports = [TaskReport(*row) for row in zip(*(results[column] for column in columns), strict=True)]
+
+    def _keep_lines_of_finished_tasks(self) -> None:
+        path = self.folder / "metrics.jsonl"
+        lines = read_json_lines(path)
+        wanted = [(task, epoch) for task in range(len(self.matrix)) for epoch in range(self.config.epochs)]
+        kept = [line for line in lines if (line.get("task"), line.get("epoch")) in wanted]
+        if [(line["task"], line["epoch"]) for line in kept] != wanted:
+            LOG.warning("%s was altered: it does not hold every epoch of the finished tasks once", path)
+        write_json_lines(path, kept)
 
     def run(self) -> dict[str, Any]:
         """Learns every task that is left, evaluating after each; returns what ``results.json`` holds."""
@@ -174,9 +186,9 @@ class Trainer:
                 with naming_task(index):
                     self._learn(index, progress)
                 self.matrix.append(self._evaluate(index))
+                self._write_task(index)
                 self._save(index)
                 self._log_task(index)
-                self._write_task(index)
         return self.results()
 
     def results(self) -> dict[str, Any]:
@@ -199,12 +211,6 @@ class Trainer:
             "seconds": self.seconds,
             "versions": result_versions(),
         }
-
-    def _restore_results(self, results: dict[str, Any]) -> None:
-        """The inverse of ``results``; the factors of old tasks stay in their files."""
-        self.matrix, self.seconds = results["accuracy_matrix"], results["seconds"]
-        columns = ("violation_per_layer", "basis_rank", "danger", "similarity_own", "similarity_old")
-        self.reports = [TaskReport(*row) for row in zip(*(results[column] for column in columns), strict=True)]
 
     def _learn(self, index: int, progress: Progress) -> None:
         """Trains task ``index`` and lets the method consolidate it."""
@@ -297,7 +303,7 @@ class Trainer:
         folder = self.folder / "checkpoints"
         about = {"task": str(index), "method": self.config.method, "scale": str(self.config.scale)}
         write_tensors(folder / f"factors-{index}.safetensors", self.reports[index].factors, about)
-        write_tensors(self._method_path(index), self.method.state_dict(), about)
+        about["state"] = write_tensors(self._method_path(index), self.method.state_dict(), about)
         about["results"] = to_json(self.results())
         write_tensors(folder / "model.safetensors", self.model.state_dict(), about)
         self._remove_methods_before(index)
@@ -362,6 +368,16 @@ class Trainer:
         for index, (train, test) in enumerate(zip(self.train_rows, self.test_rows, strict=True)):
             if not len(train) or not len(test):
                 raise ArgumentError(f"task {index + 1} has {len(train)} training and {len(test)} test images")
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Says which file does not fit, in one line."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"{path} does not fit this run: {reason[-1].strip()}") from error
 
 
 @contextmanager

@@ -32,6 +32,7 @@ ALLOWED = {
     "methods": {"estimator", "margin", "rectifier", "lora", "methods"},
     "events": set(),
     "versions": set(),
+    "run_folder": {"checkpoint", "config"},
     "trainer": {"methods.base", "data.benchmark", "events", "metrics", "checkpoint", "config", "versions"},
 }
 ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info"}

@@ -2,19 +2,28 @@
 
 import json
 import sys
+import time
 
 import pytest
 from conftest import make_trainer
 
 from janus_ext import train
+from janus_ext.methods.base import Task
+from janus_ext.trainer import Trainer
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every tag, as TensorBoard shows them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_event_files_hold_the_run(benchmark, weights, tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("tensorboard")
     results = make_trainer(benchmark, weights, tmp_path / "run", tensorboard=True).run()
-    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = scalars(tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     names = ("loss", "accuracy", "lr", "head_lr")
     expected = {f"epoch/{name}": [(i + 1, line[name]) for i, line in enumerate(lines)] for name in names}
@@ -25,6 +34,28 @@ def test_event_files_hold_the_run(benchmark, weights, tmp_path):
     assert found.keys() == expected.keys() and len(lines) == 9
     for tag, values in expected.items():
         assert found[tag] == [(step, pytest.approx(value)) for step, value in values], tag
+
+
+class CutOff(Trainer):
+    """Stops for good in the second task, behind its first epoch."""
+
+    def _train_epoch(self, task: Task, epoch: int, *rest) -> None:
+        super()._train_epoch(task, epoch, *rest)
+        if (task.index, epoch) == (1, 0):
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_taken_up_shows_every_step_once(benchmark, weights, tmp_path):
+    pytest.importorskip("tensorboard")
+    make_trainer(benchmark, weights, tmp_path / "whole", tensorboard=True).run()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(benchmark, weights, tmp_path / "run", CutOff, tensorboard=True).run()
+    assert [step for step, _ in scalars(tmp_path / "run")["epoch/loss"]] == [1, 2, 3, 4]
+    time.sleep(1.1)  # event files are named, and read in the order, of the second in which they are made
+    resumed = make_trainer(benchmark, weights, tmp_path / "run", tensorboard=True)
+    resumed.restore()
+    resumed.run()
+    assert scalars(tmp_path / "run") == scalars(tmp_path / "whole")
 
 
 def test_without_the_flag_nothing_is_written(benchmark, weights, tmp_path):

@@ -1,0 +1,130 @@
+"""The folder of a run: which one it is, whether it is ours, and that one process alone works in it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from janus_ext.checkpoint import make_folder, read_json, remove, write_json
+from janus_ext.config import TrainConfig
+from janus_ext.errors import ArgumentError, CheckpointError
+
+LOG = logging.getLogger("janus_ext")
+# The model first: without it nothing is taken up, whatever else a removal that was cut off has left.
+OURS = (
+    "checkpoints/model.safetensors",
+    "checkpoints/*.safetensors",
+    "metrics.jsonl",
+    "results.json",
+    "log.txt",
+    "plots/*.png",
+    "tensorboard/events.out.*",
+)
+TEMPORARY = "[0-9]*.tmp"  # the end of a name that a file has while it is written: the process, and .tmp
+LEFTOVERS = (f".*.json.{TEMPORARY}", f".metrics.jsonl.{TEMPORARY}", f"*/.*.{TEMPORARY}")
+NOT_COMPARED = {"output", "resume", "plots", "tensorboard", "workers", "cache_images"}  # results do not depend on them
+OTHER = "choose another folder with --output"
+
+
+def choose_folder(config: TrainConfig) -> Path:
+    """--output, or the first of runs/<benchmark>-<method>-<seed>, ...-2, ...-3 without a finished run in it.
+
+    With --resume a finished run may be chosen, too: --output, or the last of these.
+    """
+    several = len(config.seed) > 1
+    if config.output is not None:
+        whole = config.output / ("summary.json" if several else "results.json")
+        if is_finished(config.output, several) and not (config.resume and whole.exists()):
+            raise ArgumentError(f"{config.output} holds a finished run; {OTHER}")
+        if several and is_run(config.output):
+            raise ArgumentError(f"{config.output} holds a run with one seed; {OTHER}")
+        return config.output
+    name = f"{config.benchmark}-{config.method}" + ("" if several else f"-{config.seed[0]}")
+    folder, number = Path("runs") / name, 1
+    while is_finished(folder, several):
+        number += 1
+        following = Path("runs") / f"{name}-{number}"
+        if config.resume and not following.exists():
+            break
+        folder = following
+    return folder
+
+
+def is_finished(folder: Path, several: bool = False) -> bool:
+    """True if ``folder`` holds a run's results or any seed's; a call over ``several`` goes on until a summary."""
+    try:
+        seeds = "summary.json" if several else "seed-*/results.json"
+        return (folder / "results.json").exists() or any(folder.glob(seeds))
+    except OSError as error:
+        raise CheckpointError(f"--output {folder} cannot be read: {error}") from error
+
+
+def is_run(folder: Path) -> bool:
+    """True if ``folder`` holds the configuration of a run of this program."""
+    path = folder / "config.json"
+    return path.exists() and read_json(path).keys() >= {"benchmark", "method", "seed"}
+
+
+def check_same_settings(config: TrainConfig, folder: Path) -> None:
+    """Raises ArgumentError when the run in ``folder`` was begun with other settings, or has lost one."""
+    asked, stored = _compared(config.to_json()), _compared(read_json(folder / "config.json"))
+    others = [name for name in asked if name not in stored or stored[name] != asked[name]]
+    if others:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(others))
+        raise ArgumentError(f"{folder} holds a run with another {flags}; {OTHER}")
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """What two runs must share to be one; of the device, its kind."""
+    kept = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
+    return kept | {"device": str(kept.get("device")).partition(":")[0]}
+
+
+def check_same_seeds(folder: Path, seeds: tuple[int, ...]) -> None:
+    """Raises ArgumentError when the summary in ``folder`` has seeds that ``seeds`` would drop."""
+    path = folder / "summary.json"
+    dropped = sorted(set(read_json(path).get("seeds", ())) - set(seeds)) if path.exists() else []
+    if dropped:
+        raise ArgumentError(f"{path} has seeds {dropped}, too: name them with --seed, or {OTHER}")
+
+
+@contextmanager
+def opened(folder: Path, config: TrainConfig, begin: bool) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it; what an earlier run left is cleared if this one begins.
+
+    Raises:
+        ArgumentError: the folder holds files but no run of this program, which are left alone, or is in use.
+        CheckpointError: it cannot be made, or written.
+    """
+    make_folder(folder)
+    strangers = [path for path in folder.iterdir() if not path.match(f".config.json.{TEMPORARY}")]
+    if strangers and not is_run(folder):
+        raise ArgumentError(f"{folder} holds files that are no run of this program; {OTHER}")
+    with _locked(folder):
+        remove(path for glob in LEFTOVERS for path in folder.glob(glob))
+        if begin:
+            remove(path for glob in OURS for path in folder.glob(glob))
+            write_json(folder / "config.json", config.to_json())
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ArgumentError(f"{folder} is in use by another process; wait for it, or {OTHER}") from error
+    except OSError as error:  # a network's file system without locks
+        LOG.warning("%s cannot be locked (%s): let no second process work in it", folder, error)
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,137 @@
+"""The run folder: which one is taken, that nobody's files are touched, and that one process alone works in it."""
+
+import pathlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from janus_ext import checkpoint, run_folder, train
+from janus_ext.config import TrainConfig
+from janus_ext.errors import ArgumentError
+
+
+def test_the_default_folder_is_numbered_when_it_holds_a_finished_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(seed=(7,))
+    assert run_folder.choose_folder(config) == Path("runs/emoji-janus-7")
+    for name in ("emoji-janus-7", "emoji-janus-7-2"):
+        checkpoint.make_folder(Path("runs") / name)
+        checkpoint.write_json(Path("runs") / name / "results.json", {})
+    assert run_folder.choose_folder(config) == Path("runs/emoji-janus-7-3")
+    assert run_folder.choose_folder(replace(config, seed=(1, 2))) == Path("runs/emoji-janus")
+
+
+def test_an_unfinished_run_starts_over(tmp_path):
+    config = TrainConfig().resolved()
+    with run_folder.opened(tmp_path, config, begin=True):
+        pass
+    checkpoint.append_json_line(tmp_path / "metrics.jsonl", {"epoch": 0})
+    checkpoint.write_tensors(checkpoint.make_folder(tmp_path / "checkpoints") / "factors-9.safetensors", {})
+    (checkpoint.make_folder(tmp_path / "tensorboard") / "events.out.tfevents.1.host").touch()
+    with run_folder.opened(tmp_path, config, begin=True):
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json", "checkpoints", "tensorboard"}
+        assert not any((tmp_path / "checkpoints").iterdir()) and not any((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+def test_files_of_others_are_never_touched(tmp_path, name, capsys):
+    (tmp_path / name).write_text('{"model_type": "vit"}')
+    assert train.main(["--output", str(tmp_path)]) == 2
+    assert "no run of this program" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, '{"model_type": "vit"}')]
+
+
+def test_files_that_are_named_like_ours_are_left_alone_too(tmp_path):
+    names = ("a.txt", ".config.json.old.tmp", ".config.json.7.tmp", "checkpoints/.w.safetensors.7.tmp")
+    checkpoint.make_folder(tmp_path / "checkpoints")
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(ArgumentError, match="no run of this program"), opened(tmp_path):
+        pass
+    assert all((tmp_path / name).exists() for name in names)
+
+
+def opened(folder, begin=True):
+    return run_folder.opened(folder, TrainConfig().resolved(), begin)
+
+
+def test_what_a_kill_in_the_first_write_leaves_is_no_strangers(tmp_path):
+    (tmp_path / ".config.json.7.tmp").touch()
+    with opened(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_folder_in_use_is_refused_until_it_is_free(tmp_path):
+    with opened(tmp_path):
+        before = sorted(tmp_path.iterdir())
+        for begin in (True, False):
+            with pytest.raises(ArgumentError, match="in use by another process"), opened(tmp_path, begin):
+                pass
+        assert sorted(tmp_path.iterdir()) == before
+    with opened(tmp_path, begin=False):
+        pass
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
+    with opened(tmp_path):
+        assert "cannot be locked" in caplog.text
+
+
+class CutOff(BaseException):
+    """Ends the process's work on the spot."""
+
+
+@pytest.mark.parametrize("removals", range(5))
+def test_clearing_that_was_cut_off_leaves_a_run_of_ours_without_its_model(tmp_path, monkeypatch, removals):
+    with opened(tmp_path):
+        checkpoint.make_folder(tmp_path / "checkpoints")
+        for name in ("checkpoints/model.safetensors", "checkpoints/method-1.safetensors", "metrics.jsonl", "log.txt"):
+            (tmp_path / name).touch()
+    unlink, removed = pathlib.Path.unlink, []
+
+    def cut(path, missing_ok=False):
+        if path.name.endswith(".tmp"):
+            return unlink(path, missing_ok)
+        if len(removed) == removals:
+            raise CutOff
+        removed.append(path)
+        return unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "unlink", cut)
+        if removals < 4:
+            with pytest.raises(CutOff), opened(tmp_path):
+                pass
+        else:
+            with opened(tmp_path):
+                pass
+    assert (tmp_path / "checkpoints" / "model.safetensors").exists() == (removals == 0)
+    with opened(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json", "checkpoints"}
+
+
+def test_with_resume_the_last_default_folder_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(resume=True).resolved()
+    first, second = Path("runs/emoji-janus-0"), Path("runs/emoji-janus-0-2")
+    assert run_folder.choose_folder(config) == first
+    checkpoint.make_folder(first)
+    checkpoint.write_json(first / "results.json", {})
+    assert run_folder.choose_folder(config) == first
+    assert run_folder.choose_folder(replace(config, resume=False)) == second
+    checkpoint.make_folder(second)
+    assert run_folder.choose_folder(config) == second
+
+
+def test_a_damaged_configuration_is_named(tmp_path, capsys):
+    for text in ("", "{", "[]", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        assert train.main(["--output", str(tmp_path)]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "config.json cannot be read" in message
+        assert (tmp_path / "config.json").read_text() == text
