@@ -75,7 +75,7 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
     benchmark = BENCHMARKS[config.benchmark](config)
     config = replace(config, tasks=len(benchmark.tasks))
     finished = is_finished(folder)
-    begin = not (is_run(folder) and (config.resume or finished))
+    begin = not finished and not (config.resume and is_run(folder))
     if not begin:
         check_same_settings(config, folder)
     if finished:
@@ -88,7 +88,7 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
                 trainer.restore()
             results = trainer.run()
             write_json(folder / "results.json", results)
-        print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
+    print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
     if config.plots:
         report.save_plots(results, folder / "plots")
     return results
