@@ -95,7 +95,7 @@ def check_same_seeds(folder: Path, seeds: tuple[int, ...]) -> None:
 
 @contextmanager
 def opened(folder: Path, config: TrainConfig, begin: bool) -> Iterator[None]:
-    """Makes the folder and keeps other processes out of it; what an earlier run left is cleared if this one begins.
+    """Makes the folder and keeps other processes out of it; what an unfinished run left is cleared if this one begins.
 
     Raises:
         ArgumentError: the folder holds files but no run of this program, which are left alone, or is in use.
@@ -108,6 +108,8 @@ def opened(folder: Path, config: TrainConfig, begin: bool) -> Iterator[None]:
     with _locked(folder):
         remove(path for glob in LEFTOVERS for path in folder.glob(glob))
         if begin:
+            if is_run(folder):
+                LOG.warning("%s holds an unfinished run: it starts over (--resume would have gone on with it)", folder)
             remove(path for glob in OURS for path in folder.glob(glob))
             write_json(folder / "config.json", config.to_json())
         yield
@@ -117,14 +119,30 @@ def opened(folder: Path, config: TrainConfig, begin: bool) -> Iterator[None]:
 def _locked(folder: Path) -> Iterator[None]:
     """Holds a lock that ends with the process, however it ends."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    _held.add(handle)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(handle)
+        _let_go(handle)
         raise ArgumentError(f"{folder} is in use by another process; wait for it, or {OTHER}") from error
     except OSError as error:  # a network's file system without locks
         LOG.warning("%s cannot be locked (%s): let no second process work in it", folder, error)
     try:
         yield
     finally:
-        os.close(handle)
+        _let_go(handle)
+
+
+def _let_go(handle: int) -> None:
+    _held.discard(handle)
+    os.close(handle)
+
+
+def _let_go_in_child() -> None:
+    """Workers that decode images outlive a killed run for seconds, and must not keep its lock."""
+    for handle in tuple(_held):
+        _let_go(handle)
+
+
+_held: set[int] = set()  # locked folders, as file descriptors
+os.register_at_fork(after_in_child=_let_go_in_child)

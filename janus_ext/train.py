@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,13 +31,16 @@ LOG = logging.getLogger("janus_ext")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses ``argv`` and trains; 0 on success, 2 with one line on stderr when the user can set it right."""
+    """Parses ``argv`` and trains; 0 on success, 2 with one line on stderr for what the user can mend, 130 on Ctrl-C."""
     config = tyro.cli(TrainConfig, prog="janus_ext.train", args=argv)
     try:
         train(config)
     except (JanusError, OSError) as error:  # the system's own errors name the file and what is wrong with it
         print(f"janus_ext.train: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\njanus_ext.train: interrupted; the same call with --resume goes on with the run", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

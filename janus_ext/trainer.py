@@ -134,6 +134,8 @@ class Trainer:
             CheckpointError: a file of that run is damaged, or does not belong to this benchmark, model and method.
         """
         path = self.folder / "checkpoints" / "model.safetensors"
+        if not path.exists() and any(p.name != "factors-0.safetensors" for p in path.parent.glob("factors-*")):
+            raise CheckpointError(f"{path} is missing, and tasks were finished; without --resume the run starts over")
         if path.exists():
             model, about = read_tensors(path)
             if "results" not in about:
@@ -158,7 +160,7 @@ class Trainer:
             raise CheckpointError(f"{self.folder} holds a run on other image files, or with another order of classes")
         others = [name for name, version in result_versions().items() if results["versions"].get(name) != version]
         if others:
-            LOG.warning("begun with another %s: not repeatable bit for bit any more", ", ".join(others))
+            LOG.warning("begun with other versions or threads (%s): bits may differ from now on", ", ".join(others))
         self.matrix, self.seconds = results["accuracy_matrix"], results["seconds"]
         columns = ("violation_per_layer", "basis_rank", "danger", "similarity_own", "similarity_old")
         self.reports = [TaskReport(*row) for row in zip(*(results[column] for column in columns), strict=True)]

@@ -150,9 +150,10 @@ def test_the_command_goes_on_and_then_takes_what_is_finished(cut_off, capsys):
     assert (folder / "results.json").read_bytes() == before
 
 
-def test_without_the_flag_the_run_starts_over(cut_off):
+def test_without_the_flag_the_run_starts_over_and_says_so(cut_off, caplog):
     call, folder = cut_off
     assert train.main([flag for flag in call if flag != "--resume"]) == 0
+    assert "holds an unfinished run: it starts over" in caplog.text
     assert "taken up" not in (folder / "log.txt").read_text()
     assert len(checkpoint.read_json_lines(folder / "metrics.jsonl")) == 12
 
@@ -206,10 +207,6 @@ def damage_tensors(path, how: str) -> None:
 def test_damaged_files_are_named_and_nothing_is_lost(cut_off, capsys, name, how):
     call, folder = cut_off
     damage_tensors(folder / "checkpoints" / name, how)
-    if (name, how) == ("model.safetensors", "missing"):  # no task was finished
-        assert train.main(call) == 0
-        assert "taken up behind task 0/4" in (folder / "log.txt").read_text()
-        return
     before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.name != "log.txt"}
     assert train.main(call) == 2
     message = capsys.readouterr().err
@@ -233,6 +230,16 @@ def test_a_model_of_an_earlier_version_is_refused(cut_off, capsys):
     checkpoint.write_tensors(path, tensors, {key: about[key] for key in ("task", "method", "scale")})
     assert train.main(call) == 2
     assert "written by an earlier version" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line_that_tells_how_to_go_on(weights, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer_module.Trainer, "_learn", interrupt)
+    assert train.main([*FLAGS.split(), "--weights", str(weights), "--output", str(tmp_path / "run")]) == 130
+    message = capsys.readouterr().err
+    assert "with --resume goes on" in message and "Traceback" not in message
 
 
 def test_a_folder_in_use_is_refused_by_the_command(cut_off, capsys):
@@ -303,4 +310,4 @@ def test_other_versions_are_said(benchmark, weights, tmp_path, monkeypatch, capl
     now = trainer_module.result_versions()
     monkeypatch.setattr(trainer_module, "result_versions", lambda: now | {"torch": "1.0", "threads": 99})
     make_trainer(benchmark, weights, tmp_path / "run").restore()
-    assert "begun with another torch, threads" in caplog.text
+    assert "other versions or threads (torch, threads)" in caplog.text

@@ -1,6 +1,8 @@
 """The run folder: which one is taken, that nobody's files are touched, and that one process alone works in it."""
 
+import multiprocessing
 import pathlib
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +73,19 @@ def test_a_folder_in_use_is_refused_until_it_is_free(tmp_path):
         assert sorted(tmp_path.iterdir()) == before
     with opened(tmp_path, begin=False):
         pass
+
+
+def test_processes_that_a_run_started_do_not_keep_its_folder(tmp_path):
+    """The workers of a run that was killed live on for seconds."""
+    with opened(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        with pytest.raises(ArgumentError, match="in use"), opened(tmp_path):
+            pass  # starting it has not freed the folder either
+    with opened(tmp_path, begin=False):
+        assert child.is_alive()
+    child.kill()
+    child.join()
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
