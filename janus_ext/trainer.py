@@ -141,14 +141,15 @@ class Trainer:
             if "results" not in about:
                 raise CheckpointError(f"{path} holds no results: it was written by an earlier version of this program")
             self._restore_results(json.loads(about["results"]))
+            beside = self._method_path(len(self.matrix) - 1)
+            state, of_method = read_tensors(beside)
+            if of_method.get(SHA256) != about["state"]:
+                raise CheckpointError(f"{beside} does not belong to {path}")
             for classes in self.benchmark.tasks[: len(self.matrix)]:
                 self.model.add_task(len(classes))
-            state, of_method = read_tensors(self._method_path(len(self.matrix) - 1))
-            if of_method.get(SHA256) != about["state"]:
-                raise CheckpointError(f"{self._method_path(len(self.matrix) - 1)} does not belong to {path}")
             with naming_file(path):
                 self.model.load_state_dict(model)
-            with naming_file(self._method_path(len(self.matrix) - 1)):
+            with naming_file(beside):
                 self.method.load_state_dict(state)
         self._keep_lines_of_finished_tasks()
         self._remove_methods_before(len(self.matrix) - 1)
