@@ -6,6 +6,7 @@
     python benchmarks/sweep.py table methods               # mean and spread as Markdown
     python benchmarks/sweep.py differences --against lora-drs   # of all methods to one of them, seed by seed
     python benchmarks/sweep.py differences ablation --against OE
+    python benchmarks/sweep.py trials                      # every candidate of every method, as far as it was run
 
 Every finished cell is one line of JSON; a sweep goes on where it stopped, and runs a cell again only when its
 configuration, the embedded images or the backbone have changed. The class order is drawn from the seed.
@@ -317,6 +318,19 @@ def differences(name: str, path: Path, against: str) -> str:
     return "\n".join(text)
 
 
+def trials(path: Path) -> str:
+    """Every candidate's ACC on the selection seeds, and its means on the reported ones, as Markdown."""
+    rows = {row: (row, change) for method in METHODS for row, change in candidates(method).items()}
+    seeds = " | ".join(f"ACC, seed {seed}" for seed in SELECTION_SEEDS)
+    text = [f"| method | candidate | {seeds} | reported seeds | ACC | MAA | BWT |", "|" + "---|" * 8]
+    for row, cells in finished(rows, path).items():
+        selected = [spread([c["acc"] for c in cells if c["seed"] == seed], "{:.2f}") for seed in SELECTION_SEEDS]
+        reported = [c for c in cells if c["seed"] not in SELECTION_SEEDS]
+        columns = [*row.split(" | "), *selected, str(len(reported)), *accuracies(reported)[:3]]
+        text.append("| " + " | ".join(columns) + " |")
+    return "\n".join(text)
+
+
 Rows = dict[str, tuple[str, dict[str, Any]]]
 
 
@@ -359,7 +373,7 @@ def spread(values: list[float | None], form: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["methods", *SWEEPS, "table", "differences"])
+    parser.add_argument("action", choices=["methods", *SWEEPS, "table", "differences", "trials"])
     parser.add_argument("name", nargs="?", choices=["methods", *SWEEPS], default="methods", help="what is shown")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rows", nargs="+", default=[], help="only these rows, or methods")
@@ -370,6 +384,9 @@ def main() -> None:
     shown = HERE / "results" / f"{arguments.name}.jsonl"
     if arguments.action == "differences":
         print(differences(arguments.name, shown, arguments.against))
+        return
+    if arguments.action == "trials":
+        print(trials(shown))
         return
     if arguments.action == "table":
         print(table(arguments.name, shown))

@@ -21,11 +21,12 @@ from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.data.benchmark import Benchmark
+from janus_ext.devices import AMP_DTYPES, be_deterministic, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method
 from janus_ext.run_folder import check_same_seeds, check_same_settings, choose_folder, is_finished, is_run, opened
-from janus_ext.trainer import AMP_DTYPES, Trainer, be_deterministic, derive_seed, pick_amp, pick_device
+from janus_ext.trainer import Trainer, derive_seed
 
 LOG = logging.getLogger("janus_ext")
 

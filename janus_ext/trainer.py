@@ -9,12 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +34,8 @@ from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, Split
 from janus_ext.errors import ArgumentError, CheckpointError, StatisticsError, TrainingError
 from janus_ext.methods.base import Method, Step, Task, TaskReport
+from janus_ext.optimization import make_optimizer, schedule
+from janus_ext.progress import Progress
 from janus_ext.versions import result_versions
 
 if TYPE_CHECKING:
@@ -45,62 +44,7 @@ if TYPE_CHECKING:
     from janus_ext.classifier import ContinualClassifier
 
 LOG = logging.getLogger("janus_ext")
-READ_EVERY = 20  # steps between two reads of the loss: each read waits for the device
 EVALUATION_BATCH = 200
-AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Progress:
-    """The progress bar of a whole run and the losses not yet read from the device."""
-
-    bar: tqdm
-    task: int = 0
-    epoch: int = 0
-    step: int = 0
-    pending: list[tuple[int, Tensor, Tensor, int]] = field(default_factory=list)
-    totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-
-    def begin_epoch(self, task: int, epoch: int) -> None:
-        """Starts the epoch's sums."""
-        self.task, self.epoch, self.step = task, epoch, 0
-        self.totals = [0.0, 0.0, 0.0]
-
-    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
-        """Notes a step; reads the device every READ_EVERY steps."""
-        self.pending.append((self.step, loss.detach(), correct, images))
-        self.step += 1
-        if len(self.pending) >= READ_EVERY:
-            self.read()
-
-    def read(self) -> None:
-        """Fetches the pending losses in one transfer; TrainingError names the first that is not finite."""
-        if not self.pending:
-            return
-        steps, losses, correct, images = zip(*self.pending, strict=True)
-        self.pending = []
-        values = torch.stack([torch.stack(losses).double(), torch.stack(correct).double()]).tolist()
-        for step, value in zip(steps, values[0], strict=True):
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss is {value} in task {self.task + 1}, epoch {self.epoch + 1}, step {step + 1}; "
-                    "a smaller --lr, --clip-norm 1 or --amp off may help"
-                )
-        self.totals[0] += sum(v * n for v, n in zip(values[0], images, strict=True))
-        self.totals[1] += sum(values[1])
-        self.totals[2] += sum(images)
-        self.bar.set_postfix_str(f"loss {self.loss:.3f}, accuracy {self.accuracy:.0f} %", refresh=False)
-        self.bar.update(len(steps))
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the epoch so far."""
-        return self.totals[0] / self.totals[2]
-
-    @property
-    def accuracy(self) -> float:
-        """Training accuracy of the epoch so far, percent, within the current task."""
-        return 100 * self.totals[1] / self.totals[2]
 
 
 class Trainer:
@@ -406,66 +350,6 @@ def derive_seed(seed: int, task: int, epoch: int, purpose: str) -> int:
     """A 63-bit seed for one purpose in one epoch of one task."""
     digest = hashlib.sha256(f"{seed}/{task}/{epoch}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def schedule(config: TrainConfig, epoch: int) -> float:
-    """Share of the peak learning rates in ``epoch``: half a cosine or a quarter, a tenth per milestone, or 1.
-
-    The quarter is CODA-Prompt's, whose schedule InfLoRA uses: its last epoch stands at 99 % of the quarter.
-    """
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
-    if config.schedule == "quarter":
-        return math.cos(0.495 * math.pi * epoch / max(1, config.epochs - 1))
-    return 0.1 ** sum(epoch >= milestone for milestone in config.milestones or ())
-
-
-def make_optimizer(config: TrainConfig, factors: list[nn.Parameter], head: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """A fresh optimizer over the method's parameters and the newest head; each group's "peak" is its learning rate."""
-    groups = [
-        {"params": factors, "lr": config.lr, "peak": config.lr},
-        {"params": head, "lr": config.head_lr, "peak": config.head_lr},
-    ]
-    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "adam": lambda: torch.optim.Adam(groups, fused=True),
-        "adamw": lambda: torch.optim.AdamW(groups, fused=True),
-        # fused, and its first step left out by the gradient scaler, it would start from momenta that nobody has set
-        "sgd": lambda: torch.optim.SGD(groups, momentum=0.9, fused=config.amp != "fp16"),
-    }
-    return makers[config.optimizer]()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is the first GPU if there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ArgumentError(f"--device {name}: no such device; cpu, cuda, cuda:1, ... or auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
-    if device.type not in ("cpu", "cuda"):
-        raise ArgumentError(f"--device {name}: only cpu and cuda devices are supported")
-    return device
-
-
-def pick_amp(name: str, device: torch.device) -> str:
-    """A key of AMP_DTYPES; "auto" is bf16 where hardware multiplies it (half the time on a CPU with AMX), else off."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "off"
-
-
-def be_deterministic(device: torch.device) -> None:
-    """Chooses repeatable kernels; a GPU needs a fixed cuBLAS workspace for it, set before its first product."""
-    torch.backends.cudnn.benchmark = False
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _mean_or_none(values: Any) -> float | None:

@@ -32,8 +32,21 @@ ALLOWED = {
     "methods": {"estimator", "margin", "rectifier", "lora", "methods"},
     "events": set(),
     "versions": set(),
+    "devices": set(),
+    "progress": set(),
+    "optimization": {"config"},
     "run_folder": {"checkpoint", "config"},
-    "trainer": {"methods.base", "data.benchmark", "events", "metrics", "checkpoint", "config", "versions"},
+    "trainer": {
+        "methods.base",
+        "data.benchmark",
+        "events",
+        "metrics",
+        "checkpoint",
+        "config",
+        "versions",
+        "optimization",
+        "progress",
+    },
 }
 ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info"}
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}

@@ -1,0 +1,67 @@
+"""How a run is doing: the progress bar, and the losses, read from the device now and then."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from janus_ext.errors import TrainingError
+
+READ_EVERY = 20  # steps between two reads of the loss: each read waits for the device
+
+
+@dataclass
+class Progress:
+    """The progress bar of a whole run and the losses not yet read from the device."""
+
+    bar: tqdm
+    task: int = 0
+    epoch: int = 0
+    step: int = 0
+    pending: list[tuple[int, Tensor, Tensor, int]] = field(default_factory=list)
+    totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+
+    def begin_epoch(self, task: int, epoch: int) -> None:
+        """Starts the epoch's sums."""
+        self.task, self.epoch, self.step = task, epoch, 0
+        self.totals = [0.0, 0.0, 0.0]
+
+    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
+        """Notes a step; reads the device every READ_EVERY steps."""
+        self.pending.append((self.step, loss.detach(), correct, images))
+        self.step += 1
+        if len(self.pending) >= READ_EVERY:
+            self.read()
+
+    def read(self) -> None:
+        """Fetches the pending losses in one transfer; TrainingError names the first that is not finite."""
+        if not self.pending:
+            return
+        steps, losses, correct, images = zip(*self.pending, strict=True)
+        self.pending = []
+        values = torch.stack([torch.stack(losses).double(), torch.stack(correct).double()]).tolist()
+        for step, value in zip(steps, values[0], strict=True):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} in task {self.task + 1}, epoch {self.epoch + 1}, step {step + 1}; "
+                    "a smaller --lr, --clip-norm 1 or --amp off may help"
+                )
+        self.totals[0] += sum(v * n for v, n in zip(values[0], images, strict=True))
+        self.totals[1] += sum(values[1])
+        self.totals[2] += sum(images)
+        self.bar.set_postfix_str(f"loss {self.loss:.3f}, accuracy {self.accuracy:.0f} %", refresh=False)
+        self.bar.update(len(steps))
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the epoch so far."""
+        return self.totals[0] / self.totals[2]
+
+    @property
+    def accuracy(self) -> float:
+        """Training accuracy of the epoch so far, percent, within the current task."""
+        return 100 * self.totals[1] / self.totals[2]
