@@ -16,7 +16,8 @@ from janus_ext.errors import (
     TrainingError,
 )
 from janus_ext.estimator import OnlineEstimator, observing
-from janus_ext.lora import LoRALinear, LoRAQKV, inject
+from janus_ext.injection import Injection, inject
+from janus_ext.lora import LoRALinear, LoRAQKV
 from janus_ext.margin import ClassPrototypes, DecoupledMarginLoss
 from janus_ext.rectifier import GradientRectifier, LoRAPair
 
@@ -28,6 +29,7 @@ __all__ = [
     "DataError",
     "DecoupledMarginLoss",
     "GradientRectifier",
+    "Injection",
     "JanusError",
     "LoRALinear",
     "LoRAPair",

@@ -1,4 +1,4 @@
-"""LoRA layers whose update leaves a protected input subspace alone, and their way into a timm Vision Transformer.
+"""LoRA layers whose update leaves a protected input subspace alone.
 
 A layer lives through tasks: `protect(basis)`, train A and B with any optimizer, `merge()`, and again. Between merge and
 protect the optimizer's state for A and B is worthless: start it anew. A compiled graph (torch.compile) is not: the one
@@ -6,7 +6,9 @@ of the first task serves all of them.
 """
 
 import math
-from collections.abc import Sequence
+import numbers
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +19,21 @@ from janus_ext.errors import ArgumentError, TaskBoundaryError
 
 RECTIFY_IN = ("backward", "step")
 ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half precision's of a few columns even
+WORKING_DTYPES = (torch.float32, torch.float64)  # of factors and bases
+HALF_WEIGHTS = (
+    "merge() into weights in half precision rounds them, and the update with them: it reaches protected inputs by 4e-3 "
+    "to 6e-2 of itself instead of 1e-7; merge(master=True) keeps float32 weights, so does a float32 model with autocast"
+)
 
 
 class LoRALayer(nn.Module):
     """What `LoRALinear` and `LoRAQKV` share: a frozen linear map, factors A [..., r, n] and B [..., m, r], a basis V.
 
+    The factors and V stay float32 (float64 in a float64 model), whatever dtype the model is moved to.
+
     Attributes:
-        A, B: the factors, float32 (float64 in a float64 model).
-        basis: V [n, k], k = 0 where nothing is protected.
+        A, B: the factors.
+        linear: the frozen map; its weight is what `merge` changes.
     """
 
     def __init__(
@@ -41,7 +50,8 @@ class LoRALayer(nn.Module):
     ) -> None:
         super().__init__()
         check_rectification(type(self).__name__, scale, rectify, damping, share)
-        _check_rank(linear, shape_A[-2], rectify_in)
+        if rectify_in not in RECTIFY_IN:
+            raise ArgumentError(f"rectify_in must be one of {', '.join(RECTIFY_IN)}, got {rectify_in!r}")
         self.linear = linear.requires_grad_(False)
         self.scale, self.rectify, self.rectify_in = scale, rectify, rectify_in
         self.damping, self.share, self.balance = damping, share, balance
@@ -49,9 +59,13 @@ class LoRALayer(nn.Module):
         dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
         self.A = nn.Parameter(torch.empty(*shape_A, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.empty(*shape_B, dtype=dtype, device=device))
-        self.register_buffer("basis", None)
         self._hold(torch.zeros(linear.in_features, 0, dtype=dtype, device=device))
         self.reset()
+
+    @property
+    def basis(self) -> Tensor:
+        """V [n, k], k = 0 where nothing is protected. Stored with the layer's state, but no buffer: k changes."""
+        return self._open[0]
 
     @property
     def in_features(self) -> int:
@@ -69,9 +83,26 @@ class LoRALayer(nn.Module):
         self.B.zero_()
         self._project_A()
 
+    def enter(self, x: Tensor) -> Tensor:
+        """x [..., n] in the dtype in which this layer multiplies it: what an estimator of its inputs has to see."""
+        return x.to(multiplied_dtype(x, self.linear.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., n] -> [..., m], of a fused qkv [..., 3 m]; x's dtype, under autocast that of autocast."""
+        y, effective = self._multiply(self.enter(x), self.linear.weight, self.linear.bias, **self._call_options())
+        self._effective = effective
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        """W x + b + s B (A_s x) and A_s [..., r, n], x in W's dtype or that of autocast."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def protect(self, basis: Tensor) -> None:
         """Protect the span of basis [n, k], orthonormal, from now on; the layer's function does not change.
+
+        A basis that was rounded (half precision) is made orthonormal again. A copy of the model that is averaged over
+        the steps of a task (EMA) belongs to that task: make it anew, the basis of the old one has another shape.
 
         Raises:
             TaskBoundaryError: B is not zero: a new basis would change what the layer computes. Merge first.
@@ -84,20 +115,28 @@ class LoRALayer(nn.Module):
             raise ArgumentError(
                 f"basis must be [n, k] with n = {self.in_features} and k <= n - r = {room}, got {list(basis.shape)}"
             )
-        V = basis.double()
-        defect = float((V.mT @ V - torch.eye(V.shape[1], dtype=V.dtype, device=V.device)).norm())
-        if not defect <= ORTHONORMALITY:
-            raise ArgumentError(f"basis must be orthonormal, |V^T V - I| <= {ORTHONORMALITY:g}, got {defect:g}")
-        self._hold(basis.to(self.A))
+        self._hold(_orthonormal(basis, self.A.dtype).to(self.A))
         self._project_A()
 
     @torch.no_grad()
-    def merge(self) -> Tensor:
+    def merge(self, master: bool = False) -> Tensor:
         """W <- W + s B A_s, computed in float64 and rounded once; fresh factors in place.
+
+        A W in half precision is rounded to 3 or 4 digits, and so is the update: it then reaches protected inputs by
+        4e-3 to 6e-2 of itself, where float32 keeps 1e-7. This is said once, as a warning.
+
+        Args:
+            master: make float32 master weights of a W (and b) in half precision first: from now on the layer keeps and
+                multiplies them in float32, twice the memory, and rounds its output to the dtype of its input.
 
         Returns:
             W_after - W_before as it came out in W's dtype, [..., m, n] float64.
         """
+        if self.linear.weight.dtype not in WORKING_DTYPES:
+            if master:
+                self.linear.float()
+            else:
+                warnings.warn(HALF_WEIGHTS, stacklevel=2)
         delta = self._delta64()
         change = torch.empty_like(delta)
         updates = zip(delta.view(-1, *delta.shape[-2:]), change.view(-1, *delta.shape[-2:]), strict=True)
@@ -120,6 +159,13 @@ class LoRALayer(nn.Module):
     def effective_A(self) -> Tensor:
         """A_s [..., r, n]: A P for "exact", A otherwise."""
         return ops.project(self.A, self.basis) if self.rectify == "exact" else self.A.detach()
+
+    def forward_A(self) -> Tensor:
+        """`effective_A` as the last forward pass has computed it, with which the present gradients were taken."""
+        kept = self._effective
+        if kept is None or torch._C._functorch.is_functorch_wrapped_tensor(kept):
+            return self.effective_A()
+        return kept.view_as(self.A)
 
     def options(self) -> dict[str, float | str | bool]:
         """How this layer's gradients are rectified: keyword arguments of the ops."""
@@ -147,7 +193,7 @@ class LoRALayer(nn.Module):
         defer = self.rectify_in == "step"
         if self._needs_no_basis() and self.basis.shape[1] > 0:
             raise ArgumentError("rectify='tangent' with a basis needs G V: make the layer with rectify_in='backward'")
-        return {"basis": self._open[0], "scale": self.scale, "defer": defer, **self.options()}
+        return {"basis": self.basis, "scale": self.scale, "defer": defer, **self.options()}
 
     def _needs_no_basis(self) -> bool:
         """Whether the layer works only while k = 0: deferred factor gradients do not hold the G V that it needs."""
@@ -158,23 +204,61 @@ class LoRALayer(nn.Module):
         from torch._dynamo.decorators import mark_unbacked  # a second of import, which every optimizer pays anyway
 
         n, k = basis.shape
-        self.basis = basis.new_empty_strided((n, k), (1, n)).copy_(basis)
+        held = basis.new_empty_strided((n, k), (1, n)).copy_(basis)
         if not self._needs_no_basis():
-            mark_unbacked(self.basis, 1)  # no recompilation for k = 0 or 1 either
-        self._open = (self.basis,)  # the same tensor, on a way where torch.compile honours the mark: not so for buffers
+            mark_unbacked(held, 1)  # no recompilation for k = 0 or 1 either
+        self._open = (held,)  # in a tuple torch.compile honours the mark, in a buffer it does not
+        self._effective: Tensor | None = None  # A_s of the last forward pass
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "LoRALayer":
-        super()._apply(*args, **kwargs)
-        if self.basis is not self._open[0]:  # a tensor of another device or dtype is a new one
-            self._hold(self.basis)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALayer":
+        """Moves the layer; factors and basis go to another device, but to no half precision."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype in WORKING_DTYPES else tensor.to(moved.device)
+
+        if recurse:
+            self.linear._apply(fn)
+        super()._apply(move, recurse=False)
+        basis = move(self.basis)
+        if basis is not self.basis:
+            self._hold(basis)
+        self._effective = None
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        stored = state_dict.get(prefix + "basis")
-        if stored is not None and stored.dim() == 2 and stored.shape[0] == self.in_features:  # k is data
-            self.basis = self.basis.new_zeros(stored.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._hold(self.basis)
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "basis"] = self.basis
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "basis"
+        stored = state_dict.pop(key, None)  # the rest is parameters, as of any module
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if stored is None:
+            missing_keys.append(key)
+        elif stored.dim() != 2 or stored.shape[0] != self.in_features:
+            error_msgs.append(f"size mismatch for {key}: wanted [{self.in_features}, k], found {list(stored.shape)}")
+        else:
+            self._hold(stored.to(self.basis))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"{type(self).__name__} has no {name} of its own: who reads it instead of calling the layer, as "
+                f"nn.MultiheadAttention does, would miss the update; the frozen one is `.linear.{name}`"
+            )
+        return super().__getattr__(name)
 
 
 def violation(change: Tensor, basis: Tensor) -> float:
@@ -192,21 +276,68 @@ def project_rows_(A: Tensor, basis: Tensor) -> None:
     A.copy_(safe * (before / after.clamp_min(torch.finfo(torch.float64).tiny)))
 
 
+def _orthonormal(basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """The orthonormal matrix nearest to `basis`, which is that itself up to rounding of `dtype`."""
+    V = basis.double()
+    k = V.shape[1]
+    defect = float((V.mT @ V - torch.eye(k, dtype=V.dtype, device=V.device)).norm())
+    if not defect <= ORTHONORMALITY:
+        raise ArgumentError(f"basis must be orthonormal, |V^T V - I| <= {ORTHONORMALITY:g}, got {defect:g}")
+    if defect <= k * torch.finfo(dtype).eps:
+        return basis
+    U, _, Vh = torch.linalg.svd(V, full_matrices=False)
+    return U @ Vh
+
+
+def multiplied_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """In which dtype a layer multiplies x and weight: that of autocast, or the weight's where that is a master copy."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return weight.dtype if x.dtype.itemsize == 2 and weight.dtype in WORKING_DTYPES else x.dtype
+
+
 def check_rectification(who: str, scale: float, rectify: str, damping: float, share: float) -> None:
     """The ops' own check of these options, early: ArgumentError where a module is made, not in its first forward."""
+    for name, value in (("scale", scale), ("damping", damping), ("share", share)):
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise ArgumentError(f"{who}: {name} must be a number, got {value!r}")
     try:
         ops.check_rectify(who, scale, rectify, damping, share)
     except ValueError as error:
         raise ArgumentError(str(error)) from error
 
 
-def _check_rank(linear: nn.Linear, rank: int, rectify_in: str) -> None:
-    if rectify_in not in RECTIFY_IN:
-        raise ArgumentError(f"rectify_in must be one of {', '.join(RECTIFY_IN)}, got '{rectify_in}'")
-    if not 1 <= rank <= min(linear.in_features, linear.out_features):
-        raise ArgumentError(
-            f"rank must be from 1 to min(m, n) = {min(linear.in_features, linear.out_features)}, got {rank}"
-        )
+def check_linear(who: str, linear: object) -> None:
+    """ArgumentError unless `linear` is an nn.Linear that computes x W^T + b from parameters of its own, and no more."""
+    found = type(linear).__name__
+    if isinstance(linear, nn.Linear):
+        found = f"a {found} " + _oddity(linear)
+        if not _oddity(linear):
+            return
+    raise ArgumentError(f"{who}: linear must be a plain nn.Linear, got {found}")
+
+
+def _oddity(linear: nn.Linear) -> str:
+    """What makes an nn.Linear more than x W^T + b: an adapter around its weight would compute something else."""
+    weight = linear._parameters.get("weight")
+    if weight is None or weight is not linear.weight:
+        return "whose weight is computed from other parameters"
+    if isinstance(weight, nn.UninitializedParameter):
+        return "that has no weight before its first forward pass"
+    if not weight.is_floating_point():
+        return f"with a weight in {str(weight.dtype).removeprefix('torch.')}"
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        return "with a forward of its own"
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+        return "with hooks, which would not be called"
+    return ""
+
+
+def check_rank(linear: nn.Linear, rank: object) -> None:
+    """ArgumentError unless factors of this rank fit the layer."""
+    room = min(linear.in_features, linear.out_features)
+    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool) or not 1 <= rank <= room:
+        raise ArgumentError(f"rank must be from 1 to min(m, n) = {room}, got {rank!r}")
 
 
 class LoRALinear(LoRALayer):
@@ -236,12 +367,13 @@ class LoRALinear(LoRALayer):
         share: float = ops.SHARE,
         balance: bool = True,
     ) -> None:
+        check_linear("LoRALinear", linear)
+        check_rank(linear, rank)
         shapes = (rank, linear.in_features), (linear.out_features, rank)
         super().__init__(linear, *shapes, scale, rectify, rectify_in, damping, share, balance)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., n] -> [..., m]."""
-        return ops.lora_linear(x, self.linear.weight, self.linear.bias, self.A, self.B, **self._call_options())
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        return ops.lora_linear_effective(x, weight, bias, self.A, self.B, **options)
 
     def target_weights(self) -> list[Tensor]:
         return [self.linear.weight.data]
@@ -272,70 +404,22 @@ class LoRAQKV(LoRALayer):
         share: float = ops.SHARE,
         balance: bool = True,
     ) -> None:
-        if not targets or len(set(targets)) != len(targets) or not set(targets) <= set(ops.TARGETS):
-            raise ArgumentError(f"targets must be distinct names of {', '.join(ops.TARGETS)}, got {tuple(targets)}")
+        check_linear("LoRAQKV", linear)
+        if not isinstance(targets, Sequence) or not targets or not set(targets) <= set(ops.TARGETS):
+            raise ArgumentError(f"targets must be names of {', '.join(ops.TARGETS)}, got {targets!r}")
+        if len(set(targets)) != len(targets):
+            raise ArgumentError(f"targets must be distinct, got {targets!r}")
         if linear.out_features % 3:
             raise ArgumentError(f"linear must be a fused qkv with 3 m outputs, got {linear.out_features}")
+        check_rank(linear, rank)
         self.width = linear.out_features // 3
         shapes = (len(targets), rank, linear.in_features), (len(targets), self.width, rank)
         super().__init__(linear, *shapes, scale, rectify, rectify_in, damping, share, balance)
         self.targets = tuple(targets)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., n] -> [..., 3 m]."""
-        weight, bias = self.linear.weight, self.linear.bias
-        return ops.lora_qkv(x, weight, bias, self.A, self.B, targets=self.targets, **self._call_options())
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        return ops.lora_qkv_effective(x, weight, bias, self.A, self.B, targets=self.targets, **options)
 
     def target_weights(self) -> list[Tensor]:
         starts = [ops.TARGETS.index(t) * self.width for t in self.targets]
         return [self.linear.weight.data[start : start + self.width] for start in starts]
-
-
-def inject(
-    model: nn.Module,
-    rank: int,
-    targets: Sequence[str] = ("k", "v"),
-    scale: float = 1.0,
-    rectify: str = "exact",
-    rectify_in: str = "backward",
-    *,
-    damping: float = ops.DAMPING,
-    share: float = ops.SHARE,
-    balance: bool = True,
-) -> dict[str, LoRAQKV]:
-    """Put LoRA on the fused qkv of every attention block of a timm ViT, in place, and freeze everything else.
-
-    Args:
-        model: has attention modules whose `qkv` is an nn.Linear, as timm's VisionTransformer.
-        rank, targets, scale, rectify, rectify_in, damping, share, balance: see `LoRAQKV`.
-
-    Returns:
-        The layers by the name of the module they took the place of, e.g. "blocks.0.attn.qkv", in the model's order.
-
-    Raises:
-        ArgumentError: the model has no such module, or has LoRA layers already.
-    """
-    owners = attention_qkv(model)
-    options = {"rectify": rectify, "rectify_in": rectify_in, "damping": damping, "share": share, "balance": balance}
-    made = {name: LoRAQKV(owner.qkv, rank, targets, scale, **options) for name, owner in owners.items()}
-    model.requires_grad_(False)
-    layers = {}
-    for name, owner in owners.items():
-        owner.qkv = layers[f"{name}.qkv" if name else "qkv"] = made[name]
-    return layers
-
-
-def attention_qkv(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules with a fused `qkv` projection to adapt, by their names in the model's order.
-
-    Raises ArgumentError when there is none, when one is adapted already, or reads its weights itself.
-    """
-    owners = {name: module for name, module in model.named_modules() if hasattr(module, "qkv")}
-    if any(not isinstance(module.qkv, nn.Linear) for module in owners.values()):
-        raise ArgumentError("model must have plain `qkv` projections, got one that an adapter has taken the place of")
-    if not owners:
-        raise ArgumentError(f"model must have attention blocks with a fused `qkv`, got {type(model).__name__}")
-    unfit = [name for name, m in owners.items() if hasattr(m, "q_bias")]
-    if unfit:
-        raise ArgumentError(f"model must call its fused `qkv`, but {unfit[0]} reads qkv.weight itself (as BEiT does)")
-    return owners

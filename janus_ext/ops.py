@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from janus_ext import _native, reference
@@ -244,9 +245,28 @@ def lora_linear(
     Returns:
         [..., m], x's dtype.
     """
-    _require_frozen("lora_linear", weight, bias)
+    return lora_linear_effective(x, weight, bias, A, B, basis, scale, rectify, damping, share, balance, defer)[0]
+
+
+def lora_linear_effective(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    basis: Tensor | None = None,
+    scale: float = 1.0,
+    rectify: str = "exact",
+    damping: float = DAMPING,
+    share: float = SHARE,
+    balance: bool = False,
+    defer: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`lora_linear`, and the A_s [1, r, n] that it has used: `rectify_` before the step needs the same."""
+    _check_differentiation("lora_linear", x, weight, bias, A, B)
     options = (scale, rectify, damping, share, balance, defer)
-    return torch.ops.janus_ext.lora_linear(x, weight, bias, A, B, basis, *options)[0]
+    y, _, effective = torch.ops.janus_ext.lora_linear(x, weight, bias, A, B, basis, *options)
+    return y, effective
 
 
 def lora_qkv(
@@ -276,12 +296,52 @@ def lora_qkv(
     Returns:
         [..., 3 m], x's dtype.
     """
-    _require_frozen("lora_qkv", weight, bias)
+    options = (basis, scale, rectify, damping, share, balance, defer, targets)
+    return lora_qkv_effective(x, weight, bias, A, B, *options)[0]
+
+
+def lora_qkv_effective(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    basis: Tensor | None = None,
+    scale: float = 1.0,
+    rectify: str = "exact",
+    damping: float = DAMPING,
+    share: float = SHARE,
+    balance: bool = False,
+    defer: bool = False,
+    targets: Sequence[str] = ("k", "v"),
+) -> tuple[Tensor, Tensor]:
+    """`lora_qkv`, and the A_s [g, r, n] that it has used."""
+    _check_differentiation("lora_qkv", x, weight, bias, A, B)
     unknown = [t for t in targets if t not in TARGETS]
     if unknown:
         raise ValueError(f"lora_qkv: targets must be of q, k, v, got {', '.join(map(repr, unknown))}")
     options = (scale, rectify, damping, share, balance, defer, [TARGETS.index(t) for t in targets])
-    return torch.ops.janus_ext.lora_qkv(x, weight, bias, A, B, basis, *options)[0]
+    y, _, effective = torch.ops.janus_ext.lora_qkv(x, weight, bias, A, B, basis, *options)
+    return y, effective
+
+
+def _check_differentiation(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
+    _require_reverse_mode(op, x, A, B)
+    _require_frozen(op, weight, bias)
+
+
+def _require_reverse_mode(op: str, *inputs: Tensor) -> None:
+    """Forward-mode derivatives would come out as zero, and torch.func's do not reach a custom op's backward."""
+    if torch.compiler.is_compiling():
+        return
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    transformed = interpreter is not None and interpreter.key() != torch._C._functorch.TransformType.Vmap
+    in_forward_mode = forward_ad._current_level >= 0
+    if transformed or (in_forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs)):
+        raise NotImplementedError(
+            f"{op}: differentiable by backward() and torch.autograd.grad only, got a transform of torch.func "
+            "(grad, vjp, jacrev, jvp, jacfwd) or forward-mode differentiation"
+        )
 
 
 def _require_frozen(op: str, weight: Tensor, bias: Tensor | None) -> None:
@@ -406,6 +466,7 @@ def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature
     Returns:
         A scalar in the wider of the two dtypes.
     """
+    _require_reverse_mode("margin_loss", features, prototypes)
     return torch.ops.janus_ext.margin_loss(features, prototypes, margin, temperature)[0]
 
 

@@ -55,7 +55,7 @@ class _Entry:
         return self.pair_basis if self.layer is None else self.layer.basis
 
     def effective_A(self) -> Tensor:
-        return self.A.detach() if self.layer is None else self.layer.effective_A()
+        return self.A.detach() if self.layer is None else self.layer.forward_A()
 
 
 class GradientRectifier:

@@ -9,6 +9,7 @@ from torch import nn
 
 from janus_ext import ArgumentError, LoRALinear, LoRAQKV, TaskBoundaryError, inject, ops
 from janus_ext.backbone import prepare_torchvision
+from janus_ext.families import declare_stacked
 from janus_ext.lora import violation
 
 MODES = ["none", "project", "tangent", "exact"]
@@ -356,6 +357,7 @@ def test_a_frozen_vit_block_keeps_its_outputs(device: str) -> None:
     assert relative_error(block(others), moved) <= 1e-10
 
 
+@declare_stacked
 class Attention(nn.Module):
     """Multi-head self-attention with a fused qkv, as timm names it."""
 
@@ -439,12 +441,12 @@ def test_a_foreign_state_leaves_the_basis_alone() -> None:
 
 def test_inject_refuses_whole_models_only() -> None:
     fit, unfit = Attention(12, 3), Attention(12, 3)
-    unfit.q_bias = None  # BEiT's attention reads qkv.weight instead of calling qkv
-    with pytest.raises(ArgumentError, match="1 reads qkv.weight itself"):
+    unfit.qkv = nn.utils.parametrizations.spectral_norm(unfit.qkv)
+    with pytest.raises(ArgumentError, match="inject: 1.qkv: linear must be a plain nn.Linear, got a Param"):
         inject(nn.Sequential(fit, unfit), rank=2)
     with pytest.raises(ArgumentError, match="rank must be from 1"):
         inject(nn.Sequential(fit, Attention(4, 1)), rank=8)
-    assert isinstance(fit.qkv, nn.Linear)
+    assert isinstance(fit.qkv, nn.Linear) and fit.qkv.weight.requires_grad
 
 
 def test_a_fresh_A_is_safe_and_keeps_its_row_norms() -> None:
@@ -502,7 +504,7 @@ def test_inject_freezes_all_but_the_factors() -> None:
     assert list(layers) == ["blocks.0.qkv", "blocks.1.qkv"]
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable == [f"blocks.{i}.qkv.{f}" for i in (0, 1) for f in ("A", "B")]
-    with pytest.raises(ArgumentError, match="plain `qkv` projections"):
+    with pytest.raises(ArgumentError, match="its qkv is a LoRAQKV, an adapter has taken its place"):
         inject(model, rank=2)
     with pytest.raises(ArgumentError, match="fused `qkv`"):
         inject(nn.Sequential(nn.Linear(3, 3)), rank=2)

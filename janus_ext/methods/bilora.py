@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.errors import ArgumentError
-from janus_ext.lora import attention_qkv
+from janus_ext.families import folded_qkv, freeze, fused_attention, replace_qkv
 from janus_ext.methods.base import Method, Task, TaskReport
 
 if TYPE_CHECKING:
@@ -30,11 +30,12 @@ class BiLoRA(Method):
 
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
-        owners = attention_qkv(model.backbone)
-        model.requires_grad_(False)
+        owners = fused_attention(model.backbone)
+        freeze(model)
         self.layers: dict[str, SpectralQKV] = {}
         for name, owner in owners.items():
-            owner.qkv = self.layers[f"{name}.qkv"] = SpectralQKV(owner.qkv, config.frequencies, config.scale)
+            self.layers[f"{name}.qkv"] = SpectralQKV(folded_qkv(owner), config.frequencies, config.scale)
+            replace_qkv(owner, self.layers[f"{name}.qkv"])
 
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)

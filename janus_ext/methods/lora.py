@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from janus_ext.errors import StatisticsError
 from janus_ext.estimator import OnlineEstimator, observing
-from janus_ext.lora import inject, violation
+from janus_ext.injection import inject
+from janus_ext.lora import violation
 from janus_ext.methods.base import Method, Task, TaskReport
 from janus_ext.rectifier import GradientRectifier
 
