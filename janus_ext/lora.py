@@ -90,7 +90,8 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m], of a fused qkv [..., 3 m]; x's dtype, under autocast that of autocast."""
         y, effective = self._multiply(self.enter(x), self.linear.weight, self.linear.bias, **self._call_options())
-        self._effective = effective
+        if self.rectify_in == "step":
+            self._effective = effective
         return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
@@ -208,7 +209,7 @@ class LoRALayer(nn.Module):
         if not self._needs_no_basis():
             mark_unbacked(held, 1)  # no recompilation for k = 0 or 1 either
         self._open = (held,)  # in a tuple torch.compile honours the mark, in a buffer it does not
-        self._effective: Tensor | None = None  # A_s of the last forward pass
+        self._effective: Tensor | None = None  # A_s of the last forward pass, for the rectification before the step
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALayer":
         """Moves the layer; factors and basis go to another device, but to no half precision."""

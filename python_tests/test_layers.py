@@ -166,8 +166,9 @@ def test_the_rectifier_takes_the_projection_of_the_forward_pass(monkeypatch: pyt
     ids=["loaded", "protected", "moved"],
 )
 def test_no_projection_outlives_what_it_was_made_from(change) -> None:
-    layer = layer_of()
+    layer = layer_of(rectify_in="step")
     layer(torch.randn(3, 20))
+    assert layer._effective is not None
     change(layer)
     assert_close(layer.forward_A(), layer.effective_A(), layer.A.dtype)
     assert (layer.forward_A() @ layer.basis).norm() <= 1e-5
