@@ -177,7 +177,7 @@ class OnlineEstimator:
             kinds = [type(e.statistics).__name__ for e in (self, other)]
             raise ArgumentError(f"{self.name}: other must hold a {kinds[0]}, got a {kinds[1]}")
         if other._reduced != self._reduced:
-            raise TaskBoundaryError(f"{self.name}: all_reduce() must come before the merge for both estimators, or after")
+            raise TaskBoundaryError(f"{self.name}: all_reduce() must come before the merge for both, or for none")
         try:
             self.statistics.merge(other.statistics)
         except ValueError as error:

@@ -1,9 +1,9 @@
 """What an estimator keeps of the inputs it has seen: their Gram matrix, or the leading part of its eigendecomposition.
 
-Both are additive over batches and processes. Neither knows tasks, layers or names; `OnlineEstimator` does. Their tensors
-stay the same ones, written in place: by one op a batch, `observe_gram_` or `observe_sketch_`, which torch.compile leaves
-whole. While autograd runs a backward pass the ops do nothing: there activation checkpointing computes anew what they
-have seen.
+Both are additive over batches and processes. Neither knows tasks, layers or names; `OnlineEstimator` does. Their
+tensors stay the same ones, written in place: by one op a batch, `observe_gram_` or `observe_sketch_`, which
+torch.compile leaves whole. While autograd runs a backward pass the ops do nothing: there activation checkpointing
+computes anew what they have seen.
 """
 
 from abc import ABC, abstractmethod
@@ -139,7 +139,7 @@ def _gathered(tensor: Tensor, group: Any) -> list[Tensor]:
     return copies
 
 
-# one batch, as one op ----------------------------------------------------------------------------------------------------
+# one batch, as one op -------------------------------------------------------------------------------------------------
 
 
 def _observe_gram(gram: Tensor, rows: Tensor, x: Tensor, decay: float) -> None:
