@@ -67,8 +67,8 @@ def warn_of_rounded_weights(modules: Mapping[str, nn.Module | None]) -> None:
         others = f" (and {len(coarse) - 1} more)" if len(coarse) > 1 else ""
         warnings.warn(
             f"{coarse[0]}{others}: the weight W is {_short(weights[coarse[0]].dtype)}, and merging rounds W + s B A to "
-            "it: protected outputs then move by about 4e-3 to 6e-2 of the update, and not by 1e-5 or less; "
-            "hold W in float32",
+            "it: protected outputs then move by 4e-3 of the update and more (the smaller it is beside W, the more), "
+            "instead of 1e-5 or less; hold W in float32",
             stacklevel=3,
         )
 
