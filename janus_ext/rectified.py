@@ -82,6 +82,18 @@ class Rectified:
                 f"{self.name}: commit() came while PEFT's adapter is merged: call unmerge_adapter() first"
             )
 
+    def check_basis(self, basis: Tensor) -> None:
+        """Raises what stands against `resume(basis)`: no room for the factors, or an update that it would change."""
+        r, n = self.A.shape[-2:]
+        if basis.shape[1] > n - r:
+            k = basis.shape[1]
+            raise ArgumentError(f"{self.name}: a basis of k = {k} leaves n - k = {n - k} directions, got rank {r}")
+        if bool(self.B.any()) and not self.is_safe_on(basis):
+            raise TaskBoundaryError(
+                f"{self.name}: load_state_dict() came while B is not zero, with a basis that its update does not leave "
+                "alone: load between two tasks, or together with the factors of the same moment"
+            )
+
     def protect(self, basis: Tensor) -> None:
         """Protect span(basis) from now on; B is zero."""
         if self.layer is not None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from janus_ext import ops
 from janus_ext.arguments import check_flag, check_integer, check_number, shown
-from janus_ext.errors import ArgumentError, TaskBoundaryError
+from janus_ext.errors import ArgumentError
 from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.lora import check_rectification
 from janus_ext.pairs import warn_of_rounded_weights
@@ -232,7 +232,7 @@ class GradientRectifier:
         state is of: load them first, or while B is zero.
 
         Raises:
-            ArgumentError: the layers are not the same; nothing has changed.
+            ArgumentError: the layers are not the same, or a rank too large for the basis; nothing has changed.
             TaskBoundaryError: a B is not zero and the layer's update not one that leaves the basis alone; likewise.
         """
         if not isinstance(state, Mapping) or set(state) != set(self.estimators):
@@ -240,11 +240,7 @@ class GradientRectifier:
             raise ArgumentError(f"state must hold layers {sorted(self.estimators)}, got {found}")
         for entry in self._entries:
             self.estimators[entry.name].check_state(state[entry.name])
-            if bool(entry.B.any()) and not entry.is_safe_on(state[entry.name]["basis"].to(entry.A)):
-                raise TaskBoundaryError(
-                    f"{entry.name}: load_state_dict() came while B is not zero, with a basis that its update does not "
-                    "leave alone: load between two tasks, or together with the factors of the same moment"
-                )
+            entry.check_basis(state[entry.name]["basis"].to(entry.A))
         for name, estimator in self.estimators.items():
             estimator.load_state_dict(state[name])
         for entry in self._entries:
