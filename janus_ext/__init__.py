@@ -19,7 +19,8 @@ from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.injection import Injection, inject
 from janus_ext.lora import LoRALinear, LoRAQKV
 from janus_ext.margin import ClassPrototypes, DecoupledMarginLoss
-from janus_ext.rectifier import GradientRectifier, LoRAPair
+from janus_ext.pairs import LoRAPair
+from janus_ext.rectifier import GradientRectifier
 
 __version__ = "0.1.0"
 __all__ = [

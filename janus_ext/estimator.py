@@ -1,9 +1,10 @@
 """Online Estimation: the subspace that a layer's inputs span, tracked from the inputs that training computes anyway.
 
 No sample is kept and the data are not passed again. The statistics are additive: over batches in any order, and over
-devices by one all-reduce.
+the processes of a data-parallel training, which are summed at the end of a task.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from janus_ext.errors import ArgumentError, StatisticsError
+from janus_ext import ops
+from janus_ext.arguments import check_flag, check_integer, check_number, check_tensor, shown
+from janus_ext.errors import ArgumentError, StatisticsError, TaskBoundaryError
 from janus_ext.statistics import SKETCH_RANK, Gram, Sketch, Statistics
 
 ESTIMATORS = ("gram", "isvd")
@@ -32,10 +35,13 @@ class OnlineEstimator:
         energy_power: 1 or 2, see `janus_ext.ops.extend_basis`; "isvd" knows 1 only.
         dtype: float32 or float64, of statistics and basis.
         device: of both.
+        distributed: where torch.distributed runs several processes, `extended` and `commit` take what all of them saw,
+            so that all get the same basis: every process must call them, also one that observed nothing. False: each
+            process for itself, or summed by `all_reduce`.
 
     Attributes:
         basis: V [dim, k], what is protected.
-        statistics: what was seen since the last commit.
+        statistics: what this process saw since the last commit.
 
     Raises:
         ArgumentError: a value outside these.
@@ -52,50 +58,53 @@ class OnlineEstimator:
         energy_power: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        distributed: bool = True,
     ) -> None:
-        if estimator not in ESTIMATORS:
-            raise ArgumentError(f"OnlineEstimator: estimator must be one of {', '.join(ESTIMATORS)}, got '{estimator}'")
-        if dim < 1:
-            raise ArgumentError(f"OnlineEstimator: dim must be positive, got {dim}")
-        if not 0 < decay <= 1:
-            raise ArgumentError(f"OnlineEstimator: decay must be in (0, 1], got {decay:g}")
-        if energy_power not in (1, 2):
-            raise ArgumentError(f"OnlineEstimator: energy_power must be 1 or 2, got {energy_power}")
-        if dtype not in (torch.float32, torch.float64):
-            raise ArgumentError(f"OnlineEstimator: dtype must be torch.float32 or torch.float64, got {dtype}")
-        self.dim, self.decay, self.name = dim, decay, name
-        self.statistics: Statistics
-        if estimator == "gram":
-            if rank is not None:
-                raise ArgumentError(f"OnlineEstimator: rank belongs to estimator='isvd', got {rank} with 'gram'")
-            self.statistics = Gram(dim, energy_power, dtype, device)
-        else:
-            rank = min(dim, SKETCH_RANK) if rank is None else rank
-            if not 1 <= rank <= dim:
-                raise ArgumentError(f"OnlineEstimator: rank must be from 1 to dim = {dim}, got {rank}")
-            if energy_power != 1:
-                raise ArgumentError("OnlineEstimator: energy_power must be 1 with estimator='isvd', got 2")
-            self.statistics = Sketch(dim, rank, dtype, device)
+        if not isinstance(estimator, str) or estimator not in ESTIMATORS:
+            kinds = ", ".join(ESTIMATORS)
+            raise ArgumentError(f"OnlineEstimator: estimator must be one of {kinds}, got {shown(estimator)}")
+        check_integer("OnlineEstimator: dim", dim, lambda n: n >= 1, "positive")
+        check_number("OnlineEstimator: decay", decay, lambda d: 0 < d <= 1, "in (0, 1]")
+        check_integer("OnlineEstimator: energy_power", energy_power, lambda p: p in (1, 2), "1 or 2")
+        if not any(dtype is known for known in (torch.float32, torch.float64)):
+            found = dtype if isinstance(dtype, torch.dtype) else shown(dtype)
+            raise ArgumentError(f"OnlineEstimator: dtype must be torch.float32 or torch.float64, got {found}")
+        check_flag("OnlineEstimator: distributed", distributed)
+        self.dim, self.decay, self.name, self.distributed = dim, decay, name, distributed
+        self.statistics = _statistics(estimator, dim, rank, energy_power, dtype, device)
         self.basis = torch.zeros(dim, 0, dtype=dtype, device=device)
-        self._rows = torch.zeros((), dtype=torch.int64, device=device)  # a tensor: torch.compile would fix a number
         self._warned = False
+        self._reduced = False  # the statistics are those of all processes
 
     @property
     def rows(self) -> int:
-        """How many inputs were observed since the last commit."""
-        return int(self._rows)
+        """How many inputs this process observed since the last commit; all of them after `all_reduce`."""
+        return int(self.statistics.rows)
 
     def observe(self, x: Tensor) -> None:
         """Add the inputs x [..., dim] of one batch, any floating dtype.
 
-        Raises StatisticsError where "isvd" meets NaN or inf (ValueError, and no name, within a compiled graph); "gram"
-        carries them on to the commit, which raises.
+        Calls while a backward pass runs add nothing: there activation checkpointing computes its inputs a second time.
+
+        Raises:
+            ArgumentError: x is not such a tensor.
+            StatisticsError: "isvd" meets NaN or inf (ValueError, and no name, within a compiled graph); "gram" carries
+                them on to the commit, which raises.
+            TaskBoundaryError: after `all_reduce`: before the next commit nothing can be added.
         """
+        check_tensor(f"{self.name}: x", x, f"[..., {self.dim}]")
+        if x.dim() == 0 or x.shape[-1] != self.dim or not x.is_floating_point():
+            found = f"{list(x.shape)} of {x.dtype}"
+            raise ArgumentError(f"{self.name}: x must be [..., {self.dim}] of a floating dtype, got {found}")
+        if self._reduced:
+            raise TaskBoundaryError(
+                f"{self.name}: observe() after all_reduce() would count what was summed once for each process: "
+                "sum once, after the task's last input"
+            )
         try:
             self.statistics.observe(x.detach(), self.decay)
         except ValueError as error:
             raise StatisticsError(f"{self.name}: {error}; nothing was added") from error
-        self._rows += x.numel() // self.dim
 
     def extended(self, energy: float, max_rank: int | None = None) -> Tensor:
         """The basis that `commit` would put in force, [dim, k]; nothing changes.
@@ -109,18 +118,17 @@ class OnlineEstimator:
             StatisticsError: nothing was observed, or the statistics are zero, NaN or infinite.
         """
         cap, k = self.dim if max_rank is None else max_rank, self.basis.shape[1]
-        if not 0 <= energy <= 1:
-            raise ArgumentError(f"{self.name}: energy must be in [0, 1], got {energy:g}")
-        if not k <= cap <= self.dim:
-            raise ArgumentError(f"{self.name}: max_rank must be from k = {k} to dim = {self.dim}, got {cap}")
-        if self.rows == 0:
+        check_number(f"{self.name}: energy", energy, lambda e: 0 <= e <= 1, "in [0, 1]")
+        check_integer(f"{self.name}: max_rank", cap, lambda c: k <= c <= self.dim, f"from k = {k} to dim = {self.dim}")
+        statistics = self._of_all_processes()
+        if not int(statistics.rows):
             raise StatisticsError(f"{self.name}: commit needs observed inputs, got none since the last commit")
         try:
-            basis = self.statistics.extended(self.basis, energy, cap)
+            basis = statistics.extended(self.basis, energy, cap)
         except ValueError as error:
             raise StatisticsError(f"{self.name}: {error}; the previous basis stays in force") from error
         if not self._warned:
-            self._warn_of_what_is_missing(basis, energy, cap)
+            self._warn_of_what_is_missing(statistics, basis, energy, cap)
         return basis
 
     def commit(self, energy: float, max_rank: int | None = None) -> Tensor:
@@ -133,21 +141,28 @@ class OnlineEstimator:
     def adopt(self, basis: Tensor) -> Tensor:
         """Put a basis that `extended` gave in force, and start new statistics; for many layers, all or none."""
         self.statistics.clear()
-        self._rows = torch.zeros_like(self._rows)
-        self.basis = basis
-        return basis
+        self.basis, self._reduced = basis.detach(), False
+        return self.basis
 
-    def _warn_of_what_is_missing(self, basis: Tensor, energy: float, cap: int) -> None:
+    def _of_all_processes(self) -> Statistics:
+        """The sum over all processes, a copy: asked for again, it is the same."""
+        if not self.distributed or self._reduced or _processes() == 1:
+            return self.statistics
+        everyones = copy.deepcopy(self.statistics)
+        everyones.all_reduce(None)
+        return everyones
+
+    def _warn_of_what_is_missing(self, statistics: Statistics, basis: Tensor, energy: float, cap: int) -> None:
         """One warning a layer, where the cap or the sketch's rank keeps the basis from the energy."""
         message = None
         if basis.shape[1] == cap < self.dim:
-            wanted = self.statistics.extended(self.basis, energy, self.dim).shape[1]
+            wanted = statistics.extended(self.basis, energy, self.dim).shape[1]
             if wanted > cap:
                 message = f"an energy of {energy:g} wants {wanted} protected directions, the cap is {cap}"
-        elif isinstance(self.statistics, Sketch):
-            held = self.statistics.energy_in(basis)
+        elif isinstance(statistics, Sketch):
+            held = statistics.energy_in(basis)
             if held < energy - torch.finfo(basis.dtype).eps * self.dim:
-                sketch = f"the sketch of rank {len(self.statistics.S)} holds {held:.4g}: raise the estimator's rank"
+                sketch = f"the sketch of rank {len(statistics.S)} holds {held:.4g}: raise the estimator's rank"
                 message = f"an energy of {energy:g} was asked, {sketch}"
         if message is not None:
             self._warned = True
@@ -155,41 +170,78 @@ class OnlineEstimator:
 
     def merge(self, other: "OnlineEstimator") -> None:
         """Add what another estimator of the same layer and task observed; `other` is not changed."""
+        if not isinstance(other, OnlineEstimator):
+            raise ArgumentError(f"{self.name}: other must be an OnlineEstimator, got {shown(other)}")
         if other.dim != self.dim:
             raise ArgumentError(f"{self.name}: other must have dim {self.dim}, got {other.dim}")
         if type(other.statistics) is not type(self.statistics):
             kinds = [type(e.statistics).__name__ for e in (self, other)]
             raise ArgumentError(f"{self.name}: other must hold a {kinds[0]}, got a {kinds[1]}")
+        if other._reduced != self._reduced:
+            raise TaskBoundaryError(f"{self.name}: all_reduce() must come before the merge for both, or for none")
         try:
             self.statistics.merge(other.statistics)
         except ValueError as error:
             raise StatisticsError(f"{self.name}: {error}; nothing was added") from error
-        self._rows += other.rows
 
     def all_reduce(self, group: Any = None) -> None:
-        """Sum the statistics over the processes of a `torch.distributed` group (None: all): the same on every one."""
+        """Sum the statistics over the processes of a `torch.distributed` group (None: all), on every one, by hand.
+
+        For groups other than all processes, or with distributed=False: `extended` and `commit` do not sum them again.
+        Once a task, after its last input; raises TaskBoundaryError at the second time.
+        """
+        if self._reduced:
+            raise TaskBoundaryError(f"{self.name}: all_reduce() comes once a task, got a second one before the commit")
         self.statistics.all_reduce(group)
-        torch.distributed.all_reduce(self._rows, group=group)
+        self._reduced = True
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of the statistics (gram [dim, dim], or U [dim, l], S [l] and total), basis [dim, k], rows."""
-        tensors = {**self.statistics.tensors(), "basis": self.basis, "rows": self._rows}
-        return {name: tensor.clone() for name, tensor in tensors.items()}
+        """Copies of the statistics (gram [dim, dim], or U [dim, l], S [l] and total), basis [dim, k], rows.
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        Within a task each process of several has its own.
+        """
+        return {name: tensor.clone() for name, tensor in {**self.statistics.tensors(), "basis": self.basis}.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict()`; raises ArgumentError when it is of another width, kind or rank."""
-        shapes = {name: list(tensor.shape) for name, tensor in self.statistics.tensors().items()}
+        self.check_state(state)
+        self.statistics.load(state)
+        self.basis, self._reduced = state["basis"].detach().to(self.basis, copy=True), False
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """What `load_state_dict` raises, and nothing else."""
+        if not isinstance(state, Mapping):
+            raise ArgumentError(f"{self.name}: state must be what state_dict() gave, got {shown(state)}")
+        shapes = {name: list(getattr(self.statistics, name).shape) for name in self.statistics.names}
         found = {name: list(state[name].shape) if name in state else None for name in shapes}
         missing = {"basis", "rows"} - set(state)
-        if found != shapes or missing or state["basis"].shape[0] != self.dim:
+        if found != shapes or missing or state["basis"].dim() != 2 or state["basis"].shape[0] != self.dim:
             basis = list(state["basis"].shape) if "basis" in state else None
             raise ArgumentError(
                 f"{self.name}: state must have {_listed(shapes)}, basis [{self.dim}, k] and rows, "
                 f"got {_listed(found)}, basis {basis}"
             )
-        self.statistics.load(state)
-        self.basis = state["basis"].to(self.basis, copy=True)
-        self._rows = state["rows"].to(self._rows, copy=True)
+
+
+def _statistics(
+    kind: str, dim: int, rank: int | None, energy_power: int, dtype: torch.dtype, device: torch.device | str | None
+) -> Statistics:
+    """Empty ones of the kind; the arguments are those of `OnlineEstimator`."""
+    if kind == "gram":
+        if rank is not None:
+            raise ArgumentError(f"OnlineEstimator: rank belongs to estimator='isvd', got {shown(rank)} with 'gram'")
+        return Gram(dim, energy_power, dtype, device)
+    rank = min(dim, SKETCH_RANK) if rank is None else rank
+    check_integer("OnlineEstimator: rank", rank, lambda r: 1 <= r <= dim, f"from 1 to dim = {dim}")
+    if energy_power != 1:
+        raise ArgumentError("OnlineEstimator: energy_power must be 1 with estimator='isvd', got 2")
+    return Sketch(dim, rank, dtype, device)
+
+
+def _processes() -> int:
+    """How many torch.distributed runs; 1 where it was not started."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 def _listed(shapes: dict[str, list[int] | None]) -> str:
@@ -201,13 +253,19 @@ def observing(modules: Mapping[str, nn.Module], estimators: Mapping[str, OnlineE
     """Within it, every estimator observes the first argument of each forward pass of the module of the same name.
 
     So in compiled models too, where a hook would not do: to a graph that was compiled without it torch.compile never
-    adds it, and says nothing.
+    adds it, and says nothing. With activation checkpointing each input counts once, although the backward pass computes
+    it again. Under autocast the input counts as it is multiplied, in the dtype of autocast.
 
-    Raises ArgumentError where an estimator has no module.
+    Raises ArgumentError where an estimator has no module, or something else in its place.
     """
     without = sorted(set(estimators) - set(modules))
     if without:
         raise ArgumentError(f"observing: modules must hold every estimator's name, {without[0]} is missing")
+    for name in estimators:
+        if not isinstance(modules[name], nn.Module):
+            raise ArgumentError(f"observing: {name} must be a module, got {shown(modules[name])}")
+        if not isinstance(estimators[name], OnlineEstimator):
+            raise ArgumentError(f"observing: {name} must have an OnlineEstimator, got {shown(estimators[name])}")
     with ExitStack() as stack:
         for name, estimator in estimators.items():
             stack.enter_context(_observed(modules[name], estimator))
@@ -222,7 +280,11 @@ def _observed(module: nn.Module, estimator: OnlineEstimator) -> Iterator[None]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self is not module:  # a deep copy made meanwhile runs its own weights, unobserved
             return type(self).forward(self, *args, **kwargs)
-        estimator.observe(args[0] if args else next(iter(kwargs.values())))
+        name, x = ("", args[0]) if args else next(iter(kwargs.items()))
+        if hasattr(self, "enter"):  # a layer of ours: cast once, here, and multiplied as it is observed
+            x = self.enter(x)
+            args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, name: x})
+        estimator.observe(ops.autocast(x))
         return type(self).forward(self, *args, **kwargs) if patched is None else patched(*args, **kwargs)
 
     module.forward = MethodType(forward, module)

@@ -6,7 +6,6 @@ of the first task serves all of them.
 """
 
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext import ops
+from janus_ext.arguments import check_integer, check_number
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 
 RECTIFY_IN = ("backward", "step")
@@ -85,7 +85,10 @@ class LoRALayer(nn.Module):
 
     def enter(self, x: Tensor) -> Tensor:
         """x [..., n] in the dtype in which this layer multiplies it: what an estimator of its inputs has to see."""
-        return x.to(multiplied_dtype(x, self.linear.weight))
+        weight = self.linear.weight
+        if x.dtype.itemsize == 2 and weight.dtype in WORKING_DTYPES and not torch.is_autocast_enabled(x.device.type):
+            return x.to(weight.dtype)  # master weights of a model in half precision
+        return ops.autocast(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m], of a fused qkv [..., 3 m]; x's dtype, under autocast that of autocast."""
@@ -290,18 +293,11 @@ def _orthonormal(basis: Tensor, dtype: torch.dtype) -> Tensor:
     return U @ Vh
 
 
-def multiplied_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """In which dtype a layer multiplies x and weight: that of autocast, or the weight's where that is a master copy."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return weight.dtype if x.dtype.itemsize == 2 and weight.dtype in WORKING_DTYPES else x.dtype
-
-
 def check_rectification(who: str, scale: float, rectify: str, damping: float, share: float) -> None:
     """The ops' own check of these options, early: ArgumentError where a module is made, not in its first forward."""
-    for name, value in (("scale", scale), ("damping", damping), ("share", share)):
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            raise ArgumentError(f"{who}: {name} must be a number, got {value!r}")
+    wanted = {"scale": "finite and not zero", "damping": "positive and finite", "share": "in [0, 1]"}
+    for (name, meaning), value in zip(wanted.items(), (scale, damping, share), strict=True):
+        check_number(f"{who}: {name}", value, lambda _: True, meaning)
     try:
         ops.check_rectify(who, scale, rectify, damping, share)
     except ValueError as error:
@@ -337,8 +333,7 @@ def _oddity(linear: nn.Linear) -> str:
 def check_rank(linear: nn.Linear, rank: object) -> None:
     """ArgumentError unless factors of this rank fit the layer."""
     room = min(linear.in_features, linear.out_features)
-    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool) or not 1 <= rank <= room:
-        raise ArgumentError(f"rank must be from 1 to min(m, n) = {room}, got {rank!r}")
+    check_integer("rank", rank, lambda r: 1 <= r <= room, f"from 1 to min(m, n) = {room}")
 
 
 class LoRALinear(LoRALayer):

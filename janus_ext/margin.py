@@ -4,11 +4,15 @@ The loss acts on features alone, decoupled from the classifier, and needs no lab
 effect; the smooth hinge on the cosine is this project's form (see `janus_ext.ops.margin_loss`).
 """
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from janus_ext import ops
+from janus_ext.arguments import check_integer, check_number, check_tensor, shown
 from janus_ext.errors import ArgumentError, StatisticsError
 
 
@@ -18,9 +22,13 @@ class ClassPrototypes:
     Attributes:
         matrix: [C, dim] float32, unit rows, in the order in which classes were added.
         classes: the C class labels.
+
+    Raises:
+        ArgumentError: dim is not a positive integer.
     """
 
     def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
+        check_integer("ClassPrototypes: dim", dim, lambda n: n >= 1, "positive")
         self.matrix = torch.zeros(0, dim, device=device)
         self.classes: list[int] = []
 
@@ -30,12 +38,17 @@ class ClassPrototypes:
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add every class among `labels` [N] with the normalised mean of its `features` [N, dim].
 
+        Only the means are kept, not the features or what autograd knows of them.
+
         Raises ArgumentError when a class is already there (old prototypes are never updated), StatisticsError when the
         features are none or not finite.
         """
         self._check(features)
-        if tuple(labels.shape) != (len(features),):
-            raise ArgumentError(f"labels must be [{len(features)}], one a feature, got {list(labels.shape)}")
+        features = features.detach()
+        check_tensor("labels", labels, f"[{len(features)}] of integers")
+        if tuple(labels.shape) != (len(features),) or labels.is_floating_point() or labels.dtype == torch.bool:
+            found = f"{list(labels.shape)} of {labels.dtype}"
+            raise ArgumentError(f"labels must be [{len(features)}] of integers, one a feature, got {found}")
         if not len(features) or not bool(torch.isfinite(features).all()):
             raise StatisticsError(
                 f"features must be finite and at least one, got {list(features.shape)} with NaN or none"
@@ -63,17 +76,20 @@ class ClassPrototypes:
         """matrix [C, dim] and classes [C]."""
         return {"matrix": self.matrix.clone(), "classes": torch.tensor(self.classes, dtype=torch.int64)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict()`; raises ArgumentError when it belongs to another width."""
+        if not isinstance(state, Mapping) or not {"matrix", "classes"} <= set(state):
+            raise ArgumentError("state must be what state_dict() gave, with matrix and classes")
         if state["matrix"].shape[1:] != self.matrix.shape[1:] or len(state["matrix"]) != len(state["classes"]):
             raise ArgumentError(
                 f"state must have matrix [C, {self.matrix.shape[1]}] and C classes, "
                 f"got {list(state['matrix'].shape)} and {len(state['classes'])}"
             )
-        self.matrix = state["matrix"].to(self.matrix, copy=True)
+        self.matrix = state["matrix"].detach().to(self.matrix, copy=True)
         self.classes = state["classes"].tolist()
 
     def _check(self, features: Tensor) -> None:
+        check_tensor("features", features, f"[N, {self.matrix.shape[1]}]")
         if features.dim() != 2 or features.shape[1] != self.matrix.shape[1]:
             raise ArgumentError(f"features must be [N, {self.matrix.shape[1]}], got {list(features.shape)}")
 
@@ -93,17 +109,21 @@ class DecoupledMarginLoss(nn.Module):
     def __init__(self, margin: float, temperature: float, weight: float = 1.0) -> None:
         super().__init__()
         for name, value, fits, wanted in (
-            ("margin", margin, -1 <= margin <= 1, "in [-1, 1]"),
-            ("temperature", temperature, 0 < temperature < float("inf"), "positive and finite"),
-            ("weight", weight, 0 <= weight < float("inf"), "finite and not negative"),
+            ("margin", margin, lambda m: -1 <= m <= 1, "in [-1, 1]"),
+            ("temperature", temperature, lambda t: 0 < t < math.inf, "positive and finite"),
+            ("weight", weight, lambda w: 0 <= w < math.inf, "finite and not negative"),
         ):
-            if not fits:
-                raise ArgumentError(f"DecoupledMarginLoss: {name} must be {wanted}, got {value:g}")
+            check_number(f"DecoupledMarginLoss: {name}", value, fits, wanted)
         self.margin, self.temperature, self.weight = margin, temperature, weight
 
     def forward(self, features: Tensor, prototypes: Tensor | ClassPrototypes) -> Tensor:
         """features [N, d], prototypes [C, d] with unit rows -> scalar; exactly zero without prototypes."""
         matrix = prototypes.matrix if isinstance(prototypes, ClassPrototypes) else prototypes
+        check_tensor("DecoupledMarginLoss: features", features, "[N, d]")
+        if not isinstance(matrix, Tensor):
+            raise ArgumentError(
+                f"DecoupledMarginLoss: prototypes must be ClassPrototypes or a tensor [C, d], got {shown(matrix)}"
+            )
         return self.weight * ops.margin_loss(features, matrix, self.margin, self.temperature)
 
     def extra_repr(self) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "RECTIFY",
     "SHARE",
     "TARGETS",
+    "autocast",
     "check_rectify",
     "extend_basis",
     "extend_basis_factor",
@@ -78,6 +79,13 @@ def _autocast_kernel(op: Any, inputs: int, device: str) -> Callable[..., Any]:
             return op(*cast_args, *args[inputs:], **kwargs)
 
     return kernel
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype in which a product takes it: that of autocast where it is on, else its own; float64 stays."""
+    device = x.device.type
+    eligible = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if eligible else x
 
 
 with _native.loading():

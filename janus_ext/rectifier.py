@@ -5,61 +5,32 @@ rectifier.attach(optimizer)                 # rectifies before each step, keeps 
 with rectifier.observe():                   # the last epoch of the task
     train_one_epoch()
 merge_your_factors(); rectifier.commit()    # the task's inputs are protected from now on
+
+A loop that clips rectified gradients does not attach its optimizer, but calls
+
+loss.backward(); rectifier.rectify(); clip_your_gradients(); optimizer.step(); rectifier.project()
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from janus_ext import ops
-from janus_ext.errors import ArgumentError, TaskBoundaryError
+from janus_ext.arguments import check_flag, check_integer, check_number, shown
+from janus_ext.errors import ArgumentError
 from janus_ext.estimator import OnlineEstimator, observing
-from janus_ext.lora import LoRALayer, check_rectification, project_rows_
-
-
-class LoRAPair(NamedTuple):
-    """LoRA factors that somebody else owns: the layer computes W x + s B (A x).
-
-    Attributes:
-        A: [r, n] parameter, float32 or float64.
-        B: [m, r] parameter.
-        scale: s.
-        module: the module whose input is x (observed by `GradientRectifier.observe`), or None.
-    """
-
-    A: nn.Parameter
-    B: nn.Parameter
-    scale: float = 1.0
-    module: nn.Module | None = None
-
-
-@dataclass
-class _Entry:
-    """One rectified layer: an own layer, or a pair with the basis that the rectifier keeps for it."""
-
-    name: str
-    A: nn.Parameter
-    B: nn.Parameter
-    scale: float
-    module: nn.Module | None
-    options: dict[str, Any]
-    layer: LoRALayer | None = None
-    pair_basis: Tensor | None = None
-    optimizer: torch.optim.Optimizer | None = None
-
-    def basis(self) -> Tensor | None:
-        return self.pair_basis if self.layer is None else self.layer.basis
-
-    def effective_A(self) -> Tensor:
-        return self.A.detach() if self.layer is None else self.layer.forward_A()
+from janus_ext.lora import check_rectification
+from janus_ext.pairs import warn_of_rounded_weights
+from janus_ext.rectified import Rectified, rectified_layers, rectify_group
 
 
 class GradientRectifier:
     """Rectifies the gradients of many layers in one call before the optimizer's step, and protects their old inputs.
+
+    In data-parallel training every process has its rectifier, and all of them call `commit` together.
 
     Args:
         layers: a model with layers of `janus_ext.lora`; or such layers or (A, B) pairs (`LoRAPair`, or plain tuples of
@@ -70,10 +41,12 @@ class GradientRectifier:
         damping, share, balance: for pairs; see `janus_ext.ops.lora_linear`.
         estimator, estimator_rank: "gram" or "isvd" and its rank, see `OnlineEstimator`.
         energy_power: see `janus_ext.ops.extend_basis`.
+        distributed: where torch.distributed runs several processes, `commit` protects what all of them observed, see
+            `OnlineEstimator`.
 
     Raises:
-        ArgumentError: no layer, factors in half precision or of shapes that do not fit, or layers that rectify in their
-            own backward.
+        ArgumentError: no layer, factors in half precision or of shapes that do not fit, layers that rectify in their
+            own backward, or adapters of PEFT that compute or train more than W x + s B A x.
     """
 
     def __init__(
@@ -88,18 +61,22 @@ class GradientRectifier:
         estimator: str = "gram",
         estimator_rank: int | None = None,
         energy_power: int = 1,
+        distributed: bool = True,
     ) -> None:
-        if not 0 <= energy <= 1:
-            raise ArgumentError(f"GradientRectifier: energy must be in [0, 1], got {energy:g}")
+        check_number("GradientRectifier: energy", energy, lambda e: 0 <= e <= 1, "in [0, 1]")
+        check_flag("GradientRectifier: balance", balance)
         check_rectification("GradientRectifier", 1.0, rectify, damping, share)
+        if estimator_rank is not None:
+            check_integer("GradientRectifier: estimator_rank", estimator_rank, lambda r: r >= 1, "positive")
         options = {"rectify": rectify, "damping": damping, "share": share, "balance": balance}
         self.energy = energy
-        self._entries = [_entry(name, item, options) for name, item in _named(layers)]
-        if not self._entries:
-            raise ArgumentError("GradientRectifier: layers must hold at least one LoRA layer or (A, B) pair, got none")
-        self.estimators = self._make_estimators(estimator, estimator_rank, energy_power)
+        self._entries = rectified_layers(layers, options)
+        self.estimators = self._make_estimators(
+            estimator=estimator, rank=estimator_rank, energy_power=energy_power, distributed=distributed
+        )
+        warn_of_rounded_weights({e.name: e.module for e in self._entries if e.layer is None})
 
-    def _make_estimators(self, kind: str, rank: int | None, energy_power: int) -> dict[str, OnlineEstimator]:
+    def _make_estimators(self, **options: Any) -> dict[str, OnlineEstimator]:
         """One for each observed module: pairs that share a module share their input, hence the estimator."""
         estimators: dict[str, OnlineEstimator] = {}
         by_module: dict[int, OnlineEstimator] = {}
@@ -107,9 +84,10 @@ class GradientRectifier:
             key = id(entry.A) if entry.module is None else id(entry.module)
             if key not in by_module:
                 where = {"dtype": entry.A.dtype, "device": entry.A.device}
-                by_module[key] = OnlineEstimator(
-                    entry.A.shape[-1], kind, rank, name=entry.name, energy_power=energy_power, **where
-                )
+                by_module[key] = OnlineEstimator(entry.A.shape[-1], name=entry.name, **options, **where)
+            elif by_module[key].dim != entry.A.shape[-1]:
+                wanted, found = by_module[key].dim, entry.A.shape[-1]
+                raise ArgumentError(f"{entry.name}: A must be [r, {wanted}] as others on its module, got [r, {found}]")
             estimators[entry.name] = by_module[key]
         return estimators
 
@@ -130,15 +108,15 @@ class GradientRectifier:
     def commit(self, energy: float | None = None) -> None:
         """End the task: protect what was observed, from now on. Merge the factors first, so that every B is zero.
 
+        With PEFT: `merge_adapter()`, zero every B in place, then `unmerge_adapter()`, which so takes nothing back.
         Attached optimizers forget their state of the factors: momenta of the last task know nothing of the next.
 
         Raises:
-            TaskBoundaryError: a B is not zero; nothing has changed.
+            TaskBoundaryError: a B is not zero, or PEFT's adapter still merged; nothing has changed.
             StatisticsError: a layer's statistics are empty, zero or not finite; nothing has changed.
         """
         for entry in self._entries:
-            if bool(entry.B.any()):
-                raise TaskBoundaryError(f"{entry.name}: commit() came while B is not zero: merge the factors first")
+            entry.check_consolidated()
         share = self.energy if energy is None else energy
         estimators = {id(e): e for e in self.estimators.values()}
         rooms = {key: e.dim - self._rank_on(e) for key, e in estimators.items()}
@@ -146,7 +124,7 @@ class GradientRectifier:
         for key, basis in bases.items():  # all were looked at before any is changed
             estimators[key].adopt(basis)
         for entry in self._entries:
-            self._protect(entry, bases[id(self.estimators[entry.name])])
+            entry.protect(bases[id(self.estimators[entry.name])])
             if entry.optimizer is not None:
                 for factor in (entry.A, entry.B):
                     entry.optimizer.state.pop(factor, None)
@@ -154,23 +132,27 @@ class GradientRectifier:
     def _rank_on(self, estimator: OnlineEstimator) -> int:
         return max(e.A.shape[-2] for e in self._entries if self.estimators[e.name] is estimator)
 
-    def _protect(self, entry: _Entry, basis: Tensor) -> None:
-        if entry.layer is not None:
-            entry.layer.protect(basis)
-            return
-        entry.pair_basis = basis
-        if entry.options["rectify"] == "exact":
-            project_rows_(entry.A, basis)
-
     def rectify(self) -> None:
         """Rewrite `.grad` of all factors, rectified: after unscaling, before clipping and the optimizer's step.
 
-        Raises ArgumentError when one factor of a layer has a gradient and the other has none.
+        For loops that do not attach their optimizer. With plain pairs under "exact", `project()` follows each step.
+        Where B is zero, factors that were drawn anew are projected here; `project()` right after the draw lets the
+        first gradients be those of the projected A.
+
+        Raises ArgumentError when one factor of a layer has a gradient and the other has none, when a pair under "exact"
+        has A V far from 0, or an attached optimizer would rectify a second time.
         """
+        for entry in self._entries:
+            if entry.optimizer is not None:
+                raise ArgumentError(
+                    f"{entry.name}: rectify() would come twice, since the attached optimizer rectifies before its "
+                    "step: a loop that calls it does not attach, and calls project() after each step"
+                )
+            entry.settle()
         self._rectify(self._entries)
 
-    def _rectify(self, entries: list[_Entry]) -> None:
-        groups: dict[tuple[Any, ...], list[_Entry]] = {}
+    def _rectify(self, entries: list[Rectified]) -> None:
+        groups: dict[tuple[Any, ...], list[Rectified]] = {}
         for entry in entries:
             if (entry.A.grad is None) != (entry.B.grad is None):
                 without = "A" if entry.A.grad is None else "B"
@@ -178,35 +160,26 @@ class GradientRectifier:
             if entry.A.grad is not None:
                 groups.setdefault(tuple(entry.options.values()), []).append(entry)
         for group in groups.values():
-            ops.rectify_(
-                [e.effective_A() for e in group],
-                [e.B for e in group],
-                [e.A.grad for e in group],
-                [e.B.grad for e in group],
-                [e.basis() for e in group],
-                [e.scale for e in group],
-                **group[0].options,
-            )
+            rectify_group(group)
 
     def project(self) -> None:
         """A <- A P for every pair under "exact": what an optimizer's step may have broken. Own layers need none."""
-        self._project(self._entries)
-
-    @torch.no_grad()
-    def _project(self, entries: list[_Entry]) -> None:
-        for entry in entries:
-            if entry.layer is None and entry.options["rectify"] == "exact" and not ops.is_empty(entry.pair_basis):
-                entry.A.copy_(ops.project(entry.A, entry.pair_basis))
+        for entry in self._entries:
+            entry.project()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on `optimizer.step()` rectifies first, and restores A V = 0 of plain pairs afterwards.
 
-        What runs between the backward and `step()`, such as clipping, sees plain gradients; a loop that clips calls
-        `rectify()` itself instead. A factor's new optimizer takes the place of its old one.
+        With `step(closure)` the gradients of each call of the closure are rectified. What runs between the backward and
+        `step()`, such as clipping, sees plain gradients; a loop that clips calls `rectify()` and `project()` itself
+        instead. A factor's new optimizer takes the place of its old one. Wrappers (accelerate's, Lightning's) are
+        looked through.
 
         Raises:
-            ArgumentError: the optimizer is attached already, or holds no factor of a rectified layer, or one of two.
+            ArgumentError: the optimizer is attached already, or holds no factor of a rectified layer, or one of two;
+                or a pair's A V is not 0 while B is not.
         """
+        optimizer = _unwrapped(optimizer)
         if self._attached(optimizer):
             raise ArgumentError("attach: optimizer must be new to this rectifier, got one that is attached already")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -217,56 +190,71 @@ class GradientRectifier:
             if id(entry.A) not in held or id(entry.B) not in held:
                 raise ArgumentError(f"attach: optimizer must hold both factors of a layer, got one of {entry.name}")
         for entry in entries:
+            entry.settle()
+        for entry in entries:
             entry.optimizer = optimizer
-        optimizer.register_step_pre_hook(lambda stepping, *_: self._rectify(self._attached(stepping)))
-        optimizer.register_step_post_hook(lambda stepping, *_: self._project(self._attached(stepping)))
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
 
-    def _attached(self, optimizer: torch.optim.Optimizer) -> list[_Entry]:
+    def _attached(self, optimizer: torch.optim.Optimizer) -> list[Rectified]:
         return [entry for entry in self._entries if entry.optimizer is optimizer]
+
+    def _before_step(self, stepping: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Rectify now, or after each call of the closure that computes the gradients: args are (self, closure, ...)."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._rectify(self._attached(stepping))
+            return None
+        closure = self._rectifying(closure, stepping)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure}
+        return (args[0], closure, *args[2:]), kwargs
+
+    def _rectifying(self, closure: Callable[..., Any], stepping: torch.optim.Optimizer) -> Callable[..., Any]:
+        def rectifying(*args: Any, **kwargs: Any) -> Any:
+            loss = closure(*args, **kwargs)
+            self._rectify(self._attached(stepping))
+            return loss
+
+        return rectifying
+
+    def _after_step(self, stepping: torch.optim.Optimizer, *_: Any) -> None:
+        for entry in self._attached(stepping):
+            entry.project()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The estimators' states by layer name; pairs' bases are those of the estimators."""
         return {name: estimator.state_dict() for name, estimator in self.estimators.items()}
 
-    def load_state_dict(self, state: Mapping[str, dict[str, Tensor]]) -> None:
-        """Continue from `state_dict()`; raises ArgumentError when the layers are not the same."""
-        if set(state) != set(self.estimators):
-            raise ArgumentError(f"state must hold layers {sorted(self.estimators)}, got {sorted(state)}")
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Continue from `state_dict()`, with factors as they are: protected from now on is what the state protects.
+
+        Where B is zero, A is projected and own layers get the basis. Otherwise the factors must be of the task that the
+        state is of: load them first, or while B is zero.
+
+        Raises:
+            ArgumentError: the layers are not the same, or a rank too large for the basis; nothing has changed.
+            TaskBoundaryError: a B is not zero and the layer's update not one that leaves the basis alone; likewise.
+        """
+        if not isinstance(state, Mapping) or set(state) != set(self.estimators):
+            found = sorted(state) if isinstance(state, Mapping) else shown(state)
+            raise ArgumentError(f"state must hold layers {sorted(self.estimators)}, got {found}")
+        for entry in self._entries:
+            self.estimators[entry.name].check_state(state[entry.name])
+            entry.check_basis(state[entry.name]["basis"].to(entry.A))
         for name, estimator in self.estimators.items():
             estimator.load_state_dict(state[name])
         for entry in self._entries:
-            if entry.layer is None:
-                entry.pair_basis = self.estimators[entry.name].basis
+            entry.resume(self.estimators[entry.name].basis)
 
 
-def _named(layers: nn.Module | Mapping[str, Any] | Iterable[Any]) -> list[tuple[str, Any]]:
-    if isinstance(layers, nn.Module):
-        return [(name, module) for name, module in layers.named_modules() if isinstance(module, LoRALayer)]
-    if isinstance(layers, Mapping):
-        return list(layers.items())
-    return [(f"layer {i}", item) for i, item in enumerate(layers)]
-
-
-def _entry(name: str, item: Any, options: dict[str, Any]) -> _Entry:
-    if isinstance(item, LoRALayer):
-        if item.rectify_in != "step":
-            raise ArgumentError(f"{name}: the layer rectifies in its backward; make it with rectify_in='step'")
-        return _Entry(name, item.A, item.B, item.scale, item, item.options(), layer=item)
-    if not isinstance(item, Sequence) or not 2 <= len(item) <= 4:
-        raise ArgumentError(f"{name}: must be a LoRA layer or (A, B[, scale[, module]]), got {type(item).__name__}")
-    pair = LoRAPair(*item)
-    _check_pair(name, pair)
-    return _Entry(name, pair.A, pair.B, pair.scale, pair.module, options)
-
-
-def _check_pair(name: str, pair: LoRAPair) -> None:
-    for factor, tensor in (("A", pair.A), ("B", pair.B)):
-        if tensor.dtype not in (torch.float32, torch.float64):
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer whose step is the one that is taken: accelerate and Lightning hold it in `.optimizer`."""
+    outer = optimizer
+    while "_optimizer_step_pre_hooks" not in getattr(optimizer, "__dict__", {}):
+        optimizer = getattr(optimizer, "optimizer", None)
+        if not isinstance(optimizer, torch.optim.Optimizer):
             raise ArgumentError(
-                f"{name}: {factor} must be float32 or float64, got {str(tensor.dtype).removeprefix('torch.')}: "
-                "half precision cannot keep A V = 0; hold the adapter in float32"
+                f"attach: optimizer must be a torch.optim.Optimizer, or hold one as .optimizer, got {shown(outer)}"
             )
-    if pair.A.dim() != 2 or pair.B.dim() != 2 or pair.A.shape[0] != pair.B.shape[1]:
-        raise ArgumentError(
-            f"{name}: A and B must be [r, n] and [m, r], got {list(pair.A.shape)} and {list(pair.B.shape)}"
-        )
+    return optimizer

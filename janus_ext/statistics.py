@@ -1,6 +1,9 @@
 """What an estimator keeps of the inputs it has seen: their Gram matrix, or the leading part of its eigendecomposition.
 
-Both are additive over batches and processes. Neither knows tasks, layers or names; `OnlineEstimator` does.
+Both are additive over batches and processes. Neither knows tasks, layers or names; `OnlineEstimator` does. Their
+tensors stay the same ones, written in place: by one op a batch, `observe_gram_` or `observe_sketch_`, which
+torch.compile leaves whole. While autograd runs a backward pass the ops do nothing: there activation checkpointing
+computes anew what they have seen.
 """
 
 from abc import ABC, abstractmethod
@@ -15,13 +18,20 @@ SKETCH_RANK = 256  # l of an incremental SVD unless told otherwise, where the wi
 
 
 class Statistics(ABC):
-    """Tensors that add up the inputs x [..., n] of one task; `names` are the attributes that hold them."""
+    """Tensors that add up the inputs x [..., n] of one task; `names` are the attributes that hold them.
+
+    Attributes:
+        rows: how many inputs were seen, int64.
+    """
 
     names: tuple[str, ...]
 
+    def __init__(self, device: torch.device | str | None) -> None:
+        self.rows = _zeros(dtype=torch.int64, device=device)
+
     @abstractmethod
     def observe(self, x: Tensor, decay: float) -> None:
-        """Multiply what was seen by `decay`, then add x."""
+        """Multiply what was seen by `decay`, then add x; nothing while a backward pass runs."""
 
     @abstractmethod
     def extended(self, basis: Tensor, energy: float, cap: int) -> Tensor:
@@ -37,17 +47,17 @@ class Statistics(ABC):
 
     def clear(self) -> None:
         """Forget everything."""
-        for name, tensor in self.tensors().items():
-            setattr(self, name, torch.zeros_like(tensor))  # not in place: it may have been made in inference mode
+        for tensor in self.tensors().values():
+            tensor.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """The statistics by name, not copied."""
-        return {name: getattr(self, name) for name in self.names}
+        return {name: getattr(self, name) for name in (*self.names, "rows")}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over copies of `tensors`."""
         for name, own in self.tensors().items():
-            setattr(self, name, tensors[name].to(own, copy=True))
+            own.copy_(tensors[name].detach())
 
 
 class Gram(Statistics):
@@ -56,20 +66,23 @@ class Gram(Statistics):
     names = ("gram",)
 
     def __init__(self, dim: int, energy_power: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
-        self.gram = torch.zeros(dim, dim, dtype=dtype, device=device)
+        super().__init__(device)
+        self.gram = _zeros(dim, dim, dtype=dtype, device=device)
         self.energy_power = energy_power
 
     def observe(self, x: Tensor, decay: float) -> None:
-        ops.gram_update_(self.gram, x, decay)
+        torch.ops.janus_ext.observe_gram_(self.gram, self.rows, x, decay)
 
     def extended(self, basis: Tensor, energy: float, cap: int) -> Tensor:
         return ops.extend_basis(basis, self.gram, energy, cap, self.energy_power)
 
     def merge(self, other: "Gram") -> None:
         self.gram += other.gram.to(self.gram)
+        self.rows += other.rows.to(self.rows)
 
     def all_reduce(self, group: Any) -> None:
-        torch.distributed.all_reduce(self.gram, group=group)
+        for tensor in (self.gram, self.rows):
+            torch.distributed.all_reduce(tensor, group=group)
 
 
 class Sketch(Statistics):
@@ -78,17 +91,13 @@ class Sketch(Statistics):
     names = ("U", "S", "total")
 
     def __init__(self, dim: int, rank: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
-        self.U = torch.zeros(dim, rank, dtype=dtype, device=device)
-        self.S = torch.zeros(rank, dtype=dtype, device=device)
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        super().__init__(device)
+        self.U = _zeros(dim, rank, dtype=dtype, device=device)
+        self.S = _zeros(rank, dtype=dtype, device=device)
+        self.total = _zeros(dtype=torch.float64, device=device)
 
     def observe(self, x: Tensor, decay: float) -> None:
-        U, S = ops.isvd_update(self.U, self.S, x, decay)
-        blocks = x.reshape(-1, x.shape[-1]).split(len(S))  # in float64, and never all of x at once
-        self.total = sum(
-            (torch.linalg.vector_norm(block, dtype=torch.float64).square() for block in blocks), decay * self.total
-        )
-        self.U, self.S = U, S
+        torch.ops.janus_ext.observe_sketch_(self.U, self.S, self.total, self.rows, x, decay)
 
     def extended(self, basis: Tensor, energy: float, cap: int) -> Tensor:
         return ops.extend_basis_factor(basis, self.U, self.S, self.total, energy, cap)
@@ -98,15 +107,29 @@ class Sketch(Statistics):
         return float((basis.double().mT @ (self.U.double() * self.S.double())).square().sum() / self.total)
 
     def merge(self, other: "Sketch") -> None:
-        self.U, self.S = ops.isvd_update(self.U, self.S, (other.U * other.S).mT.to(self.U))
-        self.total = self.total + other.total.to(self.total)
+        self._add_factor(other.U, other.S)
+        self.total += other.total.to(self.total)
+        self.rows += other.rows.to(self.rows)
 
     def all_reduce(self, group: Any) -> None:
-        everyone = {name: _gathered(tensor, group) for name, tensor in self.tensors().items()}
-        self.load({name: states[0] for name, states in everyone.items()})
-        for U, S in list(zip(everyone["U"], everyone["S"], strict=True))[1:]:  # in rank order, the same on every rank
-            self.U, self.S = ops.isvd_update(self.U, self.S, (U * S).mT)
-        self.total = torch.stack(everyone["total"]).sum()
+        factors = list(zip(_gathered(self.U, group), _gathered(self.S, group), strict=True))
+        for own, first in zip((self.U, self.S), factors[0], strict=True):
+            own.copy_(first)
+        for U, S in factors[1:]:  # in rank order, the same on every rank
+            self._add_factor(U, S)
+        for tensor in (self.total, self.rows):
+            torch.distributed.all_reduce(tensor, group=group)
+
+    def _add_factor(self, U: Tensor, S: Tensor) -> None:
+        new = ops.isvd_update(self.U, self.S, (U * S).mT.to(self.U))
+        for own, tensor in zip((self.U, self.S), new, strict=True):
+            own.copy_(tensor)
+
+
+def _zeros(*shape: int, **options: Any) -> Tensor:
+    """Zeros that are written in place outside of inference mode too, wherever they were made."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, **options)
 
 
 def _gathered(tensor: Tensor, group: Any) -> list[Tensor]:
@@ -114,3 +137,40 @@ def _gathered(tensor: Tensor, group: Any) -> list[Tensor]:
     copies = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(copies, tensor.contiguous(), group=group)
     return copies
+
+
+# one batch, as one op -------------------------------------------------------------------------------------------------
+
+
+def _observe_gram(gram: Tensor, rows: Tensor, x: Tensor, decay: float) -> None:
+    if _in_backward():
+        return
+    ops.gram_update_(gram, x, decay)
+    rows += x.numel() // x.shape[-1]
+
+
+def _observe_sketch(U: Tensor, S: Tensor, total: Tensor, rows: Tensor, x: Tensor, decay: float) -> None:
+    if _in_backward():
+        return
+    new_U, new_S = ops.isvd_update(U, S, x, decay)  # raises before anything is written
+    total *= decay
+    for block in x.reshape(-1, x.shape[-1]).split(len(S)):  # in float64, and never all of x at once
+        total += torch.linalg.vector_norm(block, dtype=torch.float64).square()
+    U.copy_(new_U)
+    S.copy_(new_S)
+    rows += x.numel() // x.shape[-1]
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work in this thread, as torch.utils.checkpoint itself asks."""
+    return torch._C._current_graph_task_id() != -1
+
+
+_library = torch.library.Library("janus_ext", "FRAGMENT")
+for _name, _written, _kernel in (
+    ("observe_gram_", "Tensor(a!) gram, Tensor(b!) rows", _observe_gram),
+    ("observe_sketch_", "Tensor(a!) U, Tensor(b!) S, Tensor(c!) total, Tensor(d!) rows", _observe_sketch),
+):
+    _library.define(f"{_name}({_written}, Tensor x, float decay) -> ()", tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"janus_ext::{_name}", lambda *_: None, lib=_library)

@@ -10,6 +10,7 @@ import torch
 from conftest import assert_close, orthonormal, subspace
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from janus_ext import ArgumentError, GradientRectifier, LoRALinear, OnlineEstimator, inject, observing
 from janus_ext.backbone import prepare_torchvision
@@ -164,6 +165,30 @@ def test_observation_of_a_compiled_module_starts_and_stops_at_once(device: str, 
     assert estimator.rows == 9
     assert_close(estimator.statistics.gram, want, torch.float32)
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["gram", "isvd"])
+@pytest.mark.parametrize("outside", ["compile", "checkpoint"])
+def test_activation_checkpointing_counts_each_input_once(outside: str, kind: str, reentrant: bool) -> None:
+    """Around compiled parts as well as within one graph: what the backward pass computes again runs the op again."""
+    model = nn.Sequential(LoRALinear(nn.Linear(8, 8), 2), nn.Tanh(), LoRALinear(nn.Linear(8, 8), 2))
+    layers = {"0": model[0], "2": model[2]}
+    part = compiled(model)[0] if outside == "checkpoint" else model
+
+    def checkpointed(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(part, x, use_reentrant=reentrant)
+
+    results, forward = [], compiled(checkpointed)[0] if outside == "compile" else checkpointed
+    for run in (model, forward):
+        torch.manual_seed(2)
+        estimators = {name: OnlineEstimator(8, kind, decay=0.5) for name in layers}
+        with observing(layers, estimators):
+            for _ in range(2):
+                run(torch.randn(5, 8, requires_grad=True)).sum().backward()
+        results.append([t.double() for e in estimators.values() for t in e.statistics.tensors().values()])
+    for want, got in zip(*results, strict=True):
+        assert_close(got, want, torch.float32, 10)
 
 
 def test_observed_pairs_of_a_compiled_model() -> None:

@@ -1,12 +1,27 @@
 """OnlineEstimator(estimator="isvd"), and what both estimators promise alike."""
 
 import warnings
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import assert_close, subspace
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from janus_ext import ArgumentError, OnlineEstimator, StatisticsError
+from janus_ext import (
+    ArgumentError,
+    GradientRectifier,
+    LoRALinear,
+    OnlineEstimator,
+    StatisticsError,
+    TaskBoundaryError,
+    inject,
+    observing,
+    statistics,
+)
+from janus_ext.backbone import prepare_torchvision
 
 KINDS = ["gram", "isvd"]
 
@@ -50,27 +65,6 @@ def test_merge_adds_what_another_saw(kind: str) -> None:
     one.merge(two)
     assert one.rows == 50
     assert_close(subspace(one.commit(1.0)), subspace(whole.commit(1.0)), torch.float64, 100)
-
-
-def test_all_reduce_equals_one_process(tmp_path) -> None:
-    torch.multiprocessing.spawn(_reduce_worker, args=(str(tmp_path / "store"),), nprocs=2)
-
-
-def _reduce_worker(rank: int, store: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(64, 5, generator=generator, dtype=torch.float64)
-    x = x @ torch.randn(5, 12, generator=generator, dtype=torch.float64)
-    one = estimator(12, rank=7)
-    one.observe(x[rank::2])
-    one.all_reduce()
-    assert one.rows == 64
-    assert_close(one.statistics.total, x.square().sum(), torch.float64)
-    everywhere = [torch.empty_like(one.statistics.U) for _ in range(2)]
-    torch.distributed.all_gather(everywhere, one.statistics.U)
-    assert torch.equal(*everywhere), "the processes hold different statistics"
-    assert_close(subspace(one.commit(1.0)), x.mT @ torch.linalg.pinv(x.mT), torch.float64, 100)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,6 +141,11 @@ def test_bad_input_names_the_layer_and_changes_nothing() -> None:
         zero.commit(0.9)
 
 
+def observed(modules: Any, estimators: Any) -> None:
+    with observing(modules, estimators):
+        raise AssertionError("observes what cannot be")
+
+
 @pytest.mark.parametrize(
     ("use", "message"),
     [
@@ -159,9 +158,149 @@ def test_bad_input_names_the_layer_and_changes_nothing() -> None:
         (lambda: estimator(6, "gram", rank=3), "rank belongs to estimator='isvd', got 3 with 'gram'"),
         (lambda: estimator(6, energy_power=2), "energy_power must be 1 with estimator='isvd', got 2"),
         (lambda: estimator(6).merge(estimator(6, "gram")), "other must hold a Sketch, got a Gram"),
+        (lambda: OnlineEstimator(6, dtype="float32"), "dtype must be torch.float32 or torch.float64, got 'float32'"),
+        (lambda: OnlineEstimator("6"), "dim must be an integer, positive, got '6'"),
+        (lambda: OnlineEstimator(-6), "dim must be positive, got -6"),
+        (lambda: OnlineEstimator(True), "dim must be an integer, positive, got True"),
+        (lambda: OnlineEstimator(6.0), "dim must be an integer, positive, got 6.0"),
+        (lambda: OnlineEstimator(None), "dim must be an integer, positive, got None"),
+        (lambda: OnlineEstimator(6, None), "estimator must be one of gram, isvd, got None"),
+        (lambda: estimator(6, rank="3"), "rank must be an integer, from 1 to dim = 6, got '3'"),
+        (lambda: estimator(6, rank=True), "rank must be an integer, from 1 to dim = 6, got True"),
+        (lambda: estimator(6, "gram", rank=numpy.zeros(2)), "rank belongs to .*, got an object of type ndarray with"),
+        (lambda: OnlineEstimator(6, decay=float("nan")), r"decay must be in \(0, 1\], got nan"),
+        (lambda: OnlineEstimator(6, decay="1"), r"decay must be a number, in \(0, 1\], got '1'"),
+        (lambda: OnlineEstimator(6, energy_power="2"), "energy_power must be an integer, 1 or 2, got '2'"),
+        (lambda: OnlineEstimator(6, distributed=1), "distributed must be True or False, got 1"),
+        (lambda: OnlineEstimator(6).commit(float("nan")), r"layer: energy must be in \[0, 1\], got nan"),
+        (lambda: OnlineEstimator(6).commit(None), r"layer: energy must be a number, in \[0, 1\], got None"),
+        (lambda: OnlineEstimator(6).commit(0.9, "3"), "max_rank must be an integer, from k = 0 to dim = 6, got '3'"),
+        (
+            lambda: OnlineEstimator(6).observe(numpy.zeros((2, 6))),
+            r"layer: x must be a tensor \[..., 6\], got an object of type ndarray",
+        ),
+        (
+            lambda: OnlineEstimator(6).observe(torch.zeros(2, 5)),
+            r"x must be \[..., 6\] of a floating dtype, got \[2, 5\]",
+        ),
+        (lambda: OnlineEstimator(6).observe(torch.zeros(2, 6, dtype=torch.int64)), "floating dtype, got .*int64"),
+        (lambda: OnlineEstimator(6).observe(torch.tensor(1.0)), r"floating dtype, got \[\] of torch.float32"),
+        (lambda: OnlineEstimator(6).merge(None), "other must be an OnlineEstimator, got None"),
+        (lambda: OnlineEstimator(6).load_state_dict(None), "state must be what state_dict.. gave, got None"),
+        (lambda: observed({"a": None}, {"a": OnlineEstimator(6)}), "observing: a must be a module, got None"),
+        (lambda: observed({"a": nn.Identity()}, {"a": 6}), "observing: a must have an OnlineEstimator, got 6"),
     ],
-    ids=range(6),
+    ids=range(31),
 )
 def test_wrong_arguments_are_named(use: object, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         use()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(device: str, kind: str) -> None:
+    one = estimator(6, kind, device=device)
+    op = torch.ops.janus_ext.observe_gram_ if kind == "gram" else torch.ops.janus_ext.observe_sketch_
+    x = torch.randn(5, 6, dtype=torch.float64, device=device)
+    torch.library.opcheck(op.default, (*one.statistics.tensors().values(), x, 0.9))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_inference_mode_made_goes_on_outside(kind: str) -> None:
+    with torch.inference_mode():
+        one = OnlineEstimator(6, kind)
+        one.observe(torch.randn(9, 6))
+        state = one.state_dict()
+    one.observe(torch.randn(9, 6))
+    one.load_state_dict(state)
+    one.observe(torch.randn(9, 6))
+    assert one.rows == 18 and one.commit(1.0).shape == (6, 6)
+    one.observe(torch.randn(9, 6))
+    assert one.rows == 9
+
+
+# ----------------------------------------------------------------------------------------------- what is kept, and once
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_that_autograd_knows_is_kept(kind: str) -> None:
+    one = OnlineEstimator(6, kind)
+    one.observe(torch.randn(9, 6, requires_grad=True))
+    assert not one.commit(0.9).requires_grad
+    state = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in one.state_dict().items()}
+    one.load_state_dict(state)
+    one.observe(torch.randn(9, 6))
+    assert not any(t.requires_grad for t in one.state_dict().values())
+    assert not one.adopt(torch.zeros(6, 2, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_checkpointing_counts_each_input_once(kind: str, reentrant: bool) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)])
+    results = []
+    for checkpointing in (False, True):
+        seen = {str(i): estimator(6, kind, decay=0.5) for i in range(3)}
+        generator = torch.Generator().manual_seed(2)
+        with observing({str(i): block[0] for i, block in enumerate(model)}, seen):
+            for _ in range(2):
+                y = torch.randn(5, 6, generator=generator, requires_grad=True)
+                for block in model:
+                    y = checkpoint(block, y, use_reentrant=reentrant) if checkpointing else block(y)
+                y.sum().backward()
+        results.append([tensor for one in seen.values() for tensor in one.state_dict().values()])
+    assert seen["2"].rows == 10
+    assert all(torch.equal(got, want) for want, got in zip(*results, strict=True))
+
+
+def test_timm_s_checkpointing_counts_each_input_once() -> None:
+    prepare_torchvision()
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0)
+    layers = inject(model, 3, rectify_in="step")
+    model.set_grad_checkpointing(True)
+    rectifier = GradientRectifier(model)
+    with rectifier.observe():
+        model(torch.randn(4, 3, 16, 16)).exp().mean().backward()
+    assert [rectifier.estimators[name].rows for name in layers] == [20, 20]
+    assert all(layer.B.grad.any() for layer in layers.values())
+
+
+# ------------------------------------------------------------------------------------------------------ sums by hand
+
+
+def test_what_was_summed_by_hand_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics.Gram, "all_reduce", lambda *_: None)  # with processes: test_processes.py
+    one, other = OnlineEstimator(6), OnlineEstimator(6)
+    one.observe(torch.randn(9, 6))
+    one.all_reduce()
+    with pytest.raises(TaskBoundaryError, match=r"layer: observe\(\) after all_reduce\(\) would count"):
+        one.observe(torch.randn(9, 6))
+    with pytest.raises(TaskBoundaryError, match=r"all_reduce\(\) comes once a task"):
+        one.all_reduce()
+    with pytest.raises(TaskBoundaryError, match="before the merge for both, or for none"):
+        one.merge(other)
+    assert one.rows == 9
+    one.commit(0.9)
+    one.observe(torch.randn(9, 6))
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["layer", "linear"])
+def test_under_autocast_the_input_counts_as_it_is_multiplied(device: str, own: bool) -> None:
+    """A LayerNorm before the layer gives float32, and the layer multiplies bfloat16: that is to be protected."""
+    module = nn.Linear(16, 8, device=device)
+    module = LoRALinear(module, 2) if own else module
+    seen = []
+    one = OnlineEstimator(16, device=device)
+    one.statistics.observe = lambda x, decay: seen.append(x)
+    x = torch.randn(4, 16, device=device)
+    with torch.autocast(device, torch.bfloat16), observing({"a": module}, {"a": one}):
+        y, named = module(x), module(**{"x" if own else "input": x})
+    assert [s.dtype for s in seen] == [torch.bfloat16] * 2 and torch.equal(seen[0], x.bfloat16())
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(module(x), y) and torch.equal(named, y)
+    with observing({"a": module}, {"a": one}):
+        module(x)
+    assert seen[2].dtype == torch.float32

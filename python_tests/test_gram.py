@@ -65,21 +65,6 @@ def test_split_order_and_merge_do_not_matter(device: str) -> None:
     assert_close(parts[0].statistics.gram, whole.statistics.gram, torch.float64)
 
 
-def test_all_reduce_equals_one_process(tmp_path) -> None:
-    torch.multiprocessing.spawn(_reduce_worker, args=(str(tmp_path / "store"),), nprocs=2)
-
-
-def _reduce_worker(rank: int, store: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    estimator = OnlineEstimator(12, dtype=torch.float64)
-    estimator.observe(x[rank::2])
-    estimator.all_reduce()
-    assert estimator.rows == 64
-    assert_close(estimator.statistics.gram, x.mT @ x, torch.float64)
-    torch.distributed.destroy_process_group()
-
-
 def test_commit_starts_new_statistics_and_grows_the_basis() -> None:
     estimator = OnlineEstimator(10, dtype=torch.float64)
     directions = torch.eye(10, dtype=torch.float64)

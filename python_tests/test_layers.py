@@ -215,13 +215,13 @@ def test_only_plain_linear_layers_are_wrapped(linear, found: str) -> None:
 
 @pytest.mark.parametrize("rank", ["8", 2.0, None, True, 0, 9])
 def test_a_rank_that_is_none_is_refused(rank: object) -> None:
-    with pytest.raises(ArgumentError, match=rf"rank must be from 1 to min\(m, n\) = 8, got {rank!r}"):
+    with pytest.raises(ArgumentError, match=rf"rank must be (an integer, )?from 1 to min\(m, n\) = 8, got {rank!r}"):
         LoRALinear(nn.Linear(8, 8), rank)
 
 
 @pytest.mark.parametrize("name", ["scale", "damping", "share"])
 def test_options_that_are_no_numbers_are_refused(name: str) -> None:
-    with pytest.raises(ArgumentError, match=f"LoRALinear: {name} must be a number, got 'x'"):
+    with pytest.raises(ArgumentError, match=f"LoRALinear: {name} must be a number, .*, got 'x'"):
         LoRALinear(nn.Linear(8, 8), 2, **{name: "x"})
 
 

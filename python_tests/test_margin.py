@@ -1,5 +1,8 @@
 """margin_loss, DecoupledMarginLoss and ClassPrototypes (property 7)."""
 
+from typing import Any
+
+import numpy
 import pytest
 import torch
 from conftest import TOLERANCE, assert_close
@@ -111,11 +114,64 @@ def test_module_weights_the_loss() -> None:
     assert_close(DecoupledMarginLoss(0.2, 16.0, weight=0.5)(f, p), 0.5 * eager(f, p, 0.2, 16.0), torch.float64)
 
 
-@pytest.mark.parametrize(("name", "value"), [("margin", 2.0), ("temperature", 0.0), ("weight", -1.0)])
-def test_module_names_the_wrong_argument(name: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("margin", 2.0, "2"),
+        ("temperature", 0.0, "0"),
+        ("weight", -1.0, "-1"),
+        ("margin", float("nan"), "nan"),
+        ("margin", "0.2", "'0.2'"),
+        ("temperature", None, "None"),
+        ("weight", True, "True"),
+        ("weight", numpy.zeros(2), "an object of type ndarray"),
+    ],
+)
+def test_module_names_the_wrong_argument(name: str, value: Any, found: str) -> None:
     arguments = {"margin": 0.2, "temperature": 16.0, "weight": 1.0, name: value}
-    with pytest.raises(ArgumentError, match=f"{name} must be .*, got {value:g}"):
+    with pytest.raises(ArgumentError, match=f"DecoupledMarginLoss: {name} must be .*, got {found}"):
         DecoupledMarginLoss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: ClassPrototypes("6"), "ClassPrototypes: dim must be an integer, positive, got '6'"),
+        (lambda: ClassPrototypes(-6), "ClassPrototypes: dim must be positive, got -6"),
+        (lambda: ClassPrototypes(True), "ClassPrototypes: dim must be an integer, positive, got True"),
+        (
+            lambda: ClassPrototypes(6).add(numpy.zeros((2, 6)), torch.zeros(2)),
+            r"features must be a tensor \[N, 6\], got an",
+        ),
+        (
+            lambda: ClassPrototypes(6).add(torch.zeros(2, 6), [0, 1]),
+            r"labels must be a tensor \[2\] of integers, got an",
+        ),
+        (
+            lambda: ClassPrototypes(6).add(torch.zeros(2, 6), torch.zeros(2)),
+            "of integers, one a feature, got .*float32",
+        ),
+        (lambda: ClassPrototypes(6).nearest(None), r"features must be a tensor \[N, 6\], got None"),
+        (lambda: ClassPrototypes(6).load_state_dict(None), "state must be what state_dict.. gave"),
+        (lambda: DecoupledMarginLoss(0.2, 16.0)(torch.zeros(2, 6), None), r"ClassPrototypes or a tensor .*, got None"),
+        (
+            lambda: DecoupledMarginLoss(0.2, 16.0)([1.0], torch.zeros(2, 6)),
+            r"features must be a tensor \[N, d\], got an",
+        ),
+    ],
+    ids=range(10),
+)
+def test_wrong_types_are_named(use: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        use()
+
+
+def test_prototypes_keep_nothing_that_autograd_knows() -> None:
+    prototypes = ClassPrototypes(4)
+    prototypes.add(torch.randn(6, 4, requires_grad=True).square(), torch.arange(6) % 2)
+    assert not prototypes.matrix.requires_grad
+    prototypes.load_state_dict({"matrix": prototypes.matrix.clone().requires_grad_(), "classes": torch.tensor([3, 4])})
+    assert not prototypes.matrix.requires_grad
 
 
 def test_prototypes_are_unit_class_means() -> None:
