@@ -37,11 +37,18 @@ class ContinualClassifier(nn.Module):
         """Width d of the feature."""
         return self.backbone.num_features
 
-    def add_task(self, classes: int) -> nn.Linear:
-        """Appends the head of a new task (weights normal with deviation 0.01, bias 0) and returns it."""
+    def add_task(self, classes: int, head_init: str = "small") -> nn.Linear:
+        """Appends the head of a new task and returns it.
+
+        ``head_init``: "default" starts as nn.Linear does (weights and bias uniform within 1 / sqrt(d)), "small" with
+        normal weights of deviation 0.01 and bias 0.
+        """
+        if head_init not in ("default", "small"):
+            raise ArgumentError(f"head_init must be 'default' or 'small', got {head_init!r}")
         head = nn.Linear(self.feature_dim, classes)
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
+        if head_init == "small":
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
         self.heads.append(head.to(self.mean.device))
         return head
 

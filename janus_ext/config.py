@@ -16,6 +16,7 @@ MethodName = Literal["janus", "lora", "lora-gpm", "inflora", "lora-drs", "bilora
 Rectify = Literal["auto", "none", "project", "tangent", "exact"]
 Estimator = Literal["auto", "gram", "isvd", "none"]
 Head = Literal["auto", "linear", "ncm"]
+HeadInit = Literal["auto", "default", "small"]
 Normalize = Literal["auto", "identity", "model"]
 
 
@@ -47,6 +48,8 @@ class TrainConfig:
     """Directions that --estimator isvd keeps of each layer; by default 256, or the layer's width where that is less."""
     head: Head = "auto"
     """Classifier at test time: linear heads, or ncm, the nearest class mean; auto: ncm with lora-drs, else linear."""
+    head_init: HeadInit = "auto"
+    """Start of a task's linear head: small (deviation 0.01, bias 0) or default (PyTorch's, --preset paper)."""
     margin_weight: float | None = None
     """Weight of the margin loss of janus (DML, by default 0.5) or the triplet loss of lora-drs (0.05), 0: without."""
     margin: float | None = None
