@@ -1,4 +1,4 @@
-"""Values brought to the types that a dataclass's annotations ask for: what a command line parses, for Python callers."""
+"""Values brought to the types that a dataclass's annotations ask for, as a command line's parser does, for Python."""
 
 from __future__ import annotations
 

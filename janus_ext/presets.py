@@ -1,8 +1,8 @@
 """What a run takes where the user says nothing: the published protocol of each benchmark, and each method's own values.
 
 ``default`` is the published protocol where a benchmark has one, with the colours as the backbone wants them, heads that
-start small and one seed, and what was tuned here for the embedded images. ``paper`` is the published protocol to the letter: InfLoRA's
-line, which Janus-LoRA's paper follows, quirks included.
+start small and one seed, and what was tuned here for the embedded images. ``paper`` is the published protocol to the
+letter: InfLoRA's line, which Janus-LoRA's paper follows, quirks included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ EMBEDDED: dict[str, Any] = {
 }
 
 # InfLoRA's configuration files and code: Adam without decay, one rate for factors and head, CODA-Prompt's quarter of
-# a cosine, stepped per epoch from the second on. Its thresholds are shares of the Gram matrix's squared eigenvalues: energy_power 2.
+# a cosine, stepped per epoch from the second on. Its thresholds are shares of the Gram matrix's squared eigenvalues:
+# energy_power 2.
 IMAGENET_R: dict[str, Any] = {
     "backbone": VIT_B16,
     "rank": 10,
