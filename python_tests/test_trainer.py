@@ -83,6 +83,10 @@ def test_the_results_file_has_every_promised_name_and_no_nan(finished_run):
 
 def test_the_configuration_is_stored_resolved(finished_run):
     config = json.loads((finished_run / "config.json").read_text())
+    results = json.loads((finished_run / "results.json").read_text())
+    assert [config[key] for key in ("class_names", "split_sha256")] == [
+        results[key] for key in ("class_names", "split_sha256")
+    ]
     assert (config["rectify"], config["tasks"], config["epochs"], config["limit_per_class"]) == ("exact", 4, 1, 1)
 
 
@@ -121,14 +125,14 @@ def test_several_seeds_go_on_where_they_were_cut_off(weights, tmp_path, capsys):
     for lost in ("summary.json", "seed-4/results.json"):
         (tmp_path / "many" / lost).unlink()
     assert train.main([*call, "--lr", "0.5"]) == 2
-    assert "seed-3 holds a run with another --lr; choose" in capsys.readouterr().err
+    assert "seed-3 holds a run with other settings: --lr 0.0015 (asked: 0.5); choose" in capsys.readouterr().err
     assert train.main([*call, "--clip-norm", "1"]) == 2
     assert (
-        "seed-3 holds a run with another --clip-norm; choose" in capsys.readouterr().err
+        "seed-3 holds a run with other settings: --clip-norm left out (asked: 1.0); choose" in capsys.readouterr().err
     )
     stored = tmp_path / "many" / "seed-3" / "config.json"
     stored.write_text(stored.read_text().replace('"clip_norm": null', '"clip_norm": 1.0'))
-    assert train.main(call) == 2 and "another --clip-norm; choose" in capsys.readouterr().err
+    assert train.main(call) == 2 and "--clip-norm 1.0 (asked: left out); choose" in capsys.readouterr().err
     stored.write_text(stored.read_text().replace('"clip_norm": 1.0', '"clip_norm": null'))
     assert train.main(call) == 0
     assert (tmp_path / "many" / "summary.json").read_bytes() == whole
