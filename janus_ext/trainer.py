@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from janus_ext.classifier import ContinualClassifier
 
 LOG = logging.getLogger("janus_ext")
-EVALUATION_BATCH = 200
 MATRICES = ("accuracy_matrix", "accuracy_matrix_task_known", "task_recognition_matrix")  # R, K and D of metrics
 REPORTED = ("violation_per_layer", "basis_rank", "danger", "similarity_own", "similarity_old")  # as in a TaskReport
 
@@ -310,7 +309,7 @@ class Trainer:
         return self._to_device(self.benchmark.train.stream(rows.split(self.config.batch_size), generator))
 
     def _clean_batches(self, split: Split, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._to_device(split.stream(rows.split(EVALUATION_BATCH)))
+        return self._to_device(split.stream(rows.split(self.model.images_at_once)))
 
     def _to_device(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Moves batches to the model's device, their class ids mapped to the model's outputs."""
