@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,7 +131,7 @@ class Trainer:
         steps = self._steps(len(self.benchmark.tasks))
         bar = tqdm(total=steps, initial=self._steps(done), unit="step", disable=None, dynamic_ncols=True)
         scalars = self.folder / "tensorboard" if self.config.tensorboard else None
-        with bar, events.writing(scalars, done * self.config.epochs) as self.write, compiling():
+        with bar, events.writing(scalars, done * self.config.epochs) as self.write, compiling(), repeatable():
             progress = Progress(bar)
             for index in range(done, len(self.benchmark.tasks)):
                 bar.set_description(f"task {index + 1}/{len(self.benchmark.tasks)}")
@@ -358,6 +359,21 @@ def compiling() -> Iterator[None]:
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TrainingError(f"--compile fails here, leave it out or see to this: {reason}") from error
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Says which operator has no repeatable kernel, where PyTorch was told to use no other (`be_deterministic`)."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if not found:
+            raise
+        raise TrainingError(
+            f"PyTorch's {found[1]} has no repeatable kernel on this device, and the model needs it: another --backbone "
+            "or --device cpu will help"
+        ) from error
 
 
 def derive_seed(seed: int, task: int, epoch: int, purpose: str) -> int:
