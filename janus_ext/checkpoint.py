@@ -10,6 +10,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,27 @@ from janus_ext.errors import CheckpointError
 SHA256 = "janus_ext_sha256"  # of a file of tensors, in its metadata
 
 
+NUMBERS = re.compile(r"\[\n( *)([-+.\w,\s]+?)\n *\]")  # a list of numbers, indented; no JSON text holds a line feed
+LINE, SHORT = 120, 90  # columns; those of a list that has a line with its key
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """``value`` as JSON, where NaN and infinity are null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON; NaN and infinity become null."""
-    text = to_json(value, indent=2) + "\n"
+    """Writes ``value`` as indented JSON, lists of numbers in lines; NaN and infinity become null."""
+    text = NUMBERS.sub(_in_lines, to_json(value, indent=2)) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _in_lines(numbers: re.Match[str]) -> str:
+    """A list of numbers on one line, or filled lines where it is longer."""
+    indent, text = numbers[1], " ".join(numbers[2].split())
+    if len(text) <= SHORT:
+        return f"[{text}]"
+    return f"[\n{textwrap.fill(text, LINE, initial_indent=indent, subsequent_indent=indent)}\n{indent[2:]}]"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -113,6 +127,18 @@ def _sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 

@@ -8,12 +8,18 @@ from torch import Tensor, nn
 
 from janus_ext.errors import ArgumentError
 
+MOST_IMAGES = 200  # of a pass without gradients; a ViT-B/16 takes as many at 224 pixels
+NUMBERS = MOST_IMAGES * 14**2 * 768  # of a block's output in such a pass
+FEW_PATCHES = 256  # up to here the attention of a head of 64 takes no more memory than the block's MLP
+
 
 class ContinualClassifier(nn.Module):
     """A backbone and one linear head per task; the logits of all seen classes are the heads' outputs side by side.
 
     The backbone runs under autocast to ``amp`` if given; features and heads are always float32. Colours are
     normalized as the backbone was pretrained (``normalize`` "model"), or stay in [0, 1] ("identity").
+    ``images_at_once`` is how many a pass without gradients should take: 200, or as many as need no more memory than 200
+    do in a ViT-B/16 at 224 pixels.
     """
 
     def __init__(self, backbone: nn.Module, amp: torch.dtype | None = None, normalize: str = "model") -> None:
@@ -23,7 +29,11 @@ class ContinualClassifier(nn.Module):
         self.amp = amp
         self.input_size: int = backbone.input_size
         device = next(backbone.parameters()).device
-        if amp is not None and device.type == "cpu":
+        patches = _patches(backbone)
+        width = getattr(backbone, "embed_dim", None)
+        width = width if isinstance(width, int) else backbone.num_features
+        self.images_at_once = max(1, min(MOST_IMAGES, NUMBERS // (patches * width)))
+        if amp is not None and device.type == "cpu" and patches <= FEW_PATCHES:
             _unfuse_attention(backbone)
         if normalize not in ("model", "identity"):
             raise ArgumentError(f"normalize must be 'model' or 'identity', got {normalize!r}")
@@ -37,11 +47,18 @@ class ContinualClassifier(nn.Module):
         """Width d of the feature."""
         return self.backbone.num_features
 
-    def add_task(self, classes: int) -> nn.Linear:
-        """Appends the head of a new task (weights normal with deviation 0.01, bias 0) and returns it."""
+    def add_task(self, classes: int, head_init: str = "small") -> nn.Linear:
+        """Appends the head of a new task and returns it.
+
+        ``head_init``: "default" starts as nn.Linear does (weights and bias uniform within 1 / sqrt(d)), "small" with
+        normal weights of deviation 0.01 and bias 0.
+        """
+        if head_init not in ("default", "small"):
+            raise ArgumentError(f"head_init must be 'default' or 'small', got {head_init!r}")
         head = nn.Linear(self.feature_dim, classes)
-        nn.init.normal_(head.weight, std=0.01)
-        nn.init.zeros_(head.bias)
+        if head_init == "small":
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
         self.heads.append(head.to(self.mean.device))
         return head
 
@@ -79,8 +96,17 @@ class ContinualClassifier(nn.Module):
         return torch.cat([head(features) for head in self.heads], dim=-1)
 
 
+def _patches(backbone: nn.Module) -> int:
+    """Patches of an image where the backbone begins; where it does not tell, of 16 x 16 pixels."""
+    found = getattr(getattr(backbone, "patch_embed", None), "num_patches", None)
+    return found or max(1, backbone.input_size // 16) ** 2
+
+
 def _unfuse_attention(model: nn.Module) -> None:
-    """Attention as plain products: PyTorch's fused CPU kernel takes half of a bfloat16 step at 65 tokens."""
+    """Attention as plain products: PyTorch's fused CPU kernel takes half of a bfloat16 step at 65 tokens.
+
+    Not for many tokens: their products hold tokens^2 numbers per head and image, 9 GB in a pass at 518 pixels.
+    """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from tyro.conf import arg
 
 from janus_ext import presets
+from janus_ext.annotations import fit
 from janus_ext.errors import ArgumentError
+
+T = TypeVar("T")
+Maybe = Annotated[T | None, arg(help_behavior_hint="")]  # the field's sentence says what holds where it is left out
 
 BenchmarkName = Literal["emoji", "imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"]
 Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
@@ -16,6 +23,7 @@ MethodName = Literal["janus", "lora", "lora-gpm", "inflora", "lora-drs", "bilora
 Rectify = Literal["auto", "none", "project", "tangent", "exact"]
 Estimator = Literal["auto", "gram", "isvd", "none"]
 Head = Literal["auto", "linear", "ncm"]
+HeadInit = Literal["auto", "default", "small"]
 Normalize = Literal["auto", "identity", "model"]
 
 
@@ -25,7 +33,7 @@ class TrainConfig:
 
     benchmark: BenchmarkName = "emoji"
     """Images to learn; emoji is embedded: 200 concepts in eight art styles; folder is any tree of class folders."""
-    data_dir: Path | None = None
+    data_dir: Maybe[Path] = None
     """Folder of the images, for all benchmarks but emoji; left out, the exact files wanted are shown."""
     check_data: bool = False
     """Decode every image, report all that is missing, empty, unreadable or in no list, and do not train."""
@@ -33,7 +41,7 @@ class TrainConfig:
     """Domains of domainnet, mixed in every task; the papers leave quickdraw out."""
     split: Split = "auto"
     """Training and test images: inflora, coda or folders (imagenet-r, auto: inflora), folders or random (folder)."""
-    split_files: tuple[Path, ...] = ()
+    split_files: Annotated[tuple[Path, ...], arg(help_behavior_hint="")] = ()
     """The two yaml files of --split coda, training first; by default imagenet-r_{train,test}.yaml in --data-dir."""
     preset: Literal["default", "paper"] = "default"
     """Where the values come from that are not given: default, or paper, the published protocol of the benchmark."""
@@ -43,47 +51,49 @@ class TrainConfig:
     """Gradient rectification (GR) of janus, lora-gpm and lora-drs; auto: exact, project and none."""
     estimator: Estimator = "auto"
     """Statistics of the inputs: gram (exact), isvd (wide layers), none (janus without OE); auto: the method's."""
-    estimator_rank: int | None = None
+    estimator_rank: Maybe[int] = None
     """Directions that --estimator isvd keeps of each layer; by default 256, or the layer's width where that is less."""
     head: Head = "auto"
     """Classifier at test time: linear heads, or ncm, the nearest class mean; auto: ncm with lora-drs, else linear."""
-    margin_weight: float | None = None
+    head_init: HeadInit = "auto"
+    """Start of a task's linear head: small (deviation 0.01, bias 0) or default (PyTorch's, --preset paper)."""
+    margin_weight: Maybe[float] = None
     """Weight of the margin loss of janus (DML, by default 0.5) or the triplet loss of lora-drs (0.05), 0: without."""
-    margin: float | None = None
+    margin: Maybe[float] = None
     """Cosine to an old prototype above which janus pushes (0.2); distance that lora-drs puts between classes (1)."""
     temperature: float = 16.0
     """Sharpness (tau) of the margin loss."""
-    tasks: int | None = None
+    tasks: Maybe[int] = None
     """Number of tasks the classes are divided into; by default the benchmark's own (domainnet 5, else 10)."""
-    class_list: str | None = None
-    """Classes of imagenet-100: a file with one wnid a line, or first100 (the first hundred of all sorted wnids)."""
+    class_list: Maybe[str] = None
+    """Classes, which imagenet-100 needs: a file with one wnid a line, or first100 (the first of all sorted wnids)."""
     shuffle_classes: bool = False
     """Draw the order of the classes from the seed instead of the benchmark's fixed order."""
-    limit_per_class: int | None = None
-    """At most so many images of each class, in training and in test, for trial runs."""
-    workers: int | None = None
+    limit_per_class: Maybe[int] = None
+    """At most so many images of each class, in training and in test, for trial runs; by default all."""
+    workers: Maybe[int] = None
     """Processes that decode images, 0: none; by default one a core for a GPU (16 at most), half the cores for a CPU."""
     cache_images: bool = False
     """Keep all decoded images in memory, for small data sets."""
-    backbone: str | None = None
+    backbone: Maybe[str] = None
     """Backbone: emoji (embedded, 64 px) or any vision transformer of timm; by default ViT-B/16 but for emoji."""
     weights: str = "pretrained"
     """Backbone weights: pretrained, none (random), or a local file: .safetensors, .pth (tensors only), .npz (JAX)."""
     normalize: Normalize = "auto"
     """Colours of the images: as the backbone was pretrained (model), or in [0, 1] (identity, --preset paper)."""
-    rank: int | None = None
+    rank: Maybe[int] = None
     """Rank of the LoRA factors on the K and V projections of every block; by default 8 for emoji, else 10 or 30."""
-    scale: float | None = None
+    scale: Maybe[float] = None
     """Factor s in W + s B A, by default 1; of the inverse Fourier transform in bilora, by default 300."""
     gpm: Literal["auto", "dual", "plain"] = "auto"
     """Memory of inflora: dual (DualGPM) or plain (GPM); auto: plain for domainnet, as in its code, else dual."""
     frequencies: int = 3000
     """Fourier coefficients that bilora trains of each K and V projection in a task."""
-    energy_start: float | None = None
+    energy_start: Maybe[float] = None
     """Share of input energy protected after the first task; by default 0.97 for emoji, else 0.95 or 0.98."""
-    energy_end: float | None = None
+    energy_end: Maybe[float] = None
     """Share of input energy towards which the protected share grows with the tasks; 0.99 for emoji, else 1."""
-    energy_power: Literal[1, 2] | None = None
+    energy_power: Maybe[Literal[1, 2]] = None
     """1 measures energy by squared activations (GPM; emoji), 2 by their squares again (InfLoRA's code; else)."""
     damping: float = 0.1
     """Damping of the r x r inverses of the rectification, relative to their mean eigenvalue."""
@@ -91,25 +101,25 @@ class TrainConfig:
     """How the update that both factors can carry is divided: 0 leaves it to A, 0.5 is symmetric, 1 leaves it to B."""
     balance: bool = True
     """Rescale rectified factor gradients to the plain gradients' scale."""
-    epochs: int | None = None
+    epochs: Maybe[int] = None
     """Passes over the training images of each task; by default 12 for emoji, else 5 to 50."""
-    batch_size: int | None = None
+    batch_size: Maybe[int] = None
     """Images per step; by default 32 for emoji, else 128."""
     accumulate: int = 1
     """Pieces in which a batch is computed, to save memory; lora-drs' triplet loss then looks within a piece."""
     optimizer: Literal["auto", "adam", "adamw", "sgd"] = "auto"
     """Optimizer, its state starts fresh with every task; sgd (momentum 0.9) by default for domainnet, else adam."""
-    lr: float | None = None
+    lr: Maybe[float] = None
     """Learning rate of the factors as each task starts; by default 0.016 for janus on emoji, else 0.0005 to 0.016."""
-    head_lr: float | None = None
+    head_lr: Maybe[float] = None
     """Learning rate of the task's head at its start; by default 0.01 for emoji and domainnet, else 0.0005."""
     schedule: Literal["auto", "cosine", "quarter", "step", "constant"] = "auto"
     """Learning rate in a task: half a cosine (emoji's), a quarter of one (InfLoRA's), steps (domainnet's), constant."""
-    milestones: tuple[int, ...] | None = None
+    milestones: Maybe[tuple[int, ...]] = None
     """Epochs after which --schedule step divides the learning rates by ten; by default 4 of domainnet's 5."""
-    clip_norm: float | None = None
+    clip_norm: Maybe[float] = None
     """Largest global gradient norm, clipped after rectification; by default no clipping."""
-    seed: tuple[int, ...] | None = None
+    seed: Maybe[tuple[int, ...]] = None
     """Random seeds, by default 0 (--preset paper: 0 to 4); several make one run each under <output>/seed-<n>."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
@@ -117,7 +127,7 @@ class TrainConfig:
     """Autocast of the backbone to bfloat16, or float16 with scaled gradients; auto: bf16 if the hardware has it."""
     compile: bool = False
     """Compile the backbone with torch.compile, which takes minutes at the start and needs a C++ compiler."""
-    output: Path | None = None
+    output: Maybe[Path] = None
     """Run folder; by default runs/<benchmark>-<method>-<seed>, numbered if that holds a finished run."""
     resume: bool = False
     """Go on with the run in --output behind the last task that it finished; with several seeds, with each of them."""
@@ -125,6 +135,15 @@ class TrainConfig:
     """Draw plots/*.png at the end."""
     tensorboard: bool = False
     """Write the scalars of every epoch and task to <output>/tensorboard, too (pip install tensorboard)."""
+
+    def __post_init__(self) -> None:
+        """Brings every value to its field's type; ArgumentError where the meaning of another type is not clear."""
+        for name, hint in _hints().items():
+            try:
+                value = fit(hint, getattr(self, name))
+            except TypeError as error:
+                raise ArgumentError(f"{flag(name)} {error}") from error
+            object.__setattr__(self, name, value)
 
     def resolved(self) -> TrainConfig:
         """The checked configuration with the preset's values for what was not said; ArgumentError names the flag."""
@@ -145,7 +164,7 @@ class TrainConfig:
         for name, wanted in without.items():
             untouched = (TrainConfig.__dataclass_fields__[name].default, defaults.get(name))
             if getattr(self, name) not in untouched:
-                raise ArgumentError(f"{_flag(name)} would do nothing here: it needs {wanted}")
+                raise ArgumentError(f"{flag(name)} would do nothing here: it needs {wanted}")
 
     def without_effect(self) -> dict[str, str]:
         """The fields that a run of this resolved configuration does not read, each with what it would take."""
@@ -176,20 +195,20 @@ class TrainConfig:
         for name, low, high in RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ArgumentError(f"{_flag(name)} must lie in [{low:g}, {high:g}], got {value:g}")
+                raise ArgumentError(f"{flag(name)} must lie in [{low:g}, {high:g}], got {value:g}")
         for name in ("lr", "head_lr", "scale", "temperature", "damping", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ArgumentError(f"{_flag(name)} must be a positive number, got {value:g}")
-        if not self.seed or len(set(self.seed)) != len(self.seed):
-            raise ArgumentError(f"--seed needs one or more different numbers, got {list(self.seed)}")
+                raise ArgumentError(f"{flag(name)} must be a positive number, got {value:g}")
+        if not self.seed or len(set(self.seed)) != len(self.seed) or min(self.seed) < 0:
+            raise ArgumentError(f"--seed needs one or more different numbers from 0 on, got {list(self.seed)}")
 
     def _check_data_flags(self) -> None:
         for name, benchmarks in DATA_FLAGS.items():
             value = getattr(self, name)
             if value != TrainConfig.__dataclass_fields__[name].default and self.benchmark not in benchmarks:
                 raise ArgumentError(
-                    f"--benchmark {self.benchmark} has no {_flag(name)}; it belongs to {', '.join(benchmarks)}"
+                    f"--benchmark {self.benchmark} has no {flag(name)}; it belongs to {', '.join(benchmarks)}"
                 )
         if self.split_files and (self.split != "coda" or len(self.split_files) != 2):
             raise ArgumentError(
@@ -235,7 +254,7 @@ class TrainConfig:
         for name, allowed in METHOD_LIMITS.get(self.method, {}).items():
             if getattr(self, name) not in allowed:
                 raise ArgumentError(
-                    f"--method {self.method} has no {_flag(name)} {getattr(self, name)}; "
+                    f"--method {self.method} has no {flag(name)} {getattr(self, name)}; "
                     f"it takes {', '.join(map(str, allowed))}"
                 )
         if self.method == "janus" and self.margin > 1:
@@ -285,9 +304,15 @@ RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
     """The command-line spelling of a field."""
     return "--" + name.replace("_", "-")
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    """The types of all fields."""
+    return get_type_hints(TrainConfig)
 
 
 def _plain(value: Any) -> Any:

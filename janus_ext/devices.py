@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
 
 from janus_ext.errors import ArgumentError
 
+LOG = logging.getLogger("janus_ext")
 AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -27,18 +29,38 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_amp(name: str, device: torch.device) -> str:
-    """A key of AMP_DTYPES; "auto" is bf16 where hardware multiplies it (half the time on a CPU with AMX), else off."""
-    if name != "auto":
-        return name
+    """A key of AMP_DTYPES; "auto" is bf16 where hardware multiplies it (half the time on a CPU with AMX), else off.
+
+    fp16 on a CPU without such hardware is a warning: a linear layer was measured at 15 times its float32 time.
+    """
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
+        best = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
+    else:
+        best = "bf16" if _processor_multiplies("bf16") else "off"
+    if name == "fp16" and device.type == "cpu" and not _processor_multiplies("fp16"):
+        LOG.warning(
+            "--amp fp16: this processor has no float16 arithmetic, a step takes about ten times as long as with "
+            "--amp %s",
+            best,
+        )
+    return best if name == "auto" else name
+
+
+def _processor_multiplies(dtype: str) -> bool:
+    """Whether it has instructions for products of matrices in ``dtype``."""
     capabilities = torch.cpu.get_capabilities()
-    return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "off"
+    return any(capabilities.get(f"{unit}_{dtype}") for unit in ("amx", "avx512"))
 
 
 def be_deterministic(device: torch.device) -> None:
-    """Chooses repeatable kernels; a GPU needs a fixed cuBLAS workspace for it, set before its first product."""
+    """Chooses repeatable kernels; a GPU needs a fixed cuBLAS workspace for it, set before its first product.
+
+    An operator without one then raises. That is wanted: with ``warn_only`` the backward of fused attention stays as it
+    is, although it has a repeatable kernel. New tensors are not filled with NaN, which PyTorch does beside it to show
+    reads of memory that nobody wrote: hundreds of fills a step.
+    """
     torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False

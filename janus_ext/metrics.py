@@ -1,16 +1,34 @@
 """Continual-learning metrics: pure functions of the accuracy matrix and the sizes of the tasks' test sets.
 
 R[t][j] is the accuracy (percent) on the test images of task j after learning task t, argmax over all classes seen so
-far. ``matrix`` is lower triangular: row t is a list of the t + 1 accuracies R[t][0..t]. T is the number of rows.
+far. Two more matrices tell why an image is missed: K[t][j] is the accuracy with the task known, argmax over the classes
+of task j alone, and D[t][j] the share of images whose argmax over all classes seen falls into a class of task j, right
+or wrong (task recognition). R[t][j] is at most either of them. ``matrix`` is any of the three and lower triangular: row
+t is a list of the t + 1 numbers of tasks 0..t. T is the number of rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from janus_ext.errors import ArgumentError
 
 Matrix = Sequence[Sequence[float]]
+
+
+def hits(scores: Tensor, labels: Tensor, first: int, classes: int) -> Tensor:
+    """int64 [3]: of images of one task, those right over all classes seen, right over its own, and recognised.
+
+    ``scores`` [b, C], the largest wins; ``labels`` int64 [b] are columns of it, all within the task's own, which are
+    the ``classes`` from ``first`` on. Sums over the batches of task j after task t are the counts behind R, K and D.
+    """
+    winners = scores.argmax(-1)
+    known = scores[:, first : first + classes].argmax(-1) + first
+    recognised = (winners >= first) & (winners < first + classes)
+    return torch.stack([(winners == labels).sum(), (known == labels).sum(), recognised.sum()])
 
 
 def accuracy(matrix: Matrix) -> float:
@@ -31,6 +49,16 @@ def mean_average_accuracy(matrix: Matrix) -> float:
 def mean_average_accuracy_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> float:
     """MAA, every image weighs the same: mean_t (sum_{j<=t} n_j R[t][j] / sum_{j<=t} n_j)."""
     return _mean(trajectory_sample_weighted(matrix, test_sizes))
+
+
+def accuracy_task_known(known: Matrix) -> float:
+    """Accuracy with the task known, every task weighs the same: mean_j K[T-1][j]."""
+    return accuracy(known)
+
+
+def task_recognition(recognised: Matrix) -> float:
+    """Share of test images that fall to a class of their own task, every task weighs the same: mean_j D[T-1][j]."""
+    return accuracy(recognised)
 
 
 def backward_transfer(matrix: Matrix) -> float | None:
@@ -66,14 +94,16 @@ def trajectory_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> lis
     return [sum(n * r for n, r in zip(test_sizes, row, strict=False)) / sum(test_sizes[: len(row)]) for row in matrix]
 
 
-def summarize(matrix: Matrix, test_sizes: Sequence[int]) -> dict[str, float | None]:
-    """All of the above under the names of ``results.json``, in percent or percentage points."""
+def summarize(matrix: Matrix, known: Matrix, recognised: Matrix, test_sizes: Sequence[int]) -> dict[str, float | None]:
+    """All of the above under the names of ``results.json``, in percent or percentage points; of R, K and D."""
     return {
         "acc": accuracy(matrix),
         "maa": mean_average_accuracy(matrix),
         "bwt": backward_transfer(matrix),
         "forgetting": forgetting(matrix),
         "plasticity": plasticity(matrix),
+        "acc_task_known": accuracy_task_known(known),
+        "task_recognition": task_recognition(recognised),
         "acc_sample_weighted": accuracy_sample_weighted(matrix, test_sizes),
         "maa_sample_weighted": mean_average_accuracy_sample_weighted(matrix, test_sizes),
     }

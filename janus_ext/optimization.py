@@ -14,12 +14,13 @@ from janus_ext.config import TrainConfig
 def schedule(config: TrainConfig, epoch: int) -> float:
     """Share of the peak learning rates in ``epoch``: half a cosine or a quarter, a tenth per milestone, or 1.
 
-    The quarter is CODA-Prompt's, whose schedule InfLoRA uses: its last epoch stands at 99 % of the quarter.
+    The quarter is that of CODA-Prompt's class CosineSchedule, which InfLoRA uses, as it runs: K epochs would go to 99 %
+    of the quarter, but its counter starts one behind, so the first two stand at the peak and the last stops short.
     """
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
     if config.schedule == "quarter":
-        return math.cos(0.495 * math.pi * epoch / max(1, config.epochs - 1))
+        return math.cos(99 * math.pi * max(0, epoch - 1) / (200 * max(1, config.epochs - 1)))
     return 0.1 ** sum(epoch >= milestone for milestone in config.milestones or ())
 
 

@@ -1,8 +1,8 @@
 """What a run takes where the user says nothing: the published protocol of each benchmark, and each method's own values.
 
-``default`` is the published protocol where a benchmark has one, with the colours as the backbone wants them and one
-seed, and what was tuned here for the embedded images. ``paper`` is the published protocol to the letter: InfLoRA's
-line, which Janus-LoRA's paper follows, quirks included.
+``default`` is the published protocol where a benchmark has one, with the colours as the backbone wants them, heads that
+start small and one seed, and what was tuned here for the embedded images. ``paper`` is the published protocol to the
+letter: InfLoRA's line, which Janus-LoRA's paper follows, quirks included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ EMBEDDED: dict[str, Any] = {
 }
 
 # InfLoRA's configuration files and code: Adam without decay, one rate for factors and head, CODA-Prompt's quarter of
-# a cosine, stepped per epoch. Its thresholds are shares of the Gram matrix's squared eigenvalues: energy_power 2.
+# a cosine, stepped per epoch from the second on. Its thresholds are shares of the Gram matrix's squared eigenvalues:
+# energy_power 2.
 IMAGENET_R: dict[str, Any] = {
     "backbone": VIT_B16,
     "rank": 10,
@@ -96,12 +97,13 @@ SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
 COMMON: dict[str, Any] = {
     "normalize": "model",
     "head": "linear",
+    "head_init": "small",
     "scale": 1.0,
     "margin": 0.2,
     "gpm": "dual",
     "seed": (0,),
 }
-PAPER: dict[str, Any] = {"normalize": "identity", "seed": (0, 1, 2, 3, 4)}
+PAPER: dict[str, Any] = {"normalize": "identity", "head_init": "default", "seed": (0, 1, 2, 3, 4)}
 
 
 def values(preset: str, benchmark: str, method: str) -> dict[str, Any]:

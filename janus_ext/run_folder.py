@@ -8,11 +8,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from janus_ext.checkpoint import make_folder, read_json, remove, write_json
-from janus_ext.config import TrainConfig
+from janus_ext.checkpoint import file_sha256, make_folder, read_json, remove, write_json
+from janus_ext.config import TrainConfig, flag
 from janus_ext.errors import ArgumentError, CheckpointError
+
+if TYPE_CHECKING:
+    from janus_ext.data.benchmark import Benchmark
 
 LOG = logging.getLogger("janus_ext")
 # The model first: without it nothing is taken up, whatever else a removal that was cut off has left.
@@ -28,7 +31,14 @@ OURS = (
 TEMPORARY = "[0-9]*.tmp"  # the end of a name that a file has while it is written: the process, and .tmp
 LEFTOVERS = (f".*.json.{TEMPORARY}", f".metrics.jsonl.{TEMPORARY}", f"*/.*.{TEMPORARY}")
 NOT_COMPARED = {"output", "resume", "plots", "tensorboard", "workers", "cache_images"}  # results do not depend on them
+# What a run is on, beside its settings; and the settings that only say where it lies, which may be spelled otherwise.
+CONTENTS = {
+    "split_sha256": ("other image files, or another order of classes", ("data_dir", "split_files", "class_list")),
+    "class_names": ("classes of other names", ()),
+    "weights_sha256": ("backbone weights of other contents", ("weights",)),
+}
 OTHER = "choose another folder with --output"
+MISSING = "not stored"
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -70,19 +80,47 @@ def is_run(folder: Path) -> bool:
     return path.exists() and read_json(path).keys() >= {"benchmark", "method", "seed"}
 
 
-def check_same_settings(config: TrainConfig, folder: Path) -> None:
-    """Raises ArgumentError when the run in ``folder`` was begun with other settings, or has lost one."""
-    asked, stored = _compared(config.to_json()), _compared(read_json(folder / "config.json"))
-    others = [name for name in asked if name not in stored or stored[name] != asked[name]]
+def settings_of(config: TrainConfig, benchmark: Benchmark) -> dict[str, Any]:
+    """What ``config.json`` holds: the resolved settings, and what they stand for, by its content."""
+    weights = config.weights if os.path.isfile(config.weights) else None
+    return config.to_json() | {
+        "split_sha256": benchmark.split_sha256,
+        "weights_sha256": weights and file_sha256(weights),
+        "class_names": list(benchmark.class_names),
+    }
+
+
+def check_same_settings(asked: dict[str, Any], folder: Path) -> None:
+    """Raises ArgumentError when the run in ``folder`` was begun with other settings, or has lost one.
+
+    Images and weights are compared by their content: the same under another path are the same.
+    """
+    stored = read_json(folder / "config.json")
+    elsewhere = {
+        name for key, (_, names) in CONTENTS.items() if asked[key] == stored.get(key, MISSING) for name in names
+    }
+    compared = asked.keys() - NOT_COMPARED - CONTENTS.keys() - elsewhere
+    others = sorted(name for name in compared if _comparable(name, stored) != _comparable(name, asked))
     if others:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(others))
-        raise ArgumentError(f"{folder} holds a run with another {flags}; {OTHER}")
+        values = ", ".join(f"{flag(n)} {_typed(stored.get(n, MISSING))} (asked: {_typed(asked[n])})" for n in others)
+        kind = "with other settings" if stored.keys() >= compared else "of another version of this program"
+        raise ArgumentError(f"{folder} holds a run {kind}: {values}; {OTHER}")
+    for key, (what, _) in CONTENTS.items():
+        if asked[key] is not None and asked[key] != stored.get(key, MISSING):
+            raise ArgumentError(f"{folder} holds a run on {what}; {OTHER}")
 
 
-def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+def _comparable(name: str, settings: dict[str, Any]) -> Any:
     """What two runs must share to be one; of the device, its kind."""
-    kept = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
-    return kept | {"device": str(kept.get("device")).partition(":")[0]}
+    value = settings.get(name, MISSING)
+    return str(value).partition(":")[0] if name == "device" else value
+
+
+def _typed(value: Any) -> str:
+    """A setting as one types it."""
+    if value is None or value == []:
+        return "left out"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_same_seeds(folder: Path, seeds: tuple[int, ...]) -> None:
@@ -94,8 +132,10 @@ def check_same_seeds(folder: Path, seeds: tuple[int, ...]) -> None:
 
 
 @contextmanager
-def opened(folder: Path, config: TrainConfig, begin: bool) -> Iterator[None]:
+def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[None]:
     """Makes the folder and keeps other processes out of it; what an unfinished run left is cleared if this one begins.
+
+    ``settings`` are what its ``config.json`` is to hold, see `settings_of`.
 
     Raises:
         ArgumentError: the folder holds files but no run of this program, which are left alone, or is in use.
@@ -111,7 +151,7 @@ def opened(folder: Path, config: TrainConfig, begin: bool) -> Iterator[None]:
             if is_run(folder):
                 LOG.warning("%s holds an unfinished run: it starts over (--resume would have gone on with it)", folder)
             remove(path for glob in OURS for path in folder.glob(glob))
-            write_json(folder / "config.json", config.to_json())
+            write_json(folder / "config.json", settings)
         yield
 
 

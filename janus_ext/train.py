@@ -25,7 +25,15 @@ from janus_ext.devices import AMP_DTYPES, be_deterministic, pick_amp, pick_devic
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method
-from janus_ext.run_folder import check_same_seeds, check_same_settings, choose_folder, is_finished, is_run, opened
+from janus_ext.run_folder import (
+    check_same_seeds,
+    check_same_settings,
+    choose_folder,
+    is_finished,
+    is_run,
+    opened,
+    settings_of,
+)
 from janus_ext.trainer import Trainer, derive_seed
 
 LOG = logging.getLogger("janus_ext")
@@ -53,6 +61,9 @@ def train(config: TrainConfig) -> list[report.Results]:
     if config.check_data:
         check_data(config)
         return []
+    device = pick_device(config.device)
+    be_deterministic(device)
+    config = replace(config, device=str(device), amp=pick_amp(config.amp, device))
     folder = choose_folder(config)
     if len(config.seed) == 1:
         return [run_seed(config, folder)]
@@ -74,20 +85,18 @@ def check_data(config: TrainConfig) -> None:
 
 def run_seed(config: TrainConfig, folder: Path) -> report.Results:
     """Trains with the one seed of ``config``, or takes what ``folder`` has of it; writes and prints the results."""
-    device = pick_device(config.device)
-    be_deterministic(device)
-    config = replace(config, device=str(device), amp=pick_amp(config.amp, device))
     benchmark = BENCHMARKS[config.benchmark](config)
     config = replace(config, tasks=len(benchmark.tasks))
+    settings = settings_of(config, benchmark)
     finished = is_finished(folder)
     begin = not finished and not (config.resume and is_run(folder))
     if not begin:
-        check_same_settings(config, folder)
+        check_same_settings(settings, folder)
     if finished:
         results = take_results(folder, benchmark)
     else:
-        trainer = make_trainer(config, benchmark, folder, device)
-        with opened(folder, config, begin), logging_to(folder / "log.txt"):
+        trainer = make_trainer(config, benchmark, folder)
+        with opened(folder, settings, begin), logging_to(folder / "log.txt"):
             LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), folder)
             if not begin:
                 trainer.restore()
@@ -109,10 +118,10 @@ def take_results(folder: Path, benchmark: Benchmark) -> report.Results:
     return results
 
 
-def make_trainer(config: TrainConfig, benchmark: Benchmark, folder: Path, device: torch.device) -> Trainer:
+def make_trainer(config: TrainConfig, benchmark: Benchmark, folder: Path) -> Trainer:
     """The backbone, the model and the method of ``config``, whose first factors derive from the seed."""
     torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
-    backbone = load_backbone(config.backbone, config.weights).to(device)
+    backbone = load_backbone(config.backbone, config.weights).to(config.device)
     model = ContinualClassifier(backbone, AMP_DTYPES[config.amp], config.normalize)
     method = make_method(model, config)
     return Trainer(config, benchmark.at(model.input_size), model, method, folder)

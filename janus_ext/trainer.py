@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
     from janus_ext.classifier import ContinualClassifier
 
 LOG = logging.getLogger("janus_ext")
-EVALUATION_BATCH = 200
+MATRICES = ("accuracy_matrix", "accuracy_matrix_task_known", "task_recognition_matrix")  # R, K and D of metrics
+REPORTED = ("violation_per_layer", "basis_rank", "danger", "similarity_own", "similarity_old")  # as in a TaskReport
 
 
 class Trainer:
@@ -64,6 +66,8 @@ class Trainer:
         self.train_rows = [benchmark.train.of_classes(classes) for classes in benchmark.tasks]
         self.test_rows = [benchmark.test.of_classes(classes) for classes in benchmark.tasks]
         self.matrix: list[list[float]] = []
+        self.known: list[list[float]] = []
+        self.recognised: list[list[float]] = []
         self.reports: list[TaskReport] = []
         self.seconds: list[float] = []
         self.write: events.Write = events.write_nothing
@@ -82,9 +86,10 @@ class Trainer:
             raise CheckpointError(f"{path} is missing, and tasks were finished; without --resume the run starts over")
         if path.exists():
             model, about = read_tensors(path)
-            if "results" not in about:
-                raise CheckpointError(f"{path} holds no results: it was written by an earlier version of this program")
-            self._restore_results(json.loads(about["results"]))
+            results = json.loads(about.get("results", "{}"))
+            if not results.keys() >= {"split_sha256", "versions", *MATRICES, "seconds", *REPORTED}:
+                raise CheckpointError(f"{path} lacks results: it was written by an earlier version of this program")
+            self._restore_results(results)
             beside = self._method_path(len(self.matrix) - 1)
             state, of_method = read_tensors(beside)
             if of_method.get(SHA256) != about["state"]:
@@ -106,9 +111,9 @@ class Trainer:
         others = [name for name, version in result_versions().items() if results["versions"].get(name) != version]
         if others:
             LOG.warning("begun with other versions or threads (%s): bits may differ from now on", ", ".join(others))
-        self.matrix, self.seconds = results["accuracy_matrix"], results["seconds"]
-        columns = ("violation_per_layer", "basis_rank", "danger", "similarity_own", "similarity_old")
-        self.reports = [TaskReport(*row) for row in zip(*(results[column] for column in columns), strict=True)]
+        self.matrix, self.known, self.recognised = (results[name] for name in MATRICES)
+        self.seconds = results["seconds"]
+        self.reports = [TaskReport(*row) for row in zip(*(results[name] for name in REPORTED), strict=True)]
 
     def _keep_lines_of_finished_tasks(self) -> None:
         path = self.folder / "metrics.jsonl"
@@ -126,13 +131,14 @@ class Trainer:
         steps = self._steps(len(self.benchmark.tasks))
         bar = tqdm(total=steps, initial=self._steps(done), unit="step", disable=None, dynamic_ncols=True)
         scalars = self.folder / "tensorboard" if self.config.tensorboard else None
-        with bar, events.writing(scalars, done * self.config.epochs) as self.write, compiling():
+        with bar, events.writing(scalars, done * self.config.epochs) as self.write, compiling(), repeatable():
             progress = Progress(bar)
             for index in range(done, len(self.benchmark.tasks)):
                 bar.set_description(f"task {index + 1}/{len(self.benchmark.tasks)}")
                 with naming_task(index):
                     self._learn(index, progress)
-                self.matrix.append(self._evaluate(index))
+                for matrix, row in zip((self.matrix, self.known, self.recognised), self._evaluate(index), strict=True):
+                    matrix.append(row)
                 self._write_task(index)
                 self._save(index)
                 self._log_task(index)
@@ -145,9 +151,10 @@ class Trainer:
             "method": self.config.method,
             "seed": self.seed,
             "class_order": list(self.benchmark.class_order),
+            "class_names": list(self.benchmark.class_names),
             "split_sha256": self.benchmark.split_sha256,
-            "accuracy_matrix": self.matrix,
-            **metrics.summarize(self.matrix, self._test_sizes()),
+            **dict(zip(MATRICES, (self.matrix, self.known, self.recognised), strict=True)),
+            **metrics.summarize(self.matrix, self.known, self.recognised, self._test_sizes()),
             "violation": [_mean_or_none(report.violation.values()) for report in self.reports],
             "violation_per_layer": [report.violation for report in self.reports],
             "danger": [report.danger for report in self.reports],
@@ -230,16 +237,17 @@ class Trainer:
         return Step(loss, correct)
 
     @torch.no_grad()
-    def _evaluate(self, index: int) -> list[float]:
-        """Accuracy (percent) on the test images of tasks 0..index, argmax over all classes seen so far."""
+    def _evaluate(self, index: int) -> list[list[float]]:
+        """Row ``index`` of the three matrices of `metrics`, from one pass over the test images of tasks 0..index."""
         self.model.eval()
-        accuracies = []
-        for rows in self.test_rows[: index + 1]:
+        shares = []
+        for task, rows in enumerate(self.test_rows[: index + 1]):
+            span = self._first(task), len(self.benchmark.tasks[task])
             batches = self._clean_batches(self.benchmark.test, rows)
-            correct = [(self.method.scores(images).argmax(-1) == labels).sum() for images, labels in batches]
-            accuracies.append(100 * int(torch.stack(correct).sum()) / len(rows))
+            counts = [metrics.hits(self.method.scores(images), labels, *span) for images, labels in batches]
+            shares.append([100 * count / len(rows) for count in torch.stack(counts).sum(0).tolist()])
         self.model.train()
-        return accuracies
+        return [list(row) for row in zip(*shares, strict=True)]
 
     def _save(self, index: int) -> None:
         """Writes the task's factors before their merge, what the method keeps, and the model.
@@ -249,7 +257,9 @@ class Trainer:
         """
         folder = self.folder / "checkpoints"
         about = {"task": str(index), "method": self.config.method, "scale": str(self.config.scale)}
-        write_tensors(folder / f"factors-{index}.safetensors", self.reports[index].factors, about)
+        about["class_names"] = to_json(self.benchmark.class_names)  # by class id; ASCII, whatever the names are
+        factors = about | {"classes": to_json(self.benchmark.tasks[index])}
+        write_tensors(folder / f"factors-{index}.safetensors", self.reports[index].factors, factors)
         about["state"] = write_tensors(self._method_path(index), self.method.state_dict(), about)
         about["results"] = to_json(self.results())
         write_tensors(folder / "model.safetensors", self.model.state_dict(), about)
@@ -263,29 +273,34 @@ class Trainer:
         remove(self._method_path(earlier) for earlier in range(index))
 
     def _log_task(self, index: int) -> None:
-        row = self.matrix[index]
+        seen, known, recognised = (sum(m[index]) / (index + 1) for m in (self.matrix, self.known, self.recognised))
         LOG.info(
-            "task %d/%d: accuracy on all seen %.2f %%, on the new classes %.2f %%, %.1f s",
-            *(index + 1, len(self.benchmark.tasks), sum(row) / len(row), row[-1], self.seconds[index]),
+            "task %d/%d: accuracy on all seen %.2f %% (%.2f %% with the task known, task recognised %.2f %%), "
+            "on the new classes %.2f %%, %.1f s",
+            *(index + 1, len(self.benchmark.tasks), seen, known, recognised, self.matrix[index][-1]),
+            self.seconds[index],
         )
 
     def _write_task(self, index: int) -> None:
         results = self.results()
         values = {name: results[name][index] for name in ("violation", "danger")}
-        values["acc"] = results["acc"]
+        values |= {name: results[name] for name in ("acc", "acc_task_known", "task_recognition")}
         values["basis_rank"] = _mean_or_none(results["basis_rank"][index].values())
         self.write("task", values, index + 1)  # steps count what is done: tasks here, epochs of the whole run above
 
     def _task(self, index: int) -> Task:
-        first = sum(len(classes) for classes in self.benchmark.tasks[:index])
         return Task(
             index=index,
             total=len(self.benchmark.tasks),
-            first=first,
+            first=self._first(index),
             classes=len(self.benchmark.tasks[index]),
             clean_batches=lambda: self._clean_batches(self.benchmark.train, self.train_rows[index]),
             augmented_batches=lambda: self._training_batches(index, self.config.epochs),
         )
+
+    def _first(self, index: int) -> int:
+        """The model's first output for a class of task ``index``."""
+        return sum(len(classes) for classes in self.benchmark.tasks[:index])
 
     def _training_batches(self, index: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The task's images in random order, augmented; epochs beyond the last one serve the method's statistics."""
@@ -295,7 +310,7 @@ class Trainer:
         return self._to_device(self.benchmark.train.stream(rows.split(self.config.batch_size), generator))
 
     def _clean_batches(self, split: Split, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._to_device(split.stream(rows.split(EVALUATION_BATCH)))
+        return self._to_device(split.stream(rows.split(self.model.images_at_once)))
 
     def _to_device(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Moves batches to the model's device, their class ids mapped to the model's outputs."""
@@ -344,6 +359,21 @@ def compiling() -> Iterator[None]:
     except torch._dynamo.exc.TorchDynamoException as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TrainingError(f"--compile fails here, leave it out or see to this: {reason}") from error
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Says which operator has no repeatable kernel, where PyTorch was told to use no other (`be_deterministic`)."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if not found:
+            raise
+        raise TrainingError(
+            f"PyTorch's {found[1]} has no repeatable kernel on this device, and the model needs it: another --backbone "
+            "or --device cpu will help"
+        ) from error
 
 
 def derive_seed(seed: int, task: int, epoch: int, purpose: str) -> int:

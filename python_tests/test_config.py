@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import get_args
@@ -129,6 +130,7 @@ def test_the_paper_preset_is_the_published_protocol(benchmark, published):
     c = TrainConfig(preset="paper", benchmark=benchmark).resolved()
     assert (c.optimizer, c.lr, c.head_lr, c.schedule, c.epochs, c.rank, c.energy_start) == published
     assert (c.batch_size, c.energy_end, c.seed, c.normalize) == (128, 1.0, (0, 1, 2, 3, 4), "identity")
+    assert c.head_init == "default" and TrainConfig(benchmark=benchmark).resolved().head_init == "small"
     assert (c.backbone, c.scale) == ("vit_base_patch16_224.augreg_in21k", 1.0)
     assert (c.milestones or ()) == ((4,) if benchmark == "domainnet" else ())
 
@@ -169,11 +171,33 @@ def test_learning_rate_schedules():
     cosine = TrainConfig(epochs=4).resolved()
     assert [schedule(cosine, e) for e in range(4)] == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466])
     quarter = TrainConfig(epochs=4, schedule="quarter").resolved()
-    assert [schedule(quarter, e) for e in range(4)] == pytest.approx([1.0, 0.8686315, 0.5090414, 0.01570732])
+    assert [schedule(quarter, e) for e in range(4)] == pytest.approx([1.0, 1.0, 0.8686315, 0.5090414])
     assert schedule(TrainConfig(epochs=1, schedule="quarter").resolved(), 0) == 1.0
     assert schedule(TrainConfig(epochs=4, schedule="constant").resolved(), 3) == 1.0
     step = TrainConfig(epochs=5, schedule="step", milestones=(2, 4)).resolved()
     assert [schedule(step, e) for e in range(5)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
+
+
+class CosineSchedule:
+    """What the public code of CODA-Prompt does with its class of this name, whose counter starts at -1."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self.step(0)
+        self.last_epoch = -1
+
+    def step(self, epoch: int | None = None) -> None:
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self.share = math.cos(99 * math.pi * self.last_epoch / (200 * (self.epochs - 1)))
+
+
+@pytest.mark.parametrize("epochs", [2, 3, 20, 50])
+def test_the_quarter_of_a_cosine_is_what_the_published_code_runs(epochs):
+    config, theirs = TrainConfig(epochs=epochs, schedule="quarter").resolved(), CosineSchedule(epochs)
+    for epoch in range(epochs):
+        if epoch:  # as InfLoRA's loop does: behind every epoch
+            theirs.step()
+        assert schedule(config, epoch) == theirs.share
 
 
 def test_devices():

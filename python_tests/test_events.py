@@ -30,6 +30,11 @@ def test_event_files_hold_the_run(benchmark, weights, tmp_path):
     means = [sum(row) / len(row) for row in results["accuracy_matrix"]]
     ranks = [sum(rank.values()) / len(rank) for rank in results["basis_rank"]]
     expected |= {"task/acc": [*enumerate(means, 1)], "task/basis_rank": [*enumerate(ranks, 1)]}
+    for name, matrix in (
+        ("acc_task_known", "accuracy_matrix_task_known"),
+        ("task_recognition", "task_recognition_matrix"),
+    ):
+        expected[f"task/{name}"] = [*enumerate((sum(row) / len(row) for row in results[matrix]), 1)]
     expected |= {f"task/{name}": [*enumerate(results[name], 1)][1:] for name in ("violation", "danger")}
     assert found.keys() == expected.keys() and len(lines) == 9
     for tag, values in expected.items():

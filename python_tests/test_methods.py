@@ -106,9 +106,9 @@ def test_the_nearest_class_mean_takes_prototypes_in_place_of_heads(benchmark, we
     with torch.no_grad():
         for head in trainer.model.heads:
             head.weight.zero_()
-    assert trainer._evaluate(2) == matrix[-1]  # heads take no part in it
+    assert trainer._evaluate(2)[0] == matrix[-1]  # heads take no part in it
     trainer.method.prototypes.matrix = trainer.method.prototypes.matrix.roll(1, 0)
-    assert trainer._evaluate(2) != matrix[-1]
+    assert trainer._evaluate(2)[0] != matrix[-1]
 
 
 def test_training_does_not_depend_on_the_classifier_of_the_test(benchmark, weights, tmp_path):

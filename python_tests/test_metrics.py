@@ -1,6 +1,7 @@
 """The formulae of the accuracy matrix against numbers worked out by hand."""
 
 import pytest
+import torch
 
 from janus_ext import metrics
 from janus_ext.errors import ArgumentError
@@ -8,6 +9,8 @@ from janus_ext.errors import ArgumentError
 # Three tasks of 10, 20 and 70 test images.
 MATRIX = [[80.0], [60.0, 90.0], [70.0, 75.0, 50.0]]
 SIZES = [10, 20, 70]
+KNOWN = [[80.0], [70.0, 95.0], [90.0, 85.0, 50.0]]
+RECOGNISED = [[100.0], [75.0, 92.0], [78.0, 82.0, 80.0]]
 
 
 def test_task_weighted_accuracies():
@@ -37,6 +40,31 @@ def test_plasticity_is_the_mean_of_the_diagonal():
     assert metrics.plasticity(MATRIX) == pytest.approx(220 / 3)
 
 
+def test_what_is_counted_of_a_tasks_images():
+    scores = torch.tensor(
+        [
+            [0.0, 5.0, 1.0, 0.0, 2.0],  # right
+            [0.0, 1.0, 5.0, 0.0, 2.0],  # another class of the task
+            [9.0, 5.0, 1.0, 0.0, 2.0],  # of another task; right if the task is known
+            [0.0, 1.0, 5.0, 0.0, 9.0],  # of another task, and wrong even then
+        ]
+    )
+    labels = torch.tensor([1, 1, 1, 1])
+    assert metrics.hits(scores, labels, 1, 2).tolist() == [1, 2, 2]
+    assert metrics.hits(scores[:, :3], labels, 1, 2).tolist() == [1, 2, 3]
+
+
+def test_with_all_classes_in_one_task_nothing_is_confused():
+    scores, labels = torch.randn(50, 7), torch.randint(0, 7, (50,))
+    right, known, recognised = metrics.hits(scores, labels, 0, 7).tolist()
+    assert right == known and recognised == 50
+
+
+def test_task_known_and_task_recognition_are_means_of_the_last_row():
+    assert metrics.accuracy_task_known(KNOWN) == pytest.approx(75.0)
+    assert metrics.task_recognition(RECOGNISED) == pytest.approx(80.0)
+
+
 def test_a_single_task_has_no_transfer():
     assert metrics.backward_transfer([[42.0]]) is None
     assert metrics.forgetting([[42.0]]) is None
@@ -44,10 +72,10 @@ def test_a_single_task_has_no_transfer():
 
 
 def test_summary_uses_the_names_of_the_results_file():
-    summary = metrics.summarize(MATRIX, SIZES)
+    summary = metrics.summarize(MATRIX, KNOWN, RECOGNISED, SIZES)
     expected = {"acc", "maa", "bwt", "forgetting", "plasticity", "acc_sample_weighted", "maa_sample_weighted"}
-    assert summary.keys() == expected
-    assert summary["acc"] == pytest.approx(65.0)
+    assert summary.keys() == expected | {"acc_task_known", "task_recognition"}
+    assert (summary["acc"], summary["acc_task_known"], summary["task_recognition"]) == pytest.approx((65, 75, 80))
 
 
 def test_mean_and_sample_deviation():

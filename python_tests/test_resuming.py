@@ -162,11 +162,18 @@ def test_without_the_flag_the_run_starts_over_and_says_so(cut_off, caplog):
 def test_other_settings_are_refused_by_name(cut_off, capsys, change):
     call, folder = cut_off
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    if change == "--amp off" and json.loads((folder / "config.json").read_text())["amp"] == "off":
+    stored = json.loads((folder / "config.json").read_text())
+    if change == "--amp off" and stored["amp"] == "off":
         change = "--amp bf16"
     assert train.main([*call, *change.split()]) == 2
     message = capsys.readouterr().err
-    assert f"another {change.split()[0]}; choose another folder" in message and message.count("\n") == 1
+    flag, asked = change.split()
+    was = stored[flag[2:].replace("-", "_")]
+    was = {None: "left out"}.get(was, was) if flag != "--seed" else was[0]
+    expected = (
+        f"holds a run with other settings: {flag} {was} (asked: {float(asked) if flag == '--clip-norm' else asked});"
+    )
+    assert f"{expected} choose another folder" in message and message.count("\n") == 1
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -174,17 +181,18 @@ def test_the_number_of_tasks_is_a_setting_where_it_is_left_out(cut_off, capsys):
     call, folder = cut_off
     fewer = [*call[2:]]  # without --tasks 4: the benchmark's ten
     assert train.main(fewer) == 2
-    assert "another --tasks; choose" in capsys.readouterr().err
+    assert "other settings: --tasks 4 (asked: 10); choose" in capsys.readouterr().err
     assert train.main(call) == 0
     assert train.main(fewer) == 2
-    assert "another --tasks; choose" in capsys.readouterr().err
+    assert "other settings: --tasks 4 (asked: 10); choose" in capsys.readouterr().err
 
 
 def test_a_lost_setting_is_noticed(cut_off, capsys):
     call, folder = cut_off
     stored = checkpoint.read_json(folder / "config.json")
     checkpoint.write_json(folder / "config.json", {key: value for key, value in stored.items() if key != "lr"})
-    assert train.main(call) == 2 and "another --lr; choose" in capsys.readouterr().err
+    assert train.main(call) == 2
+    assert "of another version of this program: --lr not stored (asked: 0.016); choose" in capsys.readouterr().err
 
 
 def damage_tensors(path, how: str) -> None:
@@ -227,9 +235,12 @@ def test_a_model_of_an_earlier_version_is_refused(cut_off, capsys):
     call, folder = cut_off
     path = folder / "checkpoints" / "model.safetensors"
     tensors, about = checkpoint.read_tensors(path)
-    checkpoint.write_tensors(path, tensors, {key: about[key] for key in ("task", "method", "scale")})
-    assert train.main(call) == 2
-    assert "written by an earlier version" in capsys.readouterr().err
+    older = {key: value for key, value in json.loads(about["results"]).items() if "task_recognition" not in key}
+    for change in ({"results": json.dumps(older)}, {}):
+        kept = {key: about[key] for key in ("task", "method", "scale")}
+        checkpoint.write_tensors(path, tensors, kept | change)
+        assert train.main(call) == 2
+        assert "written by an earlier version" in capsys.readouterr().err
 
 
 def test_an_interrupt_is_one_line_that_tells_how_to_go_on(weights, tmp_path, monkeypatch, capsys):
@@ -244,7 +255,7 @@ def test_an_interrupt_is_one_line_that_tells_how_to_go_on(weights, tmp_path, mon
 
 def test_a_folder_in_use_is_refused_by_the_command(cut_off, capsys):
     call, folder = cut_off
-    with run_folder.opened(folder, TrainConfig().resolved(), begin=False):
+    with run_folder.opened(folder, TrainConfig().resolved().to_json(), begin=False):
         assert train.main(call) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and "in use" in message

@@ -25,13 +25,12 @@ def test_the_default_folder_is_numbered_when_it_holds_a_finished_run(tmp_path, m
 
 
 def test_an_unfinished_run_starts_over(tmp_path):
-    config = TrainConfig().resolved()
-    with run_folder.opened(tmp_path, config, begin=True):
+    with opened(tmp_path):
         pass
     checkpoint.append_json_line(tmp_path / "metrics.jsonl", {"epoch": 0})
     checkpoint.write_tensors(checkpoint.make_folder(tmp_path / "checkpoints") / "factors-9.safetensors", {})
     (checkpoint.make_folder(tmp_path / "tensorboard") / "events.out.tfevents.1.host").touch()
-    with run_folder.opened(tmp_path, config, begin=True):
+    with opened(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {"config.json", "checkpoints", "tensorboard"}
         assert not any((tmp_path / "checkpoints").iterdir()) and not any((tmp_path / "tensorboard").iterdir())
 
@@ -55,7 +54,7 @@ def test_files_that_are_named_like_ours_are_left_alone_too(tmp_path):
 
 
 def opened(folder, begin=True):
-    return run_folder.opened(folder, TrainConfig().resolved(), begin)
+    return run_folder.opened(folder, TrainConfig().resolved().to_json(), begin)
 
 
 def test_what_a_kill_in_the_first_write_leaves_is_no_strangers(tmp_path):
@@ -75,11 +74,19 @@ def test_a_folder_in_use_is_refused_until_it_is_free(tmp_path):
         pass
 
 
+def stay(running) -> None:
+    running.set()
+    time.sleep(60)
+
+
 def test_processes_that_a_run_started_do_not_keep_its_folder(tmp_path):
     """The workers of a run that was killed live on for seconds."""
     with opened(tmp_path):
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        context = multiprocessing.get_context("fork")
+        running = context.Event()
+        child = context.Process(target=stay, args=(running,))
         child.start()
+        assert running.wait(60)
         with pytest.raises(ArgumentError, match="in use"), opened(tmp_path):
             pass  # starting it has not freed the folder either
     with opened(tmp_path, begin=False):

@@ -69,8 +69,9 @@ def test_the_results_file_has_every_promised_name_and_no_nan(finished_run):
         raise AssertionError(f"{constant} in results.json")
 
     results = json.loads((finished_run / "results.json").read_text(), parse_constant=refuse)
-    promised = """benchmark method seed class_order split_sha256 accuracy_matrix acc maa bwt forgetting plasticity
-        acc_sample_weighted maa_sample_weighted violation danger basis_rank seconds versions"""
+    promised = """benchmark method seed class_order class_names split_sha256 accuracy_matrix acc maa bwt forgetting
+        plasticity acc_sample_weighted maa_sample_weighted accuracy_matrix_task_known acc_task_known
+        task_recognition_matrix task_recognition violation danger basis_rank seconds versions"""
     assert set(promised.split()) <= results.keys()
     assert [len(row) for row in results["accuracy_matrix"]] == [1, 2, 3, 4]
     assert results["violation"][0] is None and all(v <= 1e-5 for v in results["violation"][1:])
@@ -82,6 +83,10 @@ def test_the_results_file_has_every_promised_name_and_no_nan(finished_run):
 
 def test_the_configuration_is_stored_resolved(finished_run):
     config = json.loads((finished_run / "config.json").read_text())
+    results = json.loads((finished_run / "results.json").read_text())
+    assert [config[key] for key in ("class_names", "split_sha256")] == [
+        results[key] for key in ("class_names", "split_sha256")
+    ]
     assert (config["rectify"], config["tasks"], config["epochs"], config["limit_per_class"]) == ("exact", 4, 1, 1)
 
 
@@ -120,12 +125,14 @@ def test_several_seeds_go_on_where_they_were_cut_off(weights, tmp_path, capsys):
     for lost in ("summary.json", "seed-4/results.json"):
         (tmp_path / "many" / lost).unlink()
     assert train.main([*call, "--lr", "0.5"]) == 2
-    assert "seed-3 holds a run with another --lr; choose" in capsys.readouterr().err
+    assert "seed-3 holds a run with other settings: --lr 0.0015 (asked: 0.5); choose" in capsys.readouterr().err
     assert train.main([*call, "--clip-norm", "1"]) == 2
-    assert "seed-3 holds a run with another --clip-norm; choose" in capsys.readouterr().err
+    assert (
+        "seed-3 holds a run with other settings: --clip-norm left out (asked: 1.0); choose" in capsys.readouterr().err
+    )
     stored = tmp_path / "many" / "seed-3" / "config.json"
     stored.write_text(stored.read_text().replace('"clip_norm": null', '"clip_norm": 1.0'))
-    assert train.main(call) == 2 and "another --clip-norm; choose" in capsys.readouterr().err
+    assert train.main(call) == 2 and "--clip-norm 1.0 (asked: left out); choose" in capsys.readouterr().err
     stored.write_text(stored.read_text().replace('"clip_norm": 1.0', '"clip_norm": null'))
     assert train.main(call) == 0
     assert (tmp_path / "many" / "summary.json").read_bytes() == whole
@@ -251,6 +258,17 @@ def test_the_factors_of_the_tasks_add_up_to_the_final_weights(benchmark, weights
     assert torch.allclose((final - start)[32:].double(), update.reshape(64, 32), atol=1e-6)
 
 
+def test_class_names_stand_beside_the_ids_whatever_bytes_they_are(benchmark, weights, tmp_path):
+    names = ("caf\udce9", "\u00fc", "\U0001f600", "a b", "d", "e\n")  # the first: a folder's name that is not UTF-8
+    results = make_trainer(replace(benchmark, class_names=names), weights, tmp_path / "run").run()
+    checkpoint.write_json(tmp_path / "results.json", results)
+    assert checkpoint.read_json(tmp_path / "results.json")["class_names"] == list(names)
+    for name in ("model", "factors-1"):
+        _, about = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / f"{name}.safetensors")
+        assert json.loads(about["class_names"]) == list(names)
+    assert json.loads(about["classes"]) == list(benchmark.tasks[1])
+
+
 def test_the_saved_model_is_the_evaluated_one(benchmark, weights, tmp_path):
     trainer = make_trainer(benchmark, weights, tmp_path / "run")
     results = trainer.run()
@@ -259,7 +277,7 @@ def test_the_saved_model_is_the_evaluated_one(benchmark, weights, tmp_path):
     for classes in benchmark.tasks:
         fresh.model.add_task(len(classes))
     fresh.model.load_state_dict(tensors)
-    assert fresh._evaluate(2) == results["accuracy_matrix"][-1]
+    assert fresh._evaluate(2)[0] == results["accuracy_matrix"][-1]
     state, _ = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "method-2.safetensors")
     fresh.method.load_state_dict(state)
     assert torch.equal(fresh.method.prototypes.matrix, trainer.method.prototypes.matrix)
@@ -311,6 +329,28 @@ def test_accuracy_counts_all_seen_classes(benchmark, weights, tmp_path):
     assert logits.shape == (24, 6) and trainer.matrix[-1] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("head", ["linear", "ncm"])
+def test_why_images_are_missed_is_measured_beside_it(benchmark, weights, tmp_path, head):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", head=head, epochs=1)
+    results = trainer.run()
+    names = ("accuracy_matrix", "accuracy_matrix_task_known", "task_recognition_matrix")
+    assert all([len(row) for row in results[name]] == [1, 2, 3] for name in names)
+    with torch.no_grad():
+        scores = trainer.method.scores(benchmark.test.images)
+    labels, winners = benchmark.positions[benchmark.test.labels], scores.argmax(-1)
+    own = torch.stack([scores[i, y - y % 2 : y - y % 2 + 2].argmax() for i, y in enumerate(labels)])
+    cases = zip(names, (winners == labels, own == labels % 2, winners // 2 == labels // 2), strict=True)
+    for name, right in cases:
+        assert results[name][-1] == pytest.approx(
+            [100 * float(right[rows].float().mean()) for rows in trainer.test_rows]
+        )
+    assert results["acc_task_known"] == pytest.approx(sum(results["accuracy_matrix_task_known"][-1]) / 3)
+    assert results["task_recognition"] == pytest.approx(sum(results["task_recognition_matrix"][-1]) / 3)
+    assert results["task_recognition_matrix"][0] == [100.0]
+    for right, known, recognised in zip(*(sum(results[name], []) for name in names), strict=True):
+        assert right <= min(known, recognised)
+
+
 # errors --------------------------------------------------------------------------------------------------------------
 class Diverging(METHODS["lora"]):
     """The loss is NaN in task 2, epoch 3, step 2."""
@@ -347,6 +387,27 @@ def test_a_task_without_images_is_refused(benchmark, weights, tmp_path):
 def test_json_has_null_instead_of_nan(tmp_path):
     checkpoint.write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5, float("-inf")], "b": {"c": (1, None)}})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5, None], "b": {"c": [1, None]}}
+
+
+def test_json_has_a_list_of_numbers_on_one_line_or_on_full_ones(tmp_path):
+    value = {
+        "matrix": [[1.5], [2.0, None]],
+        "ids": list(range(200)),
+        "names": ["a [\n 1\n]", "caf\udce9", "[ 2 ]"],
+        "nested": {"seed": [0], "none": [], "flags": [True, -1e-30]},
+    }
+    checkpoint.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text(encoding="ascii")
+    assert checkpoint.read_json(tmp_path / "x.json") == value
+    for line in (
+        "    [1.5],",
+        "    [2.0, null]",
+        '    "seed": [0],',
+        '    "flags": [true, -1e-30]',
+        "    0, 1, 2, 3, ",
+    ):
+        assert f"\n{line}" in text, line
+    assert max(map(len, text.splitlines())) <= 120 and len(text.splitlines()) < 35
 
 
 def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):

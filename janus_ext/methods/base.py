@@ -73,7 +73,7 @@ class Method(ABC):
 
     def begin_task(self, task: Task) -> None:
         """Adds the head of ``task``."""
-        self.model.add_task(task.classes)
+        self.model.add_task(task.classes, self.config.head_init)
 
     @abstractmethod
     def trainable(self) -> list[nn.Parameter]:

@@ -1,0 +1,106 @@
+"""Where a run computes: autocast by the hardware, and repeatable kernels on a GPU, as far as a CPU can show."""
+
+import os
+
+import pytest
+import torch
+from conftest import make_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from janus_ext import devices
+from janus_ext.config import MethodName
+from janus_ext.errors import TrainingError
+
+CPU = torch.device("cpu")
+# What PyTorch has no repeatable CUDA kernel for and refuses under use_deterministic_algorithms(True), but for cumsum,
+# which the package has on the CPU.
+WITHOUT_REPEATABLE_KERNEL = {
+    "_adaptive_avg_pool2d_backward",
+    "_adaptive_avg_pool3d_backward",
+    "_upsample_bicubic2d_aa_backward",
+    "_upsample_bilinear2d_aa_backward",
+    "adaptive_max_pool2d_backward",
+    "avg_pool3d_backward",
+    "bincount",
+    "grid_sampler_2d_backward",
+    "histc",
+    "kthvalue",
+    "median",
+    "nll_loss2d_forward",
+    "put_",
+    "reflection_pad2d_backward",
+    "upsample_bicubic2d_backward",
+    "upsample_bilinear2d_backward",
+}
+
+
+@pytest.fixture
+def _global_flags(monkeypatch):
+    """Puts PyTorch's back."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_global_flags")
+def test_a_gpu_takes_repeatable_kernels_or_none_and_fills_no_memory():
+    devices.be_deterministic(torch.device("cuda"))
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory and not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.usefixtures("_global_flags")
+def test_a_processor_keeps_the_kernels_that_it_has():
+    devices.be_deterministic(CPU)
+    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+
+
+class Operators(TorchDispatchMode):
+    """The names of all that runs, gradients included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", MethodName.__args__)
+def test_no_method_needs_what_has_no_repeatable_kernel(benchmark, weights, tmp_path, method):
+    changes = {"frequencies": 20} if method == "bilora" else {}
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", method=method, tasks=None, epochs=1, **changes)
+    with Operators() as seen:
+        trainer.run()
+    assert {"nll_loss_backward", "native_layer_norm_backward"} <= seen.names
+    assert not seen.names & WITHOUT_REPEATABLE_KERNEL
+
+
+@pytest.mark.usefixtures("_global_flags")
+def test_an_operator_without_a_repeatable_kernel_is_named(benchmark, weights, tmp_path, monkeypatch):
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="lora")
+    embed = trainer.model.embed
+
+    def putting(pixels):
+        return embed(pixels).put_(torch.tensor([0]), torch.zeros(1))
+
+    monkeypatch.setattr(trainer.model, "embed", putting)
+    torch.use_deterministic_algorithms(True)
+    with pytest.raises(TrainingError, match="PyTorch's put_ has no repeatable kernel on this device"):
+        trainer.run()
+
+
+@pytest.mark.parametrize("unit", [None, "avx512_fp16", "amx_fp16"])
+def test_float16_without_float16_arithmetic_is_said(monkeypatch, caplog, unit):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "avx512_fp16": False, unit: True})
+    assert devices.pick_amp("fp16", CPU) == "fp16"
+    warned = "--amp fp16: this processor has no float16 arithmetic" in caplog.text
+    assert warned == (unit is None) and ("--amp bf16" in caplog.text) == warned
+    caplog.clear()
+    assert devices.pick_amp("auto", CPU) == "bf16" and devices.pick_amp("off", CPU) == "off"
+    assert not caplog.text
