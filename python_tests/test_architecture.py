@@ -120,3 +120,14 @@ def test_includes(path):
         assert not [name for name in found if name.startswith("pybind11/") or name == "Python.h"]
     if path.parent.name == "kernels":
         assert not [name for name in found if name.startswith(("ATen/", "c10/", "torch/"))], "kernels are torch-free"
+
+
+PLUGINS = {"benchmark", "benchmark_weave", "worker_id", "testrun_uid"}  # fixtures of pytest-benchmark and pytest-xdist
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "python_tests").glob("*.py")), ids=lambda path: path.stem)
+def test_no_fixture_has_the_name_of_a_common_plugins(path):
+    functions = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
+    fixtures = {f.name for f in functions if any("fixture" in ast.unparse(d) for d in f.decorator_list)}
+    used = {a.arg for f in functions if f.name.startswith("test_") or f.name in fixtures for a in f.args.args}
+    assert not (fixtures | used) & PLUGINS
