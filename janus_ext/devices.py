@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -34,6 +36,15 @@ def pick_amp(name: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "off"
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor as Linux knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8", errors="replace").splitlines() if known.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def be_deterministic(device: torch.device) -> None:

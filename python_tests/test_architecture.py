@@ -33,7 +33,9 @@ ALLOWED = {
     "events": set(),
     "versions": set(),
     "devices": set(),
+    "opening": {"devices"},
     "progress": set(),
+    "terminal": set(),
     "optimization": {"config"},
     "run_folder": {"checkpoint", "config"},
     "trainer": {
