@@ -102,7 +102,7 @@ class LoRALayer(nn.Module):
         change = torch.empty_like(delta)
         updates = zip(delta.view(-1, *delta.shape[-2:]), change.view(-1, *delta.shape[-2:]), strict=True)
         for target, (update, made) in zip(self.target_weights(), updates, strict=True):
-            before = target.double()
+            before = target.to(torch.float64, copy=True)  # of a float64 weight, too, which `double()` would alias
             target.copy_(before + update)
             made.copy_(target.double() - before)
         self.reset()

@@ -391,15 +391,16 @@ def test_basis_must_leave_room_for_the_factors() -> None:
         layer.protect(orthonormal(10, 9, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_merge_returns_the_change_that_was_made(device: str, mode: str) -> None:
-    layer = LoRAQKV(nn.Linear(12, 36, device=device), 3, scale=0.6, rectify=mode)
-    layer.protect(orthonormal(12, 4, torch.float32, device))
+def test_merge_returns_the_change_that_was_made(device: str, mode: str, dtype: torch.dtype) -> None:
+    layer = LoRAQKV(nn.Linear(12, 36, device=device, dtype=dtype), 3, scale=0.6, rectify=mode)
+    layer.protect(orthonormal(12, 4, dtype, device))
     with torch.no_grad():
         layer.B.normal_()
-    delta, before = layer.delta(), layer.linear.weight.double()
+    delta, before = layer.delta(), layer.linear.weight.double().clone()
     change = layer.merge()
-    assert_close(change, delta, torch.float32)
+    assert_close(change, delta, dtype)
     assert torch.equal(change.flatten(0, 1), layer.linear.weight.double()[12:] - before[12:])
     assert (violation(change, layer.basis) <= 1e-5) == (mode == "exact")
 
