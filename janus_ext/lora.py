@@ -184,6 +184,17 @@ def violation(change: Tensor, basis: Tensor) -> float:
     return float((change @ basis.double()).norm() / whole) if whole > 0 else 0.0
 
 
+def violation_rounding(change: Tensor, weights: Sequence[Tensor]) -> float:
+    """What rounding alone can make of the violation of a merged change dW: eps/2 |W|_F / |dW|_F, 0 without a change.
+
+    ``weights`` are the parts of W that were changed, each entry of which was rounded by at most eps/2 of itself. A
+    violation that is no larger says nothing of the update that was merged.
+    """
+    whole = float(change.double().norm())
+    errors = [torch.finfo(weight.dtype).eps / 2 * float(weight.double().norm()) for weight in weights]
+    return math.hypot(*errors) / whole if whole > 0 else 0.0
+
+
 @torch.no_grad()
 def project_rows_(A: Tensor, basis: Tensor) -> None:
     """A <- A P in place for A [..., r, n], each row rescaled to its old norm; in float64, rounded once."""

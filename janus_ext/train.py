@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from janus_ext import events, opening, report
+from janus_ext import events, opening, plots, report
 from janus_ext.backbone import load_backbone
 from janus_ext.checkpoint import read_json, write_json
 from janus_ext.classifier import ContinualClassifier
@@ -100,7 +100,7 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
             write_json(folder / "results.json", results)
     print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
     if config.plots:
-        report.save_plots(results, folder / "plots")
+        plots.save_plots(results, folder / "plots")
     return results
 
 

@@ -106,7 +106,9 @@ class Trainer:
         if others:
             LOG.warning("begun with other versions or threads (%s): bits may differ from now on", ", ".join(others))
         self.matrix, self.seconds = results["accuracy_matrix"], results["seconds"]
-        columns = ("violation_per_layer", "basis_rank", "danger", "similarity_own", "similarity_old")
+        results.setdefault("violation_rounding_per_layer", [{} for _ in self.matrix])  # unknown to earlier versions
+        columns = ("violation_per_layer", "violation_rounding_per_layer", "basis_rank", "danger")
+        columns += ("similarity_own", "similarity_old")
         self.reports = [TaskReport(*row) for row in zip(*(results[column] for column in columns), strict=True)]
 
     def _keep_lines_of_finished_tasks(self) -> None:
@@ -147,6 +149,7 @@ class Trainer:
             **metrics.summarize(self.matrix, self._test_sizes()),
             "violation": [_mean_or_none(report.violation.values()) for report in self.reports],
             "violation_per_layer": [report.violation for report in self.reports],
+            "violation_rounding_per_layer": [report.violation_rounding for report in self.reports],
             "danger": [report.danger for report in self.reports],
             "similarity_own": [report.similarity_own for report in self.reports],
             "similarity_old": [report.similarity_old for report in self.reports],

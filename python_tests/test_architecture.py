@@ -27,7 +27,8 @@ ALLOWED = {
     "lora": {"ops"},
     "backbone": {"checkpoint"},
     "classifier": set(),
-    "report": {"checkpoint", "metrics"},
+    "report": {"metrics"},
+    "plots": {"checkpoint", "metrics"},
     "data": {"config", "data", "checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "methods"},
     "events": set(),

@@ -19,7 +19,7 @@ from conftest import (
 )
 from torch import Tensor
 
-from janus_ext import checkpoint, report, train
+from janus_ext import checkpoint, plots, train
 from janus_ext.backbone import load_backbone
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
@@ -59,7 +59,7 @@ def test_the_run_folder_is_complete(finished_run):
     factors = {f"factors-{t}.safetensors" for t in range(4)}
     saved = {p.name for p in (finished_run / "checkpoints").iterdir()}
     assert saved == {"model.safetensors", "method-3.safetensors"} | factors
-    assert {p.stem for p in (finished_run / "plots").iterdir()} == set(report.PLOTS)
+    assert {p.stem for p in (finished_run / "plots").iterdir()} == set(plots.PLOTS)
     assert len((finished_run / "metrics.jsonl").read_text().splitlines()) == 4
     assert "task 4/4" in (finished_run / "log.txt").read_text()
 
@@ -377,24 +377,3 @@ def test_tensors_survive_a_round_trip_and_damage_is_named(tmp_path):
         checkpoint.read_tensors(path)
     with pytest.raises(CheckpointError, match="nowhere"):
         checkpoint.read_tensors(tmp_path / "nowhere.safetensors")
-
-
-# reports -------------------------------------------------------------------------------------------------------------
-def test_the_table_shows_matrix_and_headlines(finished_run):
-    results = json.loads((finished_run / "results.json").read_text())
-    table = report.format_table(results)
-    heading, first = (next(x for x in table.splitlines() if x.startswith(start)) for start in ("      t", "      1"))
-    assert first.index(f"{results['accuracy_matrix'][0][0]:5.1f}") + 5 == heading.index("    1") + 5
-    assert heading.index("    1") == next(x for x in table.splitlines() if "violation " in x).index("    -")
-    for word in ("ACC", "MAA", "BWT", "forgetting", "plasticity", "violation", "danger", "basis rank"):
-        assert word in table
-    assert f"ACC {results['acc']:.2f}" in table
-
-
-def test_a_single_task_without_basis_can_be_reported(patterns, weights, tmp_path):
-    single = replace(patterns, tasks=((0, 1, 2, 3, 4, 5),))
-    results = make_trainer(single, weights, tmp_path / "run", method="lora").run()
-    assert results["bwt"] is None and results["forgetting"] is None
-    assert "BWT -" in report.format_table(results)
-    written = report.save_plots(results, tmp_path / "plots")
-    assert [path.stem for path in written] == ["accuracy_matrix", "trajectory"]
