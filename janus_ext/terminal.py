@@ -38,6 +38,8 @@ def until_closed(command: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(command)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        if sys.stdout is None:  # closed before the process began (>&-)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
         try:
             try:
                 return command(*args, **kwargs)

@@ -130,6 +130,12 @@ def test_help_that_nobody_reads_ends_quietly(monkeypatch, capsys, unread):
     assert ended.value.code == CLOSED and capsys.readouterr().err == ""
 
 
+def test_a_command_works_without_any_output(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert until_closed(lambda: print("into nothing") or sys.stdout.name)() == os.devnull
+    sys.stdout.close()
+
+
 def test_a_pipe_that_breaks_elsewhere_is_an_error():
     @until_closed
     def command() -> None:
