@@ -75,19 +75,19 @@ def test_a_folder_in_use_is_refused_until_it_is_free(tmp_path):
         pass
 
 
+def stay(running) -> None:
+    running.set()
+    time.sleep(60)
+
+
 def test_processes_that_a_run_started_do_not_keep_its_folder(tmp_path):
     """The workers of a run that was killed live on for seconds."""
-    context = multiprocessing.get_context("fork")
-    begun = context.Event()
-
-    def work() -> None:
-        begun.set()
-        time.sleep(60)
-
     with opened(tmp_path):
-        child = context.Process(target=work, daemon=True)
+        context = multiprocessing.get_context("fork")
+        running = context.Event()
+        child = context.Process(target=stay, args=(running,))
         child.start()
-        assert begun.wait(60)  # a loaded machine takes its time
+        assert running.wait(60)
         with pytest.raises(ArgumentError, match="in use"), opened(tmp_path):
             pass  # starting it has not freed the folder either
     with opened(tmp_path, begin=False):
