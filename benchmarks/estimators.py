@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from memory import peak_mb, reset_peak
-from run import about
+from run import about, new_file, write
 
 from janus_ext import OnlineEstimator
 
@@ -63,7 +63,7 @@ def table(path: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=new_file)
     parser.add_argument("--one", nargs=2, metavar=("ESTIMATOR", "WIDTH"), help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, help="print a JSON file as Markdown")
     arguments = parser.parse_args()
@@ -73,14 +73,15 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(arguments.one[0], int(arguments.one[1]))))
         return
-    rows = []
+    result: dict[str, Any] = {"about": about("cpu"), "cases": []}
     for width in WIDTHS:
         for kind in ("gram", "isvd"):
             command = [sys.executable, __file__, "--one", kind, str(width)]
-            rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-            print(rows[-1])
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"about": about("cpu"), "cases": rows}, indent=1) + "\n")
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            result["cases"].append(json.loads(printed))
+            print(result["cases"][-1], flush=True)
+            if arguments.json is not None:
+                write(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ the resident memory while it trains. Every further task protects more directions
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from memory import peak_mb, reset_peak
-from run import about, new_file
+from run import about, new_file, write
 
 from janus_ext.backbone import load_backbone
 from janus_ext.classifier import ContinualClassifier
@@ -71,8 +70,7 @@ def main() -> None:
     ratios = {name: last[name] / first[name] for name in ("step_ms", "peak_mb")}
     print("last over first: step {step_ms:.3f}, memory {peak_mb:.3f}".format(**ratios))
     if arguments.json is not None:
-        stored = {"about": about("cpu"), "tasks": rows, "last_over_first": ratios}
-        arguments.json.write_text(json.dumps(stored, indent=1) + "\n")
+        write(arguments.json, {"about": about("cpu"), "tasks": rows, "last_over_first": ratios})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from program import Stepper
-from run import about, new_file
+from run import about, new_file, write
 
 from janus_ext.data.images import Files, ImageSplit, available_cores
 
@@ -93,9 +93,9 @@ def main() -> None:
         names = write_images(Path(folder))
         for workers in sorted({1, 2, available_cores()}):
             result["loader"].append({"workers": workers, "rate": loader_rate(Path(folder), names, workers)})
-            print(f"loader, {workers} workers: {result['loader'][-1]['rate']:.0f} images/s")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"loader, {workers} workers: {result['loader'][-1]['rate']:.0f} images/s", flush=True)
+            if arguments.json is not None:
+                write(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ import json
 import os
 import platform
 import statistics
-import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,35 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 import torch
-from cases import CASES, GROUPS, Case
+from cases import CASES, GROUPS, Case, InPlace, Side
+from provenance import commit
 
 from janus_ext import _native
 
 LEAST_SECONDS = 2.0  # of our side of a case: the median of a few short calls is noise
+MOST_SECONDS = 30.0  # of both sides together: one of them may be a hundred times slower
+LINE = "{case:<14} {ms:8.2f} ms  against {against_ms:8.2f} ms  ratio {ratio:5.2f}  ({against})"
+FEWEST = 3  # pairs, however long they take
 
 
-def clock(function: Callable[[], Any], device: str) -> float:
-    """Seconds of one call, the device's work included."""
+def call(side: Side) -> Any:
+    """Its result, from inputs that no earlier call has overwritten."""
+    if not isinstance(side, InPlace):
+        return side()
+    side.refill()
+    return side.run()
+
+
+def clock(side: Side, device: str) -> float:
+    """Seconds of one call, the device's work included, refilling what it overwrites left out."""
+    run = side
+    if isinstance(side, InPlace):
+        side.refill()
+        run = side.run
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    function()
+    run()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
@@ -50,12 +65,19 @@ def agree(ours: Any, theirs: Any, tolerance: float) -> float:
     return worst
 
 
+def pairs(least: int, ours: float, theirs: float) -> int:
+    """How many pairs to measure: at least so many, and LEAST_SECONDS of ours, in MOST_SECONDS of both if they allow."""
+    wanted = max(least, int(LEAST_SECONDS / ours))
+    return min(wanted, max(int(MOST_SECONDS / (ours + theirs)), FEWEST))
+
+
 def measure(case: Case, device: str, repeats: int | None) -> dict[str, Any]:
     """Medians of interleaved repeats; the ratio is theirs over ours, so above 1 is faster."""
     torch.manual_seed(0)
     ours, theirs = case.build(device)
-    difference = agree(ours(), theirs(), case.tolerance)
-    repeats = max(repeats or case.repeats, int(LEAST_SECONDS / clock(ours, device)))
+    difference = agree(call(ours), call(theirs), case.tolerance)
+    seconds = clock(ours, device), clock(theirs, device)
+    repeats = max(repeats or FEWEST, pairs(case.repeats, *seconds))
     times = [(clock(ours, device), clock(theirs, device)) for _ in range(repeats)]
     mine, other = (statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(t / o for o, t in times)
@@ -74,22 +96,14 @@ def measure(case: Case, device: str, repeats: int | None) -> dict[str, Any]:
 def about(device: str) -> dict[str, Any]:
     """Where and with what this was measured."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    commit = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--", "csrc", "janus_ext", "benchmarks/*.py")  # results are no sources
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compiled": _native.available(),
-        "commit": f"{commit}-dirty" if changed else commit,
+        "commit": commit("--", ":/csrc", ":/janus_ext", ":/benchmarks/*.py"),  # results are no sources
     }
-
-
-def git(*words: str) -> str:
-    """What git says in this checkout; nothing where there is no git."""
-    root = Path(__file__).parent.parent
-    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def processor() -> str:
@@ -109,16 +123,31 @@ def chosen(names: list[str]) -> list[Case]:
     return [case for case in CASES if not names or case.name in wanted]
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure, print, and write JSON where asked."""
-    rows = []
+def run(arguments: argparse.Namespace) -> bool:
+    """Measures and prints each case, and writes what there is so far as JSON; whether none failed."""
+    result = {"about": about(arguments.device), "cases": [], "failed": {}}
     for case in chosen(arguments.names):
-        rows.append(measure(case, arguments.device, arguments.repeats))
-        print(
-            "{case:<14} {ms:8.2f} ms  against {against_ms:8.2f} ms  ratio {ratio:5.2f}  ({against})".format(**rows[-1])
-        )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"about": about(arguments.device), "cases": rows}, indent=1) + "\n")
+        try:
+            row = measure(case, arguments.device, arguments.repeats)
+        except Exception as error:  # the others' figures are not to be lost
+            reason = f"{type(error).__name__}: {error}"
+            result["failed"][case.name] = reason
+            print(f"{case.name:<14} failed: {reason}", file=sys.stderr, flush=True)
+        else:
+            result["cases"].append(row)
+            print(LINE.format(**row), flush=True)
+        if arguments.json is not None:
+            write(arguments.json, result)
+    if result["failed"]:
+        print(f"{len(result['failed'])} failed: {', '.join(result['failed'])}", file=sys.stderr)
+    return not result["failed"]
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Replaces the file as a whole: it holds what was measured wherever this process ends."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def results_file(name: str) -> list[dict[str, Any]]:
@@ -134,9 +163,19 @@ def results_file(name: str) -> list[dict[str, Any]]:
 
 def new_file(name: str) -> Path:
     """A path that can be written, known before anything is measured."""
-    if not Path(name).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{Path(name).parent} is no folder")
-    return Path(name)
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is no folder")
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path} is no file")
+    return path
+
+
+def positive(text: str) -> int:
+    """A number of repeats."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
 
 
 def table(cases: list[dict[str, Any]]) -> str:
@@ -168,7 +207,7 @@ def main() -> None:
     running = actions.add_parser("run", help="measure")
     running.add_argument("names", nargs="*", help="only these cases, or groups: kernels, program")
     running.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    running.add_argument("--repeats", type=int, help="at least, and for two seconds; by default the case's own")
+    running.add_argument("--repeats", type=positive, help="pairs, at least; by default for two seconds of ours")
     running.add_argument("--json", type=new_file)
     comparing = actions.add_parser("compare", help="ratios of two JSON files; status 1 where one fell by a fifth")
     comparing.add_argument("before", type=results_file)
@@ -181,7 +220,8 @@ def main() -> None:
     elif arguments.action == "run":
         if arguments.device == "cuda" and not torch.cuda.is_available():
             parser.error("--device cuda: torch finds no GPU")
-        run(arguments)
+        if not run(arguments):
+            raise SystemExit(1)
     elif arguments.action == "table":
         print(table(arguments.json))
     elif not compare(arguments.before, arguments.after):

@@ -20,13 +20,15 @@ import hashlib
 import json
 import multiprocessing
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from provenance import commit
+
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "janus_ext" / "assets"
+TRACKED = ("--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")  # these grow with every cell
 METRICS = ("acc", "maa", "bwt", "plasticity", "violation", "danger", "seconds")
 
 # The seven rows of the paper's ablation, plain LoRA once more at the rate that suits it best, and two exact rows.
@@ -145,16 +147,6 @@ def cell_config(change: dict[str, Any], seed: int) -> dict[str, Any]:
     return {key: value for key, value in config.to_json().items() if key not in {"output", *config.without_effect()}}
 
 
-def commit() -> str:
-    """The commit of the checkout, marked when files beside the results, which grow with every cell, differ from it."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
-
-
 def assets_sha256() -> str:
     """Fingerprint of the embedded images, classes and backbone."""
     digest = hashlib.sha256()
@@ -177,7 +169,19 @@ def run_cell(cell: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
         results = train(config)[0]
     line = {"row": row, "seed": seed, "config": cell_config(change, seed), "assets": assets_sha256()}
     line |= {metric: total_of(metric, results[metric]) for metric in METRICS}
-    return line | {"split_sha256": results["split_sha256"], "versions": results["versions"], "commit": commit()}
+    return line | {
+        "split_sha256": results["split_sha256"],
+        "versions": results["versions"],
+        "commit": commit(":/", ":(exclude,top)benchmarks/results"),
+    }
+
+
+def try_cell(cell: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
+    """`run_cell`, or what it failed with: the cells beside it go on."""
+    try:
+        return run_cell(cell)
+    except Exception as error:
+        return {"row": cell[0], "seed": cell[2], "error": f"{type(error).__name__}: {error}"}
 
 
 def total_of(metric: str, value: Any) -> float | None:
@@ -221,12 +225,19 @@ def run_cells(cells: list[Cell], jobs: int, threads: int, path: Path) -> None:
         if not any(is_done(line, row, cell_config(change, seed), assets) for line in finished)
     ]
     print(f"{path.stem}: {len(wanted)} of {len(cells)} cells to run, {jobs} at a time")
+    failed = []
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        finishing = pool.imap_unordered(run_cell, [(*cell, threads) for cell in wanted])
+        finishing = pool.imap_unordered(try_cell, [(*cell, threads) for cell in wanted])
         for count, line in enumerate(finishing, 1):
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"[{count}/{len(wanted)}] {line['row']}, seed {line['seed']}: ACC {line['acc']:.2f}", flush=True)
+            name = f"{line['row']}, seed {line['seed']}"
+            if "error" in line:
+                failed.append(name)
+            else:
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            print(f"[{count}/{len(wanted)}] {name}: {line.get('error') or format(line['acc'], '.2f')}", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")
 
 
 def candidates(method: str) -> dict[str, dict[str, Any]]:

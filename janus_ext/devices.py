@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -50,6 +52,15 @@ def _processor_multiplies(dtype: str) -> bool:
     """Whether it has instructions for products of matrices in ``dtype``."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(f"{unit}_{dtype}") for unit in ("amx", "avx512"))
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor as Linux knows it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8", errors="replace").splitlines() if known.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def be_deterministic(device: torch.device) -> None:

@@ -12,8 +12,10 @@ import sys
 import torch
 
 from janus_ext import _native, ops
+from janus_ext.terminal import until_closed
 from janus_ext.versions import PACKAGES, installed
 
+ABOUT = "Prints what is installed, what was built, and which kernel serves each op. Paste it into an issue."
 KEYS = ("CPU", "CUDA")
 
 
@@ -72,9 +74,10 @@ def report() -> str:
     return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
 
 
+@until_closed
 def main() -> None:
     """Prints the report; the console script."""
-    argparse.ArgumentParser(prog="janus_ext.info", description=__doc__.splitlines()[0]).parse_args()
+    argparse.ArgumentParser(prog="janus_ext.info", description=ABOUT).parse_args()
     print(report())
     if _native.required() and not _native.available():
         sys.exit(1)

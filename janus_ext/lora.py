@@ -145,7 +145,7 @@ class LoRALayer(nn.Module):
         change = torch.empty_like(delta)
         updates = zip(delta.view(-1, *delta.shape[-2:]), change.view(-1, *delta.shape[-2:]), strict=True)
         for target, (update, made) in zip(self.target_weights(), updates, strict=True):
-            before = target.double()
+            before = target.to(torch.float64, copy=True)  # of a float64 weight, too, which `double()` would alias
             target.copy_(before + update)
             made.copy_(target.double() - before)
         self.reset()
@@ -270,6 +270,17 @@ def violation(change: Tensor, basis: Tensor) -> float:
     change = change.double()
     whole = change.norm()
     return float((change @ basis.double()).norm() / whole) if whole > 0 else 0.0
+
+
+def violation_rounding(change: Tensor, weights: Sequence[Tensor]) -> float:
+    """What rounding alone can make of the violation of a merged change dW: eps/2 |W|_F / |dW|_F, 0 without a change.
+
+    ``weights`` are the parts of W that were changed, each entry of which was rounded by at most eps/2 of itself. A
+    violation that is no larger says nothing of the update that was merged.
+    """
+    whole = float(change.double().norm())
+    errors = [torch.finfo(weight.dtype).eps / 2 * float(weight.double().norm()) for weight in weights]
+    return math.hypot(*errors) / whole if whole > 0 else 0.0
 
 
 @torch.no_grad()

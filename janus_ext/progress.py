@@ -1,8 +1,10 @@
-"""How a run is doing: the progress bar, and the losses, read from the device now and then."""
+"""How a run is doing: the progress bar, a line an epoch where nobody sees one, and the losses, read now and then."""
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -11,14 +13,26 @@ from tqdm import tqdm
 
 from janus_ext.errors import TrainingError
 
+LOG = logging.getLogger("janus_ext")
+BAR = "{desc}{percentage:3.0f}% |{bar}| {remaining} left{postfix}"  # half of 80 columns are left to the bar itself
 READ_EVERY = 20  # steps between two reads of the loss: each read waits for the device
+
+
+def make_bar(steps: int, done: int) -> tqdm:
+    """The progress bar of a whole run; none where the standard error is no terminal."""
+    return tqdm(total=steps, initial=done, bar_format=BAR, disable=None, dynamic_ncols=True)
 
 
 @dataclass
 class Progress:
-    """The progress bar of a whole run and the losses not yet read from the device."""
+    """The progress bar of a whole run of ``tasks`` with ``epochs`` each, and the losses not yet read from the device.
+
+    Where the bar or the log does not go to a terminal, every epoch is logged.
+    """
 
     bar: tqdm
+    tasks: int
+    epochs: int
     task: int = 0
     epoch: int = 0
     step: int = 0
@@ -29,6 +43,15 @@ class Progress:
         """Starts the epoch's sums."""
         self.task, self.epoch, self.step = task, epoch, 0
         self.totals = [0.0, 0.0, 0.0]
+        self.bar.set_description(f"task {task + 1}/{self.tasks}", refresh=False)
+
+    def end_epoch(self, seconds: float) -> None:
+        """Logs the epoch where that is all there is to see of it."""
+        if self.bar.disable or not sys.stdout.isatty():
+            LOG.info(
+                "task %d/%d, epoch %d/%d: loss %.3f, accuracy %.1f %%, %.1f s",
+                *(self.task + 1, self.tasks, self.epoch + 1, self.epochs, self.loss, self.accuracy, seconds),
+            )
 
     def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
         """Notes a step; reads the device every READ_EVERY steps."""

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 import tyro
-from tqdm.contrib.logging import logging_redirect_tqdm
 
-from janus_ext import events, report
+from janus_ext import events, opening, plots, report
 from janus_ext.backbone import load_backbone
 from janus_ext.checkpoint import read_json, write_json
 from janus_ext.classifier import ContinualClassifier
@@ -34,16 +33,20 @@ from janus_ext.run_folder import (
     opened,
     settings_of,
 )
+from janus_ext.terminal import TerminalHandler, until_closed
 from janus_ext.trainer import Trainer, derive_seed
 
 LOG = logging.getLogger("janus_ext")
 
 
+@until_closed
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and trains; 0 on success, 2 with one line on stderr for what the user can mend, 130 on Ctrl-C."""
     config = tyro.cli(TrainConfig, prog="janus_ext.train", args=argv)
     try:
         train(config)
+    except BrokenPipeError:  # no error of ours: see until_closed
+        raise
     except (JanusError, OSError) as error:  # the system's own errors name the file and what is wrong with it
         print(f"janus_ext.train: {error}", file=sys.stderr)
         return 2
@@ -98,13 +101,15 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
         trainer = make_trainer(config, benchmark, folder)
         with opened(folder, settings, begin), logging_to(folder / "log.txt"):
             LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), folder)
+            for line in opening.lines(trainer):
+                LOG.info("%s", line)
             if not begin:
                 trainer.restore()
             results = trainer.run()
             write_json(folder / "results.json", results)
     print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
     if config.plots:
-        report.save_plots(results, folder / "plots")
+        plots.save_plots(results, folder / "plots")
     return results
 
 
@@ -143,14 +148,12 @@ def logging_to(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    terminal = logging.StreamHandler(sys.stdout)
-    handlers, level = [terminal, file], LOG.level
+    handlers, level = [file, TerminalHandler()], LOG.level  # the file first: it is whole wherever the terminal ends
     LOG.setLevel(logging.INFO)
     for handler in handlers:
         LOG.addHandler(handler)
     try:
-        with logging_redirect_tqdm([LOG]):
-            yield
+        yield
     finally:
         for handler in handlers:
             LOG.removeHandler(handler)

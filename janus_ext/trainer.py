@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from janus_ext import events, metrics
 from janus_ext.checkpoint import (
@@ -36,7 +35,7 @@ from janus_ext.data.benchmark import Benchmark, Split
 from janus_ext.errors import ArgumentError, CheckpointError, StatisticsError, TrainingError
 from janus_ext.methods.base import Method, Step, Task, TaskReport
 from janus_ext.optimization import make_optimizer, schedule
-from janus_ext.progress import Progress
+from janus_ext.progress import Progress, make_bar
 from janus_ext.versions import result_versions
 
 if TYPE_CHECKING:
@@ -46,7 +45,14 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("janus_ext")
 MATRICES = ("accuracy_matrix", "accuracy_matrix_task_known", "task_recognition_matrix")  # R, K and D of metrics
-REPORTED = ("violation_per_layer", "basis_rank", "danger", "similarity_own", "similarity_old")  # as in a TaskReport
+REPORTED = (  # as in a TaskReport
+    "violation_per_layer",
+    "violation_rounding_per_layer",
+    "basis_rank",
+    "danger",
+    "similarity_own",
+    "similarity_old",
+)
 
 
 class Trainer:
@@ -128,13 +134,11 @@ class Trainer:
         """Learns every task that is left, evaluating after each; returns what ``results.json`` holds."""
         make_folder(self.folder / "checkpoints")
         done = len(self.matrix)
-        steps = self._steps(len(self.benchmark.tasks))
-        bar = tqdm(total=steps, initial=self._steps(done), unit="step", disable=None, dynamic_ncols=True)
+        bar = make_bar(self.steps(len(self.benchmark.tasks)), self.steps(done))
         scalars = self.folder / "tensorboard" if self.config.tensorboard else None
         with bar, events.writing(scalars, done * self.config.epochs) as self.write, compiling(), repeatable():
-            progress = Progress(bar)
+            progress = Progress(bar, len(self.benchmark.tasks), self.config.epochs)
             for index in range(done, len(self.benchmark.tasks)):
-                bar.set_description(f"task {index + 1}/{len(self.benchmark.tasks)}")
                 with naming_task(index):
                     self._learn(index, progress)
                 for matrix, row in zip((self.matrix, self.known, self.recognised), self._evaluate(index), strict=True):
@@ -157,6 +161,7 @@ class Trainer:
             **metrics.summarize(self.matrix, self.known, self.recognised, self._test_sizes()),
             "violation": [_mean_or_none(report.violation.values()) for report in self.reports],
             "violation_per_layer": [report.violation for report in self.reports],
+            "violation_rounding_per_layer": [report.violation_rounding for report in self.reports],
             "danger": [report.danger for report in self.reports],
             "similarity_own": [report.similarity_own for report in self.reports],
             "similarity_old": [report.similarity_old for report in self.reports],
@@ -204,6 +209,7 @@ class Trainer:
         values["lr"], values["head_lr"] = (group["lr"] for group in optimizer.param_groups)
         record = {"task": task.index, "epoch": epoch, **values, "seconds": time.perf_counter() - started}
         append_json_line(self.folder / "metrics.jsonl", record)
+        progress.end_epoch(record["seconds"])
         self.write("epoch", values, task.index * self.config.epochs + epoch + 1)
 
     def _step(
@@ -318,7 +324,7 @@ class Trainer:
             outputs = self.positions[labels]
             yield images.to(self.device, non_blocking=True), outputs.to(self.device, non_blocking=True)
 
-    def _steps(self, tasks: int) -> int:
+    def steps(self, tasks: int) -> int:
         """Number of steps in the first ``tasks`` tasks."""
         return self.config.epochs * sum(-(-len(rows) // self.config.batch_size) for rows in self.train_rows[:tasks])
 

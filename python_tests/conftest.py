@@ -103,16 +103,16 @@ def subspace(V: torch.Tensor) -> torch.Tensor:
 
 # small training runs --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
-def benchmark() -> Benchmark:
+def patterns() -> Benchmark:
     """Six classes in three tasks, a class being a pattern of coloured patches under noise; class order 5 .. 0."""
     generator = torch.Generator().manual_seed(0)
-    patterns = torch.randint(0, 256, (6, 3, 4, 4), generator=generator).float()
-    patterns = patterns.repeat_interleave(8, 2).repeat_interleave(8, 3)
+    pictures = torch.randint(0, 256, (6, 3, 4, 4), generator=generator).float()
+    pictures = pictures.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
     def split(name: str, per_class: int) -> MemorySplit:
         labels = torch.arange(6).repeat_interleave(per_class)
         noise = 25 * torch.randn(len(labels), 3, 32, 32, generator=generator)
-        images = (patterns[labels] + noise).clamp(0, 255).to(torch.uint8)
+        images = (pictures[labels] + noise).clamp(0, 255).to(torch.uint8)
         return MemorySplit(images, labels, [f"{name}/{i}" for i in range(len(labels))])
 
     names = tuple("abcdef")

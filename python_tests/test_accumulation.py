@@ -59,25 +59,25 @@ def learned(benchmark: Benchmark, weights: Path, folder: Path, **changes: Any) -
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_number_of_pieces_gives_the_same_weights(benchmark, weights, tmp_path, method, _float64):
-    whole = learned(benchmark, weights, tmp_path / "1", **METHODS[method])
+def test_any_number_of_pieces_gives_the_same_weights(patterns, weights, tmp_path, method, _float64):
+    whole = learned(patterns, weights, tmp_path / "1", **METHODS[method])
     assert all(value.dtype in (torch.float64, torch.int64) for value in whole.values())
     for pieces in (2, 3, 7, 50):
-        got = learned(benchmark, weights, tmp_path / str(pieces), accumulate=pieces, **METHODS[method])
+        got = learned(patterns, weights, tmp_path / str(pieces), accumulate=pieces, **METHODS[method])
         assert got.keys() == whole.keys()
         for key, want in whole.items():
             assert relative_error(got[key], want) < 1e-9, (key, pieces)
 
 
 @pytest.mark.parametrize(("batch", "pieces", "sizes"), [(8, 3, [3, 3, 2]), (8, 2, [4, 4]), (20, 3, [7, 7, 2])])
-def test_pieces_are_no_larger_than_the_batch_size_allows(benchmark, weights, tmp_path, batch, pieces, sizes):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", batch_size=batch, accumulate=pieces, method="lora")
+def test_pieces_are_no_larger_than_the_batch_size_allows(patterns, weights, tmp_path, batch, pieces, sizes):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", batch_size=batch, accumulate=pieces, method="lora")
     seen, loss = [], trainer.method.loss
     trainer.method.loss = lambda images, targets: (seen.append(len(images)), loss(images, targets))[1]
     trainer.run()
     assert seen[: len(sizes)] == sizes
 
 
-def test_float16_takes_pieces_too(benchmark, weights, tmp_path):
-    results = make_trainer(benchmark, weights, tmp_path / "run", amp="fp16", accumulate=3, clip_norm=1.0).run()
+def test_float16_takes_pieces_too(patterns, weights, tmp_path):
+    results = make_trainer(patterns, weights, tmp_path / "run", amp="fp16", accumulate=3, clip_norm=1.0).run()
     assert all(v <= 1e-5 for v in results["violation"][1:])

@@ -33,13 +33,16 @@ ALLOWED = {
     "injection": {"ops", "families", "lora"},
     "backbone": {"checkpoint"},
     "classifier": set(),
-    "report": {"checkpoint", "metrics"},
+    "report": {"metrics"},
+    "plots": {"checkpoint", "metrics"},
     "data": {"config", "data", "checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "families", "injection", "methods"},
     "events": set(),
     "versions": set(),
     "devices": set(),
+    "opening": {"devices"},
     "progress": set(),
+    "terminal": set(),
     "optimization": {"config"},
     "run_folder": {"checkpoint", "config"},
     "trainer": {
@@ -126,3 +129,14 @@ def test_includes(path):
         assert not [name for name in found if name.startswith("pybind11/") or name == "Python.h"]
     if path.parent.name == "kernels":
         assert not [name for name in found if name.startswith(("ATen/", "c10/", "torch/"))], "kernels are torch-free"
+
+
+PLUGINS = {"benchmark", "benchmark_weave", "worker_id", "testrun_uid"}  # fixtures of pytest-benchmark and pytest-xdist
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "python_tests").glob("*.py")), ids=lambda path: path.stem)
+def test_no_fixture_has_the_name_of_a_common_plugins(path):
+    functions = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
+    fixtures = {f.name for f in functions if any("fixture" in ast.unparse(d) for d in f.decorator_list)}
+    used = {a.arg for f in functions if f.name.startswith("test_") or f.name in fixtures for a in f.args.args}
+    assert not (fixtures | used) & PLUGINS

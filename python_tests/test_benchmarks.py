@@ -1,14 +1,19 @@
 """The benchmarks' registry and tables: figures in the README are those of the JSON files beside them."""
 
 import importlib
+import itertools
 import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from conftest import relative_error
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -88,6 +93,130 @@ def test_a_case_runs_and_writes_json(tmp_path: Path) -> None:
     assert row["case"] == "margin" and row["ratio"] > 0 and row["difference"] < 1e-4
 
 
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A script of the benchmarks as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_a_case_that_fails_is_named_and_the_others_are_kept(module, monkeypatch, tmp_path, capsys) -> None:
+    run, cases = module("run"), module("cases")
+    written = tmp_path / "a.json"
+
+    def fails(device: str) -> None:
+        assert [row["case"] for row in json.loads(written.read_text())["cases"]] == ["first"], "not written yet"
+        raise RuntimeError("no such kernel")
+
+    def sums(device: str) -> tuple[cases.Side, cases.Side]:
+        return lambda: torch.ones(3), lambda: torch.ones(3)
+
+    def differs(device: str) -> tuple[cases.Side, cases.Side]:
+        return lambda: torch.ones(3), lambda: torch.zeros(3)
+
+    builds = {"first": sums, "broken": fails, "unequal": differs, "last": sums}
+    monkeypatch.setattr(run, "CASES", [cases.Case(name, "itself", build) for name, build in builds.items()])
+    monkeypatch.setattr(run, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "argv", ["run.py", "run", "--json", str(written)])
+    monkeypatch.setenv("PATH", str(tmp_path))  # nor is there a git
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 1
+    stored = json.loads(written.read_text())
+    assert [row["case"] for row in stored["cases"]] == ["first", "last"]
+    assert stored["failed"]["broken"] == "RuntimeError: no such kernel" and "differ by" in stored["failed"]["unequal"]
+    assert stored["about"]["commit"] == "unknown" and list(tmp_path.iterdir()) == [written]
+    assert "2 failed: broken, unequal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("least", "ours", "theirs", "pairs"),
+    [
+        (15, 0.001, 0.001, 2000),  # two seconds of ours
+        (15, 1.0, 1.0, 15),
+        (15, 0.01, 10.0, 3),  # a slow reference: half a minute
+        (15, 0.01, 0.99, 30),
+        (15, 100.0, 100.0, 3),
+    ],
+)
+def test_repeats_look_at_both_sides(module, least, ours, theirs, pairs) -> None:
+    assert module("run").pairs(least, ours, theirs) == pairs
+
+
+def test_what_a_case_overwrites_is_refilled_outside_of_the_measured_time(module, monkeypatch) -> None:
+    run, cases = module("run"), module("cases")
+    monkeypatch.setattr(run, "LEAST_SECONDS", 0.0)
+    ticks = itertools.count()
+    monkeypatch.setattr(run.time, "perf_counter", lambda: float(next(ticks)))
+    buffer, seen = torch.empty(2), []
+
+    def refill() -> None:
+        next(ticks)
+        buffer.fill_(1.0)
+
+    def double() -> torch.Tensor:
+        seen.append(buffer.tolist())
+        return buffer.mul_(2)
+
+    case = cases.Case(
+        "doubling", "itself", lambda device: (cases.InPlace(refill, double), lambda: torch.full((2,), 2.0))
+    )
+    row = run.measure(case, "cpu", 4)
+    assert row["ms"] == row["against_ms"] == 1000 and row["repeats"] == 15
+    assert seen == [[1.0, 1.0]] * (1 + 1 + 15)
+
+
+def test_rectify_starts_from_the_same_gradients_every_time(module) -> None:
+    ours, theirs = next(case for case in module("cases").CASES if case.name == "rectify").build("cpu")
+    call = module("run").call
+    first = [tensor.clone() for tensor in call(ours)]
+    assert all(torch.equal(a, b) for a, b in zip(first, call(ours), strict=True))
+    assert module("run").agree(call(ours), call(theirs), 1e-4) <= 1e-4
+
+
+def test_float32_sums_cut_off_pass_and_a_bfloat16_result_does_not(module) -> None:
+    """What a GPU's matrix units do, and what a careless kernel would."""
+    cases = module("cases")
+    x = torch.randn(25216, 24).bfloat16()
+    sums = torch.zeros(24, 24)
+    for block in x.double().split(16):
+        exact = sums.double() + block.mT @ block
+        sums = exact.float()
+        over = sums.double().abs() > exact.abs()
+        sums = torch.where(over, torch.nextafter(sums, torch.zeros_like(sums)), sums)
+    cases._check_accumulation(sums, x)
+    assert relative_error(sums, x.double().mT @ x.double()) > 1e-5  # more than sums that are rounded
+    with pytest.raises(ValueError, match="25216 bfloat16 rows has error"):
+        cases._check_accumulation(sums.bfloat16().float(), x)
+
+
+def test_a_sweep_goes_on_beside_a_cell_that_fails(module, monkeypatch, tmp_path, capsys) -> None:
+    sweep = module("sweep")
+
+    class Pool:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.imap_unordered = map
+
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    def cell(cell: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
+        if cell[2] == 1:
+            raise RuntimeError("out of memory")
+        return {"row": cell[0], "seed": cell[2], "acc": 50.0}
+
+    monkeypatch.setattr(sweep, "run_cell", cell)
+    monkeypatch.setattr(sweep.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=Pool))
+    cells = [("janus", {"method": "janus"}, seed) for seed in (0, 1, 2)]
+    with pytest.raises(SystemExit, match="failed: janus, seed 1"):
+        sweep.run_cells(cells, 1, 1, tmp_path / "a.jsonl")
+    assert [line["seed"] for line in sweep.read_lines(tmp_path / "a.jsonl")] == [0, 2]
+    assert "janus, seed 1: RuntimeError: out of memory" in capsys.readouterr().out
+
+
 def test_compare_tells_a_loss(tmp_path: Path) -> None:
     before, same = (
         results(tmp_path / "a.json", gram=1.5, margin=1.1),
@@ -121,9 +250,8 @@ def test_a_sweep_refuses_what_it_cannot_report(arguments: str, said: str) -> Non
     assert done.returncode == 2 and said in done.stderr
 
 
-def test_a_finished_cell_is_told_by_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    sweep = importlib.import_module("sweep")
+def test_a_finished_cell_is_told_by_its_configuration(module) -> None:
+    sweep = module("sweep")
 
     def config(seed: int = 0, **changes: Any) -> dict[str, Any]:
         return sweep.cell_config({"method": "janus"} | changes, seed)

@@ -119,10 +119,10 @@ class Watched(METHODS["bilora"]):
 
 
 @pytest.fixture(scope="module")
-def run(benchmark, weights, tmp_path_factory):
+def run(patterns, weights, tmp_path_factory):
     """Three tasks with 100 of 1024 frequencies."""
     settings = {"method": "bilora", "frequencies": 100, "lr": 1e-2}
-    trainer = make_trainer(benchmark, weights, tmp_path_factory.mktemp("runs"), **settings)
+    trainer = make_trainer(patterns, weights, tmp_path_factory.mktemp("runs"), **settings)
     trainer.method.__class__ = Watched
     trainer.start = weights_of(trainer)
     trainer.run()
@@ -159,6 +159,6 @@ def test_nothing_else_of_the_backbone_moves(run):
     assert [list(p.shape) for p in run.method.trainable()] == [[2, 100]] * 2
 
 
-def test_more_frequencies_than_the_grid_has_are_refused(benchmark, weights, tmp_path):
+def test_more_frequencies_than_the_grid_has_are_refused(patterns, weights, tmp_path):
     with pytest.raises(ArgumentError, match="--frequencies must be at most m n = 1024, got 1025"):
-        make_trainer(benchmark, weights, tmp_path / "run", method="bilora", frequencies=1025)
+        make_trainer(patterns, weights, tmp_path / "run", method="bilora", frequencies=1025)

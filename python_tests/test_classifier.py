@@ -24,8 +24,8 @@ def test_a_head_starts_small_or_as_pytorchs_own(weights):
 
 
 @pytest.mark.parametrize("head_init", ["small", "default"])
-def test_the_setting_reaches_the_head(benchmark, weights, tmp_path, head_init):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", head_init=head_init)
+def test_the_setting_reaches_the_head(patterns, weights, tmp_path, head_init):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", head_init=head_init)
     trainer.method.begin_task(trainer._task(0))
     assert bool(trainer.model.heads[0].bias.any()) == (head_init == "default")
 
@@ -76,9 +76,9 @@ def test_attention_is_taken_apart_only_for_few_tokens(size, plain):
     assert backbone.fused_attn != plain
 
 
-def test_evaluation_follows_the_model(benchmark, weights, tmp_path, monkeypatch):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", epochs=1)
+def test_evaluation_follows_the_model(patterns, weights, tmp_path, monkeypatch):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", epochs=1)
     want = trainer.run()["accuracy_matrix"]
     trainer.model.images_at_once = 3
-    sizes = [len(images) for images, _ in trainer._clean_batches(benchmark.test, trainer.test_rows[0])]
+    sizes = [len(images) for images, _ in trainer._clean_batches(patterns.test, trainer.test_rows[0])]
     assert sizes == [3, 3, 2] and trainer._evaluate(2)[0] == want[-1]

@@ -44,14 +44,14 @@ class Counting(KeepingTrainer):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_compiled_run_is_the_same_run(benchmark, weights, tmp_path, monkeypatch, method):
+def test_a_compiled_run_is_the_same_run(patterns, weights, tmp_path, monkeypatch, method):
     """Batches of 5, 5, 5 and 1 images: sizes that a graph could be made for each."""
     settings = {"optimizer": "sgd", "batch_size": 5} | METHODS[method]
-    eager = make_trainer(benchmark, weights, tmp_path / "eager", **settings)
+    eager = make_trainer(patterns, weights, tmp_path / "eager", **settings)
     want = without_time(eager.run())
     Counting.counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=Counting.counter))
-    trainer = make_trainer(benchmark, weights, tmp_path / "compiled", Counting, compile=True, **settings)
+    trainer = make_trainer(patterns, weights, tmp_path / "compiled", Counting, compile=True, **settings)
     got = without_time(trainer.run())
     assert got["accuracy_matrix"] == want["accuracy_matrix"] and got["basis_rank"] == want["basis_rank"]
     found, expected = (
@@ -65,19 +65,19 @@ def test_a_compiled_run_is_the_same_run(benchmark, weights, tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor_trains(benchmark, weights, tmp_path):
+def test_inductor_trains(patterns, weights, tmp_path):
     runs = []
     for compile in (False, True):
         changes = {"optimizer": "sgd", "compile": compile, "epochs": 1}
-        trainer = make_trainer(benchmark, weights, tmp_path / str(compile), **changes)
+        trainer = make_trainer(patterns, weights, tmp_path / str(compile), **changes)
         runs.append((trainer.run()["accuracy_matrix"], trainer.model.state_dict()))
     assert runs[0][0] == runs[1][0] and runs[0][1].keys() == runs[1][1].keys()
     for key, want in runs[0][1].items():
         assert_close(runs[1][1][key], want, torch.float32, 10)
 
 
-def test_a_missing_compiler_is_one_line(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", compile=True)
+def test_a_missing_compiler_is_one_line(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", compile=True)
     nothing_cached = {"cpp.cxx": (None, "/nowhere/g++"), "fx_graph_cache": False}
     with torch._inductor.config.patch(nothing_cached), pytest.raises(TrainingError, match="--compile .*compiler") as e:
         trainer.run()

@@ -119,20 +119,20 @@ def test_a_refusal_names_the_flag(change, flag):
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "published"),
+    ("name", "published"),
     [  # the table of the published protocol: InfLoRA's line
         ("cifar100", ("adam", 5e-4, 5e-4, "quarter", 20, 10, 0.95)),
         ("imagenet-r", ("adam", 5e-4, 5e-4, "quarter", 50, 10, 0.98)),
         ("domainnet", ("sgd", 5e-3, 1e-2, "step", 5, 30, 0.95)),
     ],
 )
-def test_the_paper_preset_is_the_published_protocol(benchmark, published):
-    c = TrainConfig(preset="paper", benchmark=benchmark).resolved()
+def test_the_paper_preset_is_the_published_protocol(name, published):
+    c = TrainConfig(preset="paper", benchmark=name).resolved()
     assert (c.optimizer, c.lr, c.head_lr, c.schedule, c.epochs, c.rank, c.energy_start) == published
     assert (c.batch_size, c.energy_end, c.seed, c.normalize) == (128, 1.0, (0, 1, 2, 3, 4), "identity")
-    assert c.head_init == "default" and TrainConfig(benchmark=benchmark).resolved().head_init == "small"
+    assert c.head_init == "default" and TrainConfig(benchmark=name).resolved().head_init == "small"
     assert (c.backbone, c.scale) == ("vit_base_patch16_224.augreg_in21k", 1.0)
-    assert (c.milestones or ()) == ((4,) if benchmark == "domainnet" else ())
+    assert (c.milestones or ()) == ((4,) if name == "domainnet" else ())
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -156,9 +156,9 @@ def test_another_schedule_leaves_the_presets_milestones():
 
 
 @pytest.mark.parametrize("method", get_args(MethodName))
-@pytest.mark.parametrize("benchmark", get_args(BenchmarkName))
-def test_every_method_has_values_on_every_benchmark(method, benchmark):
-    config = TrainConfig(method=method, benchmark=benchmark).resolved()
+@pytest.mark.parametrize("name", get_args(BenchmarkName))
+def test_every_method_has_values_on_every_benchmark(method, name):
+    config = TrainConfig(method=method, benchmark=name).resolved()
     left_open = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
     by_benchmark = {"data_dir", "split", "tasks", "class_list", "workers"}
     assert left_open <= by_benchmark | {"estimator_rank", "limit_per_class", "milestones", "clip_norm", "device"} | {

@@ -14,7 +14,7 @@ from janus_ext.errors import ArgumentError, DataError
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> Benchmark:
+def embedded() -> Benchmark:
     return emoji.load(TrainConfig())
 
 
@@ -84,37 +84,37 @@ def test_a_split_of_uneven_parts_is_refused():
 
 
 # the embedded benchmark ----------------------------------------------------------------------------------------------
-def test_emoji_has_the_published_size(benchmark):
-    assert (len(benchmark.train), len(benchmark.test)) == (1200, 400)
-    assert [len(classes) for classes in benchmark.tasks] == [20] * 10
-    assert len(set(benchmark.class_names)) == 200
-    assert torch.bincount(benchmark.train.labels).tolist() == [6] * 200
-    assert torch.bincount(benchmark.test.labels).tolist() == [2] * 200
+def test_emoji_has_the_published_size(embedded):
+    assert (len(embedded.train), len(embedded.test)) == (1200, 400)
+    assert [len(classes) for classes in embedded.tasks] == [20] * 10
+    assert len(set(embedded.class_names)) == 200
+    assert torch.bincount(embedded.train.labels).tolist() == [6] * 200
+    assert torch.bincount(embedded.test.labels).tolist() == [2] * 200
 
 
-def test_emoji_train_and_test_are_disjoint_and_keep_families_together(benchmark):
-    train, test = set(benchmark.train.samples), set(benchmark.test.samples)
+def test_emoji_train_and_test_are_disjoint_and_keep_families_together(embedded):
+    train, test = set(embedded.train.samples), set(embedded.test.samples)
     assert not train & test
     for pair in (("openmoji", "openmoji-black"), ("fluent-3d", "fluent-flat")):
         codes = [{s.split("/")[1] for s in test if s.split("/")[0] == style} for style in pair]
         assert codes[0] == codes[1], pair
 
 
-def test_emoji_tasks_mix_categories(benchmark):
+def test_emoji_tasks_mix_categories(embedded):
     table = emoji.read_table(emoji.ASSETS / "emoji.json")
     categories = [c["category"] for c in sorted(table["concepts"], key=lambda c: c["code"])]
-    assert all(len({categories[c] for c in classes}) >= 4 for classes in benchmark.tasks)
+    assert all(len({categories[c] for c in classes}) >= 4 for classes in embedded.tasks)
 
 
-def test_positions_invert_the_class_order(benchmark):
-    order = torch.tensor(benchmark.class_order)
-    assert torch.equal(benchmark.positions[order], torch.arange(200))
+def test_positions_invert_the_class_order(embedded):
+    order = torch.tensor(embedded.class_order)
+    assert torch.equal(embedded.positions[order], torch.arange(200))
 
 
-def test_shuffled_orders_follow_the_seed(benchmark):
+def test_shuffled_orders_follow_the_seed(embedded):
     orders = [emoji.load(TrainConfig(shuffle_classes=True, seed=(s,))).class_order for s in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
-    assert benchmark.class_order not in orders
+    assert embedded.class_order not in orders
 
 
 def test_limited_benchmark_keeps_every_class():
@@ -122,8 +122,8 @@ def test_limited_benchmark_keeps_every_class():
     assert (len(small.train), len(small.test), len(small.tasks)) == (200, 200, 4)
 
 
-def test_augmentation_is_repeatable_and_keeps_the_ground_white(benchmark):
-    images = benchmark.train.images[:16]
+def test_augmentation_is_repeatable_and_keeps_the_ground_white(embedded):
+    images = embedded.train.images[:16]
     augment = emoji.RandomAffine()
     first, again, other = (augment(images, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -132,8 +132,8 @@ def test_augmentation_is_repeatable_and_keeps_the_ground_white(benchmark):
     assert torch.equal(augment(white, torch.Generator().manual_seed(0)), white)
 
 
-def test_augmentation_without_amplitude_changes_nothing(benchmark):
-    images = benchmark.train.images[:4]
+def test_augmentation_without_amplitude_changes_nothing(embedded):
+    images = embedded.train.images[:4]
     still = emoji.RandomAffine(zoom=(1.0, 1.0), aspect=0.0, shift=0.0, brightness=0.0, contrast=0.0)
     difference = still(images, torch.Generator()).int() - images.int()
     assert difference.abs().max() <= 1

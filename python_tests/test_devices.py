@@ -72,9 +72,9 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", MethodName.__args__)
-def test_no_method_needs_what_has_no_repeatable_kernel(benchmark, weights, tmp_path, method):
+def test_no_method_needs_what_has_no_repeatable_kernel(patterns, weights, tmp_path, method):
     changes = {"frequencies": 20} if method == "bilora" else {}
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", method=method, tasks=None, epochs=1, **changes)
+    trainer = make_trainer(patterns, weights, tmp_path / "run", method=method, tasks=None, epochs=1, **changes)
     with Operators() as seen:
         trainer.run()
     assert {"nll_loss_backward", "native_layer_norm_backward"} <= seen.names
@@ -82,8 +82,8 @@ def test_no_method_needs_what_has_no_repeatable_kernel(benchmark, weights, tmp_p
 
 
 @pytest.mark.usefixtures("_global_flags")
-def test_an_operator_without_a_repeatable_kernel_is_named(benchmark, weights, tmp_path, monkeypatch):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="lora")
+def test_an_operator_without_a_repeatable_kernel_is_named(patterns, weights, tmp_path, monkeypatch):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora")
     embed = trainer.model.embed
 
     def putting(pixels):

@@ -20,9 +20,9 @@ def scalars(folder) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_event_files_hold_the_run(benchmark, weights, tmp_path):
+def test_event_files_hold_the_run(patterns, weights, tmp_path):
     pytest.importorskip("tensorboard")
-    results = make_trainer(benchmark, weights, tmp_path / "run", tensorboard=True).run()
+    results = make_trainer(patterns, weights, tmp_path / "run", tensorboard=True).run()
     found = scalars(tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     names = ("loss", "accuracy", "lr", "head_lr")
@@ -50,21 +50,21 @@ class CutOff(Trainer):
             raise KeyboardInterrupt
 
 
-def test_a_run_that_was_taken_up_shows_every_step_once(benchmark, weights, tmp_path):
+def test_a_run_that_was_taken_up_shows_every_step_once(patterns, weights, tmp_path):
     pytest.importorskip("tensorboard")
-    make_trainer(benchmark, weights, tmp_path / "whole", tensorboard=True).run()
+    make_trainer(patterns, weights, tmp_path / "whole", tensorboard=True).run()
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(benchmark, weights, tmp_path / "run", CutOff, tensorboard=True).run()
+        make_trainer(patterns, weights, tmp_path / "run", CutOff, tensorboard=True).run()
     assert [step for step, _ in scalars(tmp_path / "run")["epoch/loss"]] == [1, 2, 3, 4]
     time.sleep(1.1)  # event files are named, and read in the order, of the second in which they are made
-    resumed = make_trainer(benchmark, weights, tmp_path / "run", tensorboard=True)
+    resumed = make_trainer(patterns, weights, tmp_path / "run", tensorboard=True)
     resumed.restore()
     resumed.run()
     assert scalars(tmp_path / "run") == scalars(tmp_path / "whole")
 
 
-def test_without_the_flag_nothing_is_written(benchmark, weights, tmp_path):
-    make_trainer(benchmark, weights, tmp_path / "run").run()
+def test_without_the_flag_nothing_is_written(patterns, weights, tmp_path):
+    make_trainer(patterns, weights, tmp_path / "run").run()
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 

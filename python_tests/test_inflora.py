@@ -132,12 +132,12 @@ def test_a_first_task_of_exactly_half_the_space_is_kept_as_its_complement():
     assert memory.kind == oracle.kind == "retain" and memory.basis.shape == (8, 4)
 
 
-def test_too_little_free_space_is_said(benchmark, weights, tmp_path):
+def test_too_little_free_space_is_said(patterns, weights, tmp_path):
     settings = {"method": "inflora", "energy_start": 1.0, "energy_end": 1.0}
     with pytest.warns(
         UserWarning, match="blocks.0.attn.qkv: the old inputs leave . dimensions free, fewer than the rank"
     ):
-        make_trainer(benchmark, weights, tmp_path, **settings).run()
+        make_trainer(patterns, weights, tmp_path, **settings).run()
 
 
 def test_dual_gpm_gives_up_free_space_again_and_again():
@@ -192,11 +192,11 @@ def test_plain_gpm_keeps_to_the_old_inputs_however_many_directions_they_take():
 
 
 @pytest.mark.parametrize(("name", "dual"), [("domainnet", False), ("imagenet-r", True)])
-def test_domainnet_has_plain_gpm_as_in_the_authors_code(benchmark, weights, tmp_path, name, dual):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="inflora", benchmark=name, backbone="emoji")
+def test_domainnet_has_plain_gpm_as_in_the_authors_code(patterns, weights, tmp_path, name, dual):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", method="inflora", benchmark=name, backbone="emoji")
     assert {memory.dual for memory in trainer.method.memories.values()} == {dual}
     other = make_trainer(
-        benchmark, weights, tmp_path / "other", method="inflora", benchmark=name, backbone="emoji", gpm="dual"
+        patterns, weights, tmp_path / "other", method="inflora", benchmark=name, backbone="emoji", gpm="dual"
     )
     assert all(memory.dual for memory in other.method.memories.values())  # what the user types wins
 
@@ -271,10 +271,10 @@ class Replayed(METHODS["inflora"]):
 
 
 @pytest.fixture(scope="module")
-def replayed(benchmark, weights, tmp_path_factory) -> Replayed:
+def replayed(patterns, weights, tmp_path_factory) -> Replayed:
     """InfLoRA after three tasks; thresholds at which the memory changes its kind."""
     settings = {"method": "inflora", "energy_start": 0.99, "energy_end": 0.9999}
-    trainer = make_trainer(benchmark, weights, tmp_path_factory.mktemp("runs"), **settings)
+    trainer = make_trainer(patterns, weights, tmp_path_factory.mktemp("runs"), **settings)
     trainer.method.__class__ = Replayed
     trainer.run()
     return trainer.method
@@ -326,8 +326,8 @@ def test_the_update_leaves_alone_what_is_protected(replayed):
             assert violation(change, protected) <= 1e-5
 
 
-def test_inputs_that_are_not_finite_are_named_and_nothing_is_merged(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="inflora")
+def test_inputs_that_are_not_finite_are_named_and_nothing_is_merged(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", method="inflora")
     method, task = trainer.method, trainer._task(0)
     method.begin_task(task)
     with torch.no_grad():
@@ -341,8 +341,8 @@ def test_inputs_that_are_not_finite_are_named_and_nothing_is_merged(benchmark, w
     assert not any(memory.basis.numel() for memory in method.memories.values())
 
 
-def test_bad_inputs_are_named_with_their_task(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path, method="inflora")
+def test_bad_inputs_are_named_with_their_task(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path, method="inflora")
     with torch.no_grad():
         trainer.model.backbone.blocks[1].norm1.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="task 1: blocks.1.attn.qkv: the inputs of the task"):

@@ -10,7 +10,7 @@ from torch import nn
 from janus_ext import ArgumentError, LoRALinear, LoRAQKV, TaskBoundaryError, inject, ops
 from janus_ext.backbone import prepare_torchvision
 from janus_ext.families import declare_stacked
-from janus_ext.lora import violation
+from janus_ext.lora import violation, violation_rounding
 
 MODES = ["none", "project", "tangent", "exact"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -393,17 +393,45 @@ def test_basis_must_leave_room_for_the_factors() -> None:
         layer.protect(orthonormal(10, 9, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_merge_returns_the_change_that_was_made(device: str, mode: str) -> None:
-    layer = LoRAQKV(nn.Linear(12, 36, device=device), 3, scale=0.6, rectify=mode)
-    layer.protect(orthonormal(12, 4, torch.float32, device))
+def test_merge_returns_the_change_that_was_made(device: str, mode: str, dtype: torch.dtype) -> None:
+    layer = LoRAQKV(nn.Linear(12, 36, device=device, dtype=dtype), 3, scale=0.6, rectify=mode)
+    layer.protect(orthonormal(12, 4, dtype, device))
     with torch.no_grad():
         layer.B.normal_()
-    delta, before = layer.delta(), layer.linear.weight.double()
+    delta, before = layer.delta(), layer.linear.weight.double().clone()
     change = layer.merge()
-    assert_close(change, delta, torch.float32)
+    assert_close(change, delta, dtype)
     assert torch.equal(change.flatten(0, 1), layer.linear.weight.double()[12:] - before[12:])
     assert (violation(change, layer.basis) <= 1e-5) == (mode == "exact")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_rounding_of_the_weights_bounds_what_an_exact_update_violates(dtype: torch.dtype) -> None:
+    layer = LoRAQKV(nn.Linear(12, 36, dtype=dtype), 3)
+    layer.protect(orthonormal(12, 4, layer.A.dtype))
+    violated = []
+    for size in (10 * torch.finfo(dtype).eps, 10.0):
+        with torch.no_grad():
+            layer.B.normal_().mul_(size)
+        change = layer.merge()
+        violated.append(violation(change, layer.basis))
+        assert violated[-1] <= violation_rounding(change, layer.target_weights())
+    assert violated[0] > 2 * violated[1] > 0, "the number alone does not tell that the update is exact"
+
+
+def test_a_violation_of_the_update_itself_is_above_the_rounding() -> None:
+    layer = LoRALinear(nn.Linear(12, 24), 3, rectify="none")
+    with torch.no_grad():
+        layer.B.normal_().mul_(1e-3)
+    change = layer.merge()
+    assert violation(change, orthonormal(12, 4)) > 100 * violation_rounding(change, layer.target_weights()) > 0
+
+
+def test_without_a_change_there_is_no_rounding_of_it() -> None:
+    layer = LoRALinear(nn.Linear(12, 24), 3)
+    assert violation_rounding(layer.merge(), layer.target_weights()) == 0.0
 
 
 @pytest.mark.parametrize("mode", MODES)

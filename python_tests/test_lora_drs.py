@@ -158,8 +158,8 @@ def watched(benchmark, weights, folder, **changes) -> Watched:
 
 
 @pytest.fixture(scope="module")
-def run(benchmark, weights, tmp_path_factory) -> Watched:
-    return watched(benchmark, weights, tmp_path_factory.mktemp("runs"))
+def run(patterns, weights, tmp_path_factory) -> Watched:
+    return watched(patterns, weights, tmp_path_factory.mktemp("runs"))
 
 
 def test_the_space_holds_the_share_of_what_the_subtracted_weights_see(run):
@@ -190,8 +190,8 @@ def test_A_moves_within_the_space(run):
             assert all(outside <= 1e-5 * moved for moved, outside in steps)
 
 
-def test_the_weights_are_restored_when_the_pass_fails(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="lora-drs", **SHARE)
+def test_the_weights_are_restored_when_the_pass_fails(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora-drs", **SHARE)
     method = trainer.method
     for layer in method.layers.values():  # an old update
         layer.linear.weight.data += 0.1 * torch.randn_like(layer.linear.weight)
@@ -204,8 +204,8 @@ def test_the_weights_are_restored_when_the_pass_fails(benchmark, weights, tmp_pa
         assert relative_error(changed[name] + weight, 2 * method.pretrained[name]) <= 1e-6
 
 
-def test_statistics_that_are_not_finite_are_named_and_nothing_is_changed(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="lora-drs", **SHARE)
+def test_statistics_that_are_not_finite_are_named_and_nothing_is_changed(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora-drs", **SHARE)
     method = trainer.method
     trainer.model.add_task(2)
     method.layers["blocks.0.attn.qkv"].linear.weight.data[-1, 0] = float("inf")
@@ -215,8 +215,8 @@ def test_statistics_that_are_not_finite_are_named_and_nothing_is_changed(benchma
     assert all(torch.equal(weight, before[name]) for name, weight in weights_now(method).items())
 
 
-def test_B_starts_sparse_and_random(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="lora-drs", **SHARE)
+def test_B_starts_sparse_and_random(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora-drs", **SHARE)
     trainer.method.begin_task(trainer._task(0))
     for layer in trainer.method.layers.values():
         zeros = (layer.B == 0).sum(-2)
@@ -226,9 +226,9 @@ def test_B_starts_sparse_and_random(benchmark, weights, tmp_path):
 
 
 @pytest.mark.parametrize("rectify", ["none", "exact"])
-def test_exact_rectification_plugs_in(benchmark, weights, tmp_path, rectify):
+def test_exact_rectification_plugs_in(patterns, weights, tmp_path, rectify):
     """Without it, A's random start reaches out of the space, and the optimizer leaves that part as it is."""
-    violations = watched(benchmark, weights, tmp_path / "run", rectify=rectify).results["violation"]
+    violations = watched(patterns, weights, tmp_path / "run", rectify=rectify).results["violation"]
     assert violations[0] is None
     assert max(violations[1:]) <= 1e-5 if rectify == "exact" else min(violations[1:]) > 1e-2
 

@@ -59,8 +59,8 @@ class Watched(METHODS["lora-gpm"]):
         return {name: torch.cat(x).double().numpy().T for name, x in seen.items()}
 
 
-def test_bases_are_those_of_gpm_and_gradients_of_A_avoid_them(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="lora-gpm", **ENERGY)
+def test_bases_are_those_of_gpm_and_gradients_of_A_avoid_them(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora-gpm", **ENERGY)
     trainer.method.__class__ = Watched
     results = trainer.run()
     for name, layer in trainer.method.layers.items():
@@ -75,8 +75,8 @@ def test_bases_are_those_of_gpm_and_gradients_of_A_avoid_them(benchmark, weights
     assert trainer.method.checked == 2 * 2 * 5
 
 
-def test_the_basis_grows_and_keeps_what_it_had(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="lora-gpm", **ENERGY)
+def test_the_basis_grows_and_keeps_what_it_had(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora-gpm", **ENERGY)
     bases = []
     close = trainer.method.close_task
 
@@ -97,19 +97,19 @@ def violations(benchmark, weights, folder, rectify: str) -> list[float]:
     return trainer.run()["violation"]
 
 
-def test_gradient_rectification_plugs_in(benchmark, weights, tmp_path):
+def test_gradient_rectification_plugs_in(patterns, weights, tmp_path):
     """Projected gradients of A alone do not protect: A's random start is in the update. `exact` does."""
-    project, tangent, exact = (violations(benchmark, weights, tmp_path, r) for r in ("project", "tangent", "exact"))
+    project, tangent, exact = (violations(patterns, weights, tmp_path, r) for r in ("project", "tangent", "exact"))
     assert project[0] is None and min(project[1:]) > 1e-2
     assert max(exact[1:]) <= 1e-5
     assert 0 < sum(tangent[1:]) < sum(project[1:])  # seed 0; lower with four seeds of five, never near zero
 
 
 @pytest.mark.parametrize("estimator", ["gram", "isvd"])
-def test_both_estimators_find_the_same_subspace(benchmark, weights, tmp_path, estimator):
+def test_both_estimators_find_the_same_subspace(patterns, weights, tmp_path, estimator):
     """At the layer's full width the incremental SVD is exact."""
     flags = {"method": "lora-gpm", "estimator": estimator, "epochs": 1} | ENERGY
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", **flags)
+    trainer = make_trainer(patterns, weights, tmp_path / "run", **flags)
     trainer.method.__class__ = Watched
     trainer.run()
     for name, layer in trainer.method.layers.items():

@@ -54,15 +54,15 @@ def test_every_method_is_a_case():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_ends_repeats_itself_and_is_taken_up_again(benchmark, weights, tmp_path, case):
-    first = trainer_of(case, benchmark, weights, tmp_path / "first")
+def test_a_run_ends_repeats_itself_and_is_taken_up_again(patterns, weights, tmp_path, case):
+    first = trainer_of(case, patterns, weights, tmp_path / "first")
     results = first.run()
     check_results(results)
-    again = trainer_of(case, benchmark, weights, tmp_path / "again", CutOffTrainer)
+    again = trainer_of(case, patterns, weights, tmp_path / "again", CutOffTrainer)
     with pytest.raises(KeyboardInterrupt):
         again.run()
     assert again.matrix == results["accuracy_matrix"][:2]
-    resumed = trainer_of(case, benchmark, weights, tmp_path / "again")
+    resumed = trainer_of(case, patterns, weights, tmp_path / "again")
     resumed.restore()
     assert without_time(resumed.run()) == without_time(results)
     assert comparable(resumed.reports[-1]) == comparable(first.reports[-1])
@@ -79,15 +79,15 @@ def check_results(results: dict) -> None:
 
 
 @pytest.mark.parametrize("case", ["lora-gpm, exact", "lora-drs, exact"])
-def test_exact_rectification_is_exact_in_every_method(benchmark, weights, tmp_path, case):
-    violation = trainer_of(case, benchmark, weights, tmp_path / "run").run()["violation"]
+def test_exact_rectification_is_exact_in_every_method(patterns, weights, tmp_path, case):
+    violation = trainer_of(case, patterns, weights, tmp_path / "run").run()["violation"]
     assert violation[0] is None and max(violation[1:]) <= 1e-5
 
 
-def test_lora_gpm_and_janus_differ_in_what_they_observe(benchmark, weights, tmp_path):
+def test_lora_gpm_and_janus_differ_in_what_they_observe(patterns, weights, tmp_path):
     """Same rectification, no margin loss: a pass after the task sees other inputs than the last epoch."""
     changes = {"rectify": "exact", "margin_weight": 0.0}
-    janus, gpm = (make_trainer(benchmark, weights, tmp_path / m, method=m, **changes) for m in ("janus", "lora-gpm"))
+    janus, gpm = (make_trainer(patterns, weights, tmp_path / m, method=m, **changes) for m in ("janus", "lora-gpm"))
     results = [trainer.run() for trainer in (janus, gpm)]
     first = [r["accuracy_matrix"][0] for r in results]
     assert first[0] == first[1]
@@ -96,12 +96,12 @@ def test_lora_gpm_and_janus_differ_in_what_they_observe(benchmark, weights, tmp_
 
 
 # the nearest class mean ----------------------------------------------------------------------------------------------
-def test_the_nearest_class_mean_takes_prototypes_in_place_of_heads(benchmark, weights, tmp_path):
-    trainer = trainer_of("janus, nearest class mean", benchmark, weights, tmp_path / "run")
+def test_the_nearest_class_mean_takes_prototypes_in_place_of_heads(patterns, weights, tmp_path):
+    trainer = trainer_of("janus, nearest class mean", patterns, weights, tmp_path / "run")
     matrix = trainer.run()["accuracy_matrix"]
-    features = trainer.model.eval().features(benchmark.test.images).detach()
+    features = trainer.model.eval().features(patterns.test.images).detach()
     nearest = torch.cdist(torch.nn.functional.normalize(features, dim=1), trainer.method.prototypes.matrix).argmin(1)
-    right = (nearest == benchmark.positions[benchmark.test.labels]).float()
+    right = (nearest == patterns.positions[patterns.test.labels]).float()
     assert matrix[-1] == pytest.approx([100 * float(right[rows].mean()) for rows in trainer.test_rows])
     with torch.no_grad():
         for head in trainer.model.heads:
@@ -111,22 +111,22 @@ def test_the_nearest_class_mean_takes_prototypes_in_place_of_heads(benchmark, we
     assert trainer._evaluate(2)[0] != matrix[-1]
 
 
-def test_training_does_not_depend_on_the_classifier_of_the_test(benchmark, weights, tmp_path):
-    linear, ncm = (trainer_of(case, benchmark, weights, tmp_path / case) for case in list(CASES)[:2])
+def test_training_does_not_depend_on_the_classifier_of_the_test(patterns, weights, tmp_path):
+    linear, ncm = (trainer_of(case, patterns, weights, tmp_path / case) for case in list(CASES)[:2])
     for trainer in (linear, ncm):
         trainer.run()
     assert all(torch.equal(value, weights_of(ncm)[key]) for key, value in weights_of(linear).items())
 
 
-def test_a_class_without_training_images_does_not_shift_the_others(benchmark, weights, tmp_path):
-    kept = (benchmark.train.labels != 4).nonzero().flatten()  # the second output of the first task
-    lacking = replace(benchmark, train=benchmark.train.take(kept))
+def test_a_class_without_training_images_does_not_shift_the_others(patterns, weights, tmp_path):
+    kept = (patterns.train.labels != 4).nonzero().flatten()  # the second output of the first task
+    lacking = replace(patterns, train=patterns.train.take(kept))
     trainer = trainer_of("janus, nearest class mean", lacking, weights, tmp_path / "run")
     trainer.run()
     assert trainer.method.prototypes.classes == [0, 2, 3, 4, 5]
     with torch.no_grad():
-        scores = trainer.method.scores(benchmark.test.images)
-        cosines = trainer.method.prototypes.cosines(trainer.model.features(benchmark.test.images))
+        scores = trainer.method.scores(patterns.test.images)
+        cosines = trainer.method.prototypes.cosines(trainer.model.features(patterns.test.images))
     assert scores.shape == (24, 6) and torch.allclose(scores[:, [0, 2, 3, 4, 5]], cosines, atol=1e-6)
     assert not (scores.argmax(-1) == 1).any()
 
@@ -138,8 +138,8 @@ def test_joint_training_is_one_task_with_all_classes(tmp_path):
     assert sorted(emoji.load(config).tasks[0]) == list(range(200))
 
 
-def test_joint_training_is_plain_lora_on_everything(benchmark, weights, tmp_path):
-    single = replace(benchmark, tasks=(benchmark.class_order,))
+def test_joint_training_is_plain_lora_on_everything(patterns, weights, tmp_path):
+    single = replace(patterns, tasks=(patterns.class_order,))
     runs = [make_trainer(single, weights, tmp_path / method, method=method) for method in ("joint", "lora")]
     results = [without_time(trainer.run()) | {"method": None} for trainer in runs]
     assert results[0] == results[1] and len(runs[0].model.heads) == 1

@@ -44,9 +44,9 @@ def tensors(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("factor", ["A", "B"])
 @pytest.mark.parametrize("mode", ["project", "tangent", "exact"])
-def test_a_step_with_an_infinite_gradient_is_left_out(benchmark, weights, tmp_path, mode, factor, optimizer):
+def test_a_step_with_an_infinite_gradient_is_left_out(patterns, weights, tmp_path, mode, factor, optimizer):
     changes = {"rectify": mode, "optimizer": optimizer, "amp": "fp16", "clip_norm": 1.0}
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", Overflowing, **changes)
+    trainer = make_trainer(patterns, weights, tmp_path / "run", Overflowing, **changes)
     trainer.factor = factor
     trainer.run()
     assert trainer.steps == 18
@@ -55,16 +55,16 @@ def test_a_step_with_an_infinite_gradient_is_left_out(benchmark, weights, tmp_pa
         assert_protected_inputs_are_left_alone(trainer, tasks=3)
 
 
-def test_gradients_that_never_fit_end_the_run(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", Overflowing, amp="fp16", epochs=9)
+def test_gradients_that_never_fit_end_the_run(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", Overflowing, amp="fp16", epochs=9)
     trainer.bad = frozenset(range(1, 18))
     with pytest.raises(TrainingError, match="float16 does not hold the gradients of task 1, epoch 9.*--amp bf16"):
         trainer.run()
 
 
-def test_float16_learns_what_float32_learns(benchmark, weights, tmp_path):
+def test_float16_learns_what_float32_learns(patterns, weights, tmp_path):
     accuracies = []
     for amp in ("off", "fp16"):
-        trainer = make_trainer(benchmark, weights, tmp_path / amp, amp=amp, epochs=8)
+        trainer = make_trainer(patterns, weights, tmp_path / amp, amp=amp, epochs=8)
         accuracies.append(trainer.run()["plasticity"])
     assert accuracies[1] >= accuracies[0] - 10

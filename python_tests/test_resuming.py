@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_trainer, weights_of, without_time
 
-from janus_ext import checkpoint, report, run_folder, train
+from janus_ext import checkpoint, plots, report, run_folder, train
 from janus_ext import trainer as trainer_module
 from janus_ext.config import TrainConfig
 from janus_ext.errors import CheckpointError
@@ -44,8 +44,8 @@ def assert_same_files(folder, other) -> None:
 # every moment at which files change ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("write", range(10))  # 3 tasks x (factors, method, model), and one write that never comes
-def test_a_run_cut_off_at_any_write_goes_on(benchmark, weights, tmp_path, monkeypatch, write, moment):
-    whole = make_trainer(benchmark, weights, tmp_path / "whole", epochs=2)
+def test_a_run_cut_off_at_any_write_goes_on(patterns, weights, tmp_path, monkeypatch, write, moment):
+    whole = make_trainer(patterns, weights, tmp_path / "whole", epochs=2)
     results = without_time(whole.run())
     moves, replace_file = [], os.replace
 
@@ -57,7 +57,7 @@ def test_a_run_cut_off_at_any_write_goes_on(benchmark, weights, tmp_path, monkey
         if moment == "after" and len(moves) == write + 1:
             raise CutOff
 
-    first = make_trainer(benchmark, weights, tmp_path / "run", epochs=2)
+    first = make_trainer(patterns, weights, tmp_path / "run", epochs=2)
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", cut)
         if write < 9:
@@ -66,7 +66,7 @@ def test_a_run_cut_off_at_any_write_goes_on(benchmark, weights, tmp_path, monkey
         else:
             first.run()
             assert len(moves) == 9
-    second = make_trainer(benchmark, weights, tmp_path / "run", epochs=2)
+    second = make_trainer(patterns, weights, tmp_path / "run", epochs=2)
     second.restore()
     assert len(second.matrix) == (write + (moment == "after")) // 3
     assert without_time(second.run()) == results
@@ -74,27 +74,27 @@ def test_a_run_cut_off_at_any_write_goes_on(benchmark, weights, tmp_path, monkey
     assert_same_files(tmp_path / "run", tmp_path / "whole")
 
 
-def test_lines_of_unfinished_tasks_are_dropped_and_a_torn_one_with_them(benchmark, weights, tmp_path):
-    make_trainer(benchmark, weights, tmp_path / "run").run()
+def test_lines_of_unfinished_tasks_are_dropped_and_a_torn_one_with_them(patterns, weights, tmp_path):
+    make_trainer(patterns, weights, tmp_path / "run").run()
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_text()
     path.write_text(lines + '{"task": 3, "epoch": 0}\n{"task": 3, "ep')
-    make_trainer(benchmark, weights, tmp_path / "run").restore()
+    make_trainer(patterns, weights, tmp_path / "run").restore()
     assert path.read_text() == lines
 
 
-def test_altered_lines_are_said(benchmark, weights, tmp_path, caplog):
-    make_trainer(benchmark, weights, tmp_path / "run").run()
+def test_altered_lines_are_said(patterns, weights, tmp_path, caplog):
+    make_trainer(patterns, weights, tmp_path / "run").run()
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     for text in (lines[1:], [*lines, lines[-1]], [*lines[::-1]]):
         caplog.clear()
         path.write_text("".join(text))
-        make_trainer(benchmark, weights, tmp_path / "run").restore()
+        make_trainer(patterns, weights, tmp_path / "run").restore()
         assert "metrics.jsonl was altered" in caplog.text
     path.write_text("5\n")
     with pytest.raises(CheckpointError, match=r"metrics.jsonl cannot be read"):
-        make_trainer(benchmark, weights, tmp_path / "run").restore()
+        make_trainer(patterns, weights, tmp_path / "run").restore()
 
 
 def test_kills_do_not_change_the_result(weights, tmp_path):
@@ -243,6 +243,20 @@ def test_a_model_of_an_earlier_version_is_refused(cut_off, capsys):
         assert "written by an earlier version" in capsys.readouterr().err
 
 
+def test_a_run_begun_before_roundings_were_measured_goes_on(cut_off):
+    call, folder = cut_off
+    path = folder / "checkpoints" / "model.safetensors"
+    tensors, about = checkpoint.read_tensors(path)
+    results = json.loads(about["results"])
+    assert all(results.pop("violation_rounding_per_layer")[1:])
+    checkpoint.write_tensors(path, tensors, about | {"results": json.dumps(results)})
+    assert train.main(call) == 0
+    results = json.loads((folder / "results.json").read_text())
+    known = [bool(rounding) for rounding in results["violation_rounding_per_layer"]]
+    assert known == [False, False, True, True]
+    assert report.violations_rounded(results)[:2] == [False, False]
+
+
 def test_an_interrupt_is_one_line_that_tells_how_to_go_on(weights, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -265,7 +279,7 @@ def test_plots_that_a_kill_prevented_are_drawn(cut_off):
     call, folder = cut_off
     assert train.main(call) == 0
     assert train.main([flag for flag in call if flag != "--no-plots"]) == 0
-    assert {path.stem for path in (folder / "plots").iterdir()} == set(report.PLOTS)
+    assert {path.stem for path in (folder / "plots").iterdir()} == set(plots.PLOTS)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"split_sha256": 5}'])
@@ -309,16 +323,16 @@ def test_seeds_go_on_one_by_one_and_more_can_be_added(cut_off, weights, tmp_path
 
 
 # what the trainer looks at -------------------------------------------------------------------------------------------
-def test_other_images_are_refused(benchmark, weights, tmp_path):
-    make_trainer(benchmark, weights, tmp_path / "run").run()
-    other = replace(benchmark, train=benchmark.train.take(torch.arange(40)))
+def test_other_images_are_refused(patterns, weights, tmp_path):
+    make_trainer(patterns, weights, tmp_path / "run").run()
+    other = replace(patterns, train=patterns.train.take(torch.arange(40)))
     with pytest.raises(CheckpointError, match="other image files"):
         make_trainer(other, weights, tmp_path / "run").restore()
 
 
-def test_other_versions_are_said(benchmark, weights, tmp_path, monkeypatch, caplog):
-    make_trainer(benchmark, weights, tmp_path / "run").run()
+def test_other_versions_are_said(patterns, weights, tmp_path, monkeypatch, caplog):
+    make_trainer(patterns, weights, tmp_path / "run").run()
     now = trainer_module.result_versions()
     monkeypatch.setattr(trainer_module, "result_versions", lambda: now | {"torch": "1.0", "threads": 99})
-    make_trainer(benchmark, weights, tmp_path / "run").restore()
+    make_trainer(patterns, weights, tmp_path / "run").restore()
     assert "other versions or threads (torch, threads)" in caplog.text

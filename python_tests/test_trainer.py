@@ -19,7 +19,7 @@ from conftest import (
 )
 from torch import Tensor
 
-from janus_ext import checkpoint, report, train
+from janus_ext import checkpoint, plots, train
 from janus_ext.backbone import load_backbone
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
@@ -59,7 +59,7 @@ def test_the_run_folder_is_complete(finished_run):
     factors = {f"factors-{t}.safetensors" for t in range(4)}
     saved = {p.name for p in (finished_run / "checkpoints").iterdir()}
     assert saved == {"model.safetensors", "method-3.safetensors"} | factors
-    assert {p.stem for p in (finished_run / "plots").iterdir()} == set(report.PLOTS)
+    assert {p.stem for p in (finished_run / "plots").iterdir()} == set(plots.PLOTS)
     assert len((finished_run / "metrics.jsonl").read_text().splitlines()) == 4
     assert "task 4/4" in (finished_run / "log.txt").read_text()
 
@@ -178,45 +178,45 @@ def test_importing_the_package_pulls_in_no_heavy_library():
 
 # repeatability -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_the_same_seed_is_bit_identical_and_another_is_not(benchmark, weights, tmp_path, amp):
+def test_the_same_seed_is_bit_identical_and_another_is_not(patterns, weights, tmp_path, amp):
     runs = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
-        trainer = make_trainer(benchmark, weights, tmp_path / name, seed=(seed,), amp=amp)
+        trainer = make_trainer(patterns, weights, tmp_path / name, seed=(seed,), amp=amp)
         runs[name] = (without_time(trainer.run()), weights_of(trainer))
     assert runs["first"][0] == runs["again"][0]
     assert all(torch.equal(value, runs["again"][1][key]) for key, value in runs["first"][1].items())
     assert not torch.equal(runs["first"][1]["heads.0.weight"], runs["other"][1]["heads.0.weight"])
 
 
-def test_the_past_of_the_random_generators_does_not_matter(benchmark, weights, tmp_path):
-    first = make_trainer(benchmark, weights, tmp_path / "a")
+def test_the_past_of_the_random_generators_does_not_matter(patterns, weights, tmp_path):
+    first = make_trainer(patterns, weights, tmp_path / "a")
     first.run()
-    second = make_trainer(benchmark, weights, tmp_path / "b")
+    second = make_trainer(patterns, weights, tmp_path / "b")
     torch.rand(1000)
     second.run()
     assert all(torch.equal(value, weights_of(second)[key]) for key, value in weights_of(first).items())
 
 
-def test_sequential_lora_is_janus_with_everything_off(benchmark, weights, tmp_path):
-    lora = make_trainer(benchmark, weights, tmp_path / "a", method="lora")
+def test_sequential_lora_is_janus_with_everything_off(patterns, weights, tmp_path):
+    lora = make_trainer(patterns, weights, tmp_path / "a", method="lora")
     lora.run()
     off = {"rectify": "none", "estimator": "none", "margin_weight": 0.0}
-    janus = make_trainer(benchmark, weights, tmp_path / "b", **off)
+    janus = make_trainer(patterns, weights, tmp_path / "b", **off)
     janus.run()
     assert all(torch.equal(value, weights_of(janus)[key]) for key, value in weights_of(lora).items())
 
 
 # what a run must achieve ---------------------------------------------------------------------------------------------
-def test_separable_classes_are_learned(benchmark, weights, tmp_path):
-    results = make_trainer(benchmark, weights, tmp_path / "run", epochs=8, method="lora").run()
+def test_separable_classes_are_learned(patterns, weights, tmp_path):
+    results = make_trainer(patterns, weights, tmp_path / "run", epochs=8, method="lora").run()
     assert results["plasticity"] >= 75.0
 
 
 @pytest.mark.parametrize("row", ABLATION)
-def test_every_row_of_the_ablation_runs(benchmark, weights, tmp_path, row):
+def test_every_row_of_the_ablation_runs(patterns, weights, tmp_path, row):
     rectify, estimator, weight = ABLATION[row]
     changes = {"rectify": rectify, "estimator": estimator, "margin_weight": weight}
-    results = make_trainer(benchmark, weights, tmp_path / "run", **changes).run()
+    results = make_trainer(patterns, weights, tmp_path / "run", **changes).run()
     assert len(results["accuracy_matrix"]) == 3
     assert results["violation"][0] is None and results["danger"][2] is not None
     if estimator == "none":
@@ -227,9 +227,9 @@ def test_every_row_of_the_ablation_runs(benchmark, weights, tmp_path, row):
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_exact_rectification_leaves_protected_inputs_alone(benchmark, weights, tmp_path, optimizer, amp):
+def test_exact_rectification_leaves_protected_inputs_alone(patterns, weights, tmp_path, optimizer, amp):
     changes = {"optimizer": optimizer, "amp": amp, "clip_norm": 1.0}
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", KeepingTrainer, **changes)
+    trainer = make_trainer(patterns, weights, tmp_path / "run", KeepingTrainer, **changes)
     trainer.run()
     assert_protected_inputs_are_left_alone(trainer, tasks=3)
 
@@ -244,8 +244,8 @@ def test_exact_rectification_on_the_embedded_benchmark(tmp_path):
     assert max(results["violation"][1:]) <= 1e-5
 
 
-def test_the_factors_of_the_tasks_add_up_to_the_final_weights(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", scale=2.0)
+def test_the_factors_of_the_tasks_add_up_to_the_final_weights(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", scale=2.0)
     name = "blocks.1.attn.qkv"
     start = trainer.model.state_dict()[f"backbone.{name}.linear.weight"].clone()
     trainer.run()
@@ -258,23 +258,23 @@ def test_the_factors_of_the_tasks_add_up_to_the_final_weights(benchmark, weights
     assert torch.allclose((final - start)[32:].double(), update.reshape(64, 32), atol=1e-6)
 
 
-def test_class_names_stand_beside_the_ids_whatever_bytes_they_are(benchmark, weights, tmp_path):
+def test_class_names_stand_beside_the_ids_whatever_bytes_they_are(patterns, weights, tmp_path):
     names = ("caf\udce9", "\u00fc", "\U0001f600", "a b", "d", "e\n")  # the first: a folder's name that is not UTF-8
-    results = make_trainer(replace(benchmark, class_names=names), weights, tmp_path / "run").run()
+    results = make_trainer(replace(patterns, class_names=names), weights, tmp_path / "run").run()
     checkpoint.write_json(tmp_path / "results.json", results)
     assert checkpoint.read_json(tmp_path / "results.json")["class_names"] == list(names)
     for name in ("model", "factors-1"):
         _, about = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / f"{name}.safetensors")
         assert json.loads(about["class_names"]) == list(names)
-    assert json.loads(about["classes"]) == list(benchmark.tasks[1])
+    assert json.loads(about["classes"]) == list(patterns.tasks[1])
 
 
-def test_the_saved_model_is_the_evaluated_one(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run")
+def test_the_saved_model_is_the_evaluated_one(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run")
     results = trainer.run()
     tensors, _ = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "model.safetensors")
-    fresh = make_trainer(benchmark, weights, tmp_path / "other")
-    for classes in benchmark.tasks:
+    fresh = make_trainer(patterns, weights, tmp_path / "other")
+    for classes in patterns.tasks:
         fresh.model.add_task(len(classes))
     fresh.model.load_state_dict(tensors)
     assert fresh._evaluate(2)[0] == results["accuracy_matrix"][-1]
@@ -284,24 +284,24 @@ def test_the_saved_model_is_the_evaluated_one(benchmark, weights, tmp_path):
     assert all(torch.equal(e.basis, trainer.method.estimators[k].basis) for k, e in fresh.method.estimators.items())
 
 
-def test_only_factors_and_the_newest_head_move(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", KeepingTrainer, method="lora")
+def test_only_factors_and_the_newest_head_move(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", KeepingTrainer, method="lora")
     trainer.run()
     first, last = trainer.history[0], trainer.history[-1]
     moved = {key for key in first if not torch.equal(first[key], last[key])}
     assert moved and all(".attn.qkv." in key for key in moved)
 
 
-def test_factors_and_head_have_their_own_learning_rates(benchmark, weights, tmp_path):
-    make_trainer(benchmark, weights, tmp_path / "run", lr=1e-3, head_lr=4e-2, epochs=2).run()
+def test_factors_and_head_have_their_own_learning_rates(patterns, weights, tmp_path):
+    make_trainer(patterns, weights, tmp_path / "run", lr=1e-3, head_lr=4e-2, epochs=2).run()
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["lr"], line["head_lr"]) for line in lines[:2]] == [
         pytest.approx(x) for x in ((1e-3, 4e-2), (5e-4, 2e-2))
     ]
 
 
-def test_inputs_are_observed_in_the_last_epoch_only(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", epochs=4)
+def test_inputs_are_observed_in_the_last_epoch_only(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", epochs=4)
     rows = []
 
     class Counted(type(trainer.method)):
@@ -314,30 +314,30 @@ def test_inputs_are_observed_in_the_last_epoch_only(benchmark, weights, tmp_path
     assert rows == [{16 * 5}] * 3  # 16 images of 4 patches and a class token; no evaluation, no other epoch
 
 
-def test_prototypes_know_the_models_outputs(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run")
+def test_prototypes_know_the_models_outputs(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run")
     trainer.run()
     assert trainer.method.prototypes.classes == [0, 1, 2, 3, 4, 5]
 
 
-def test_accuracy_counts_all_seen_classes(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run")
+def test_accuracy_counts_all_seen_classes(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run")
     trainer.run()
-    logits = trainer.model(benchmark.test.images)
-    right = logits.argmax(-1) == benchmark.positions[benchmark.test.labels]
+    logits = trainer.model(patterns.test.images)
+    right = logits.argmax(-1) == patterns.positions[patterns.test.labels]
     expected = [100 * float(right[rows].float().mean()) for rows in trainer.test_rows]
     assert logits.shape == (24, 6) and trainer.matrix[-1] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("head", ["linear", "ncm"])
-def test_why_images_are_missed_is_measured_beside_it(benchmark, weights, tmp_path, head):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", head=head, epochs=1)
+def test_why_images_are_missed_is_measured_beside_it(patterns, weights, tmp_path, head):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", head=head, epochs=1)
     results = trainer.run()
     names = ("accuracy_matrix", "accuracy_matrix_task_known", "task_recognition_matrix")
     assert all([len(row) for row in results[name]] == [1, 2, 3] for name in names)
     with torch.no_grad():
-        scores = trainer.method.scores(benchmark.test.images)
-    labels, winners = benchmark.positions[benchmark.test.labels], scores.argmax(-1)
+        scores = trainer.method.scores(patterns.test.images)
+    labels, winners = patterns.positions[patterns.test.labels], scores.argmax(-1)
     own = torch.stack([scores[i, y - y % 2 : y - y % 2 + 2].argmax() for i, y in enumerate(labels)])
     cases = zip(names, (winners == labels, own == labels % 2, winners // 2 == labels // 2), strict=True)
     for name, right in cases:
@@ -363,24 +363,24 @@ class Diverging(METHODS["lora"]):
         return Step(step.loss * float("nan"), step.correct) if self.steps == 6 + 4 + 2 else step
 
 
-def test_a_loss_that_is_not_finite_is_named_by_task_epoch_and_step(benchmark, weights, tmp_path):
-    trainer = make_trainer(benchmark, weights, tmp_path / "run", method="lora")
+def test_a_loss_that_is_not_finite_is_named_by_task_epoch_and_step(patterns, weights, tmp_path):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora")
     trainer.method.__class__ = Diverging
     with pytest.raises(TrainingError, match="loss is nan in task 2, epoch 3, step 2"):
         trainer.run()
     assert checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "model.safetensors")[1]["task"] == "0"
 
 
-def test_a_method_is_abstract_until_it_trains_and_closes(benchmark):
+def test_a_method_is_abstract_until_it_trains_and_closes(patterns):
     with pytest.raises(TypeError, match="abstract"):
         Method(None, None)
 
 
-def test_a_task_without_images_is_refused(benchmark, weights, tmp_path):
-    rows = (benchmark.test.labels != 3).nonzero().flatten()
-    rows = rows[benchmark.test.labels[rows] != 2]
+def test_a_task_without_images_is_refused(patterns, weights, tmp_path):
+    rows = (patterns.test.labels != 3).nonzero().flatten()
+    rows = rows[patterns.test.labels[rows] != 2]
     with pytest.raises(ArgumentError, match="task 2 has 16 training and 0 test images"):
-        make_trainer(replace(benchmark, test=benchmark.test.take(rows)), weights, tmp_path / "run")
+        make_trainer(replace(patterns, test=patterns.test.take(rows)), weights, tmp_path / "run")
 
 
 # files ---------------------------------------------------------------------------------------------------------------
@@ -438,24 +438,3 @@ def test_tensors_survive_a_round_trip_and_damage_is_named(tmp_path):
         checkpoint.read_tensors(path)
     with pytest.raises(CheckpointError, match="nowhere"):
         checkpoint.read_tensors(tmp_path / "nowhere.safetensors")
-
-
-# reports -------------------------------------------------------------------------------------------------------------
-def test_the_table_shows_matrix_and_headlines(finished_run):
-    results = json.loads((finished_run / "results.json").read_text())
-    table = report.format_table(results)
-    heading, first = (next(x for x in table.splitlines() if x.startswith(start)) for start in ("      t", "      1"))
-    assert first.index(f"{results['accuracy_matrix'][0][0]:5.1f}") + 5 == heading.index("    1") + 5
-    assert heading.index("    1") == next(x for x in table.splitlines() if "violation " in x).index("    -")
-    for word in ("ACC", "MAA", "BWT", "forgetting", "plasticity", "violation", "danger", "basis rank"):
-        assert word in table
-    assert f"ACC {results['acc']:.2f}" in table
-
-
-def test_a_single_task_without_basis_can_be_reported(benchmark, weights, tmp_path):
-    single = replace(benchmark, tasks=((0, 1, 2, 3, 4, 5),))
-    results = make_trainer(single, weights, tmp_path / "run", method="lora").run()
-    assert results["bwt"] is None and results["forgetting"] is None
-    assert "BWT -" in report.format_table(results)
-    written = report.save_plots(results, tmp_path / "plots")
-    assert [path.stem for path in written] == ["accuracy_matrix", "trajectory"]

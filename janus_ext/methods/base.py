@@ -51,6 +51,8 @@ class TaskReport:
 
     violation: dict[str, float] = field(default_factory=dict)
     """Per layer |dW V|_F / |dW|_F."""
+    violation_rounding: dict[str, float] = field(default_factory=dict)
+    """Per layer how much of it the rounding of W can be."""
     basis_rank: dict[str, int] = field(default_factory=dict)
     """Per layer the number of directions protected from the next task on (by LoRA-DRS: in this task)."""
     danger: float | None = None

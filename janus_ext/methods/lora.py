@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from janus_ext.errors import StatisticsError
 from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.injection import inject
-from janus_ext.lora import violation
+from janus_ext.lora import violation, violation_rounding
 from janus_ext.methods.base import Method, Task, TaskReport
 from janus_ext.rectifier import GradientRectifier
 
@@ -57,6 +57,7 @@ class SequentialLoRA(Method):
             change = layer.merge()
             if guarded.shape[1]:
                 report.violation[name] = violation(change, guarded)
+                report.violation_rounding[name] = violation_rounding(change, layer.target_weights())
         return report
 
     def guarded(self, name: str) -> Tensor:

@@ -1,0 +1,59 @@
+"""The lines with which a run opens: what it resolved, before it takes its time."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+from janus_ext.devices import device_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from janus_ext.methods.base import Method
+    from janus_ext.trainer import Trainer
+
+PRECISIONS = {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
+
+
+def lines(trainer: Trainer) -> list[str]:
+    """Where the run computes; what the method trains; how it learns which tasks."""
+    return [_device(trainer), f"{trainer.config.method}: {adapted(trainer.method)}", _learning(trainer)]
+
+
+def adapted(method: Method) -> str:
+    """How many attention layers of how many the method adapts, and how many of the backbone's parameters it trains."""
+    backbone = method.model.backbone
+    trained = sum(parameter.numel() for parameter in method.trainable())
+    whole = sum(parameter.numel() for parameter in backbone.parameters())
+    layers = f"{len(method.layers)} of {attention_layers(backbone)} attention layers adapted"
+    return f"{layers}, {trained:,} of {whole:,} parameters trained, and the heads"
+
+
+def attention_layers(model: nn.Module) -> int:
+    """Number of modules whose class is called an attention and that hold no other such module."""
+    names = [name for name, m in model.named_modules() if re.search(r"att(ention|n)", type(m).__name__, re.IGNORECASE)]
+    return sum(not any(other.startswith(f"{name}.") for other in names) for name in names)
+
+
+def _device(trainer: Trainer) -> str:
+    device = f"{trainer.device} ({device_name(trainer.device)})"
+    return f"{device}, {PRECISIONS[trainer.config.amp]}, {_count(torch.get_num_threads(), 'thread')}"
+
+
+def _learning(trainer: Trainer) -> str:
+    config, benchmark = trainer.config, trainer.benchmark
+    tasks, sizes = len(benchmark.tasks), [len(classes) for classes in benchmark.tasks]
+    each = f"{min(sizes)}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
+    return (
+        f"{config.optimizer}, rate {config.lr:g}, of the heads {config.head_lr:g}, {config.schedule}; "
+        f"{_count(config.epochs, 'epoch')}, batches of {config.batch_size}, {_count(trainer.steps(tasks), 'step')}; "
+        f"{_count(tasks, 'task')} x {each} classes, "
+        f"{len(benchmark.train):,} training and {len(benchmark.test):,} test images"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,67 @@
+"""What a command shows: log lines around the progress bar, and a quiet end where nobody reads on (``| head``)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TextIO, TypeVar
+
+from tqdm import tqdm
+
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+class TerminalHandler(logging.Handler):
+    """Writes log lines to the standard output, above the progress bar; BrokenPipeError where nobody reads it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # logging would print a traceback for every line from here on
+            raise
+        except Exception:
+            self.handleError(record)
+
+
+def until_closed(command: Callable[P, T]) -> Callable[P, T]:
+    """Ends the process in silence, status 141 as after SIGPIPE, once nobody reads the command's output any more.
+
+    The exception passes through the command, so that locks are released and files closed. A pipe that breaks elsewhere
+    is an error as ever.
+    """
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        if sys.stdout is None:  # closed before the process began (>&-)
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        try:
+            try:
+                return command(*args, **kwargs)
+            finally:
+                sys.stdout.flush()  # while an error can still be told from success
+        except BrokenPipeError:
+            closed = [stream for stream in (sys.stdout, sys.stderr) if nobody_reads(stream)]
+            if not closed:
+                raise
+            for stream in closed:  # what is left in the buffers has nowhere to go when the interpreter ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+
+    return guarded
+
+
+def nobody_reads(stream: TextIO) -> bool:
+    """True for the writing end of a pipe or socket whose other end is closed."""
+    try:
+        descriptor = stream.fileno()
+    except OSError:  # in memory
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
