@@ -5,7 +5,7 @@ name slices of it: MaxViT's rows, for one, are ordered by head, and a third of t
 is adapted if the class that computes it stands in the table below, and refused by its name otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 
 import torch
@@ -120,6 +120,15 @@ def fused_attention(model: nn.Module) -> dict[str, nn.Module]:
             raise ArgumentError(f"model cannot be adapted at {name} ({type(layer).__name__}): {reason}")
     _check_unshared(model, fused)
     return fused
+
+
+def left_out(model: nn.Module, adapted: Collection[str]) -> str:
+    """The attention layers beside those named `adapted`, in words behind a semicolon; "" where there is none."""
+    others = [(name, type(layer).__name__) for name, layer in attention_layers(model).items() if name not in adapted]
+    if not others:
+        return ""
+    (name, kind), more = others[0], f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return f"; not adapted, for they have no fused qkv: {name} ({kind}){more}"
 
 
 def _misfit(layer: nn.Module) -> str:

@@ -6,7 +6,7 @@ from torch import nn
 
 from janus_ext import ops
 from janus_ext.errors import ArgumentError
-from janus_ext.families import attention_layers, folded_qkv, freeze, fused_attention, replace_qkv
+from janus_ext.families import attention_layers, folded_qkv, freeze, fused_attention, left_out, replace_qkv
 from janus_ext.lora import LoRAQKV, check_linear, check_rank
 
 
@@ -15,13 +15,16 @@ class Injection(dict[str, LoRAQKV]):
 
     Attributes:
         targets: what they adapt of each attention layer.
-        left_out: the attention layers that have no fused `qkv` and stay as they are, by name with their class's name.
-        model_parameters: number of values in the model, heads included, adapters not.
+        attention_layers: how many the model has; those without a fused `qkv` stay as they are.
+        model_parameters: number of values in the model, adapters not counted.
     """
 
-    def __init__(self, layers: dict[str, LoRAQKV], targets: Sequence[str], left_out: dict[str, str], size: int) -> None:
+    def __init__(self, layers: dict[str, LoRAQKV], model: nn.Module, targets: Sequence[str]) -> None:
         super().__init__(layers)
-        self.targets, self.left_out, self.model_parameters = tuple(targets), left_out, size
+        self.targets = tuple(targets)
+        self.attention_layers = len(attention_layers(model))
+        self.model_parameters = sum(p.numel() for p in model.parameters()) - self.parameters
+        self._left_out = left_out(model, {name.removesuffix("qkv").removesuffix(".") for name in layers})
 
     @property
     def parameters(self) -> int:
@@ -30,16 +33,8 @@ class Injection(dict[str, LoRAQKV]):
 
     def summary(self) -> str:
         """In a line: what is adapted of how much, and which attention layers are not."""
-        total = len(self) + len(self.left_out)
-        line = (
-            f"LoRA on {', '.join(self.targets)} of {len(self)} of {total} attention layers, "
-            f"{self.parameters:,} parameters beside {self.model_parameters:,}"
-        )
-        if not self.left_out:
-            return line
-        name, kind = next(iter(self.left_out.items()))
-        others = f" and {len(self.left_out) - 1} more" if len(self.left_out) > 1 else ""
-        return f"{line}; not adapted, for they have no fused qkv: {name} ({kind}){others}"
+        layers = f"{', '.join(self.targets)} of {len(self)} of {self.attention_layers} attention layers"
+        return f"LoRA on {layers}, {self.parameters:,} parameters beside {self.model_parameters:,}{self._left_out}"
 
 
 def inject(
@@ -67,7 +62,7 @@ def inject(
 
     Returns:
         The layers by the name of the module they took the place of, e.g. "blocks.0.attn.qkv", in the model's order; a
-        dictionary that also says how many attention layers were adapted (`summary()`, `left_out`).
+        dictionary that also says how many attention layers of how many were adapted (`summary()`).
 
     Raises:
         ArgumentError: the model has no such layer, one of another layout, or LoRA layers already; nothing is changed.
@@ -75,15 +70,12 @@ def inject(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"inject: model must be an nn.Module, got {type(model).__name__}")
     owners = fused_attention(model)
-    left_out = {name: type(layer).__name__ for name, layer in attention_layers(model).items() if name not in owners}
     for name, owner in owners.items():  # all of them, before the first is touched
         check_linear(f"inject: {name}.qkv", owner.qkv)
         check_rank(owner.qkv, rank)
-    size = sum(parameter.numel() for parameter in model.parameters())
     options = {"rectify": rectify, "rectify_in": rectify_in, "damping": damping, "share": share, "balance": balance}
     made = {name: LoRAQKV(folded_qkv(owner), rank, targets, scale, **options) for name, owner in owners.items()}
     freeze(model)
     for name, owner in owners.items():
         replace_qkv(owner, made[name])
-    layers = {f"{name}.qkv" if name else "qkv": layer for name, layer in made.items()}
-    return Injection(layers, targets, left_out, size)
+    return Injection({f"{name}.qkv" if name else "qkv": layer for name, layer in made.items()}, model, targets)

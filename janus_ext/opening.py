@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import torch
 
 from janus_ext.devices import device_name
+from janus_ext.families import attention_layers, left_out
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from janus_ext.methods.base import Method
     from janus_ext.trainer import Trainer
 
@@ -28,14 +26,9 @@ def adapted(method: Method) -> str:
     backbone = method.model.backbone
     trained = sum(parameter.numel() for parameter in method.trainable())
     whole = sum(parameter.numel() for parameter in backbone.parameters())
-    layers = f"{len(method.layers)} of {attention_layers(backbone)} attention layers adapted"
-    return f"{layers}, {trained:,} of {whole:,} parameters trained, and the heads"
-
-
-def attention_layers(model: nn.Module) -> int:
-    """Number of modules whose class is called an attention and that hold no other such module."""
-    names = [name for name, m in model.named_modules() if re.search(r"att(ention|n)", type(m).__name__, re.IGNORECASE)]
-    return sum(not any(other.startswith(f"{name}.") for other in names) for name in names)
+    layers = f"{len(method.layers)} of {len(attention_layers(backbone))} attention layers adapted"
+    others = left_out(backbone, {name.removesuffix("qkv").removesuffix(".") for name in method.layers})
+    return f"{layers}, {trained:,} of {whole:,} parameters trained, and the heads{others}"
 
 
 def _device(trainer: Trainer) -> str:

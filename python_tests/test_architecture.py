@@ -40,7 +40,7 @@ ALLOWED = {
     "events": set(),
     "versions": set(),
     "devices": set(),
-    "opening": {"devices"},
+    "opening": {"devices", "families"},
     "progress": set(),
     "terminal": set(),
     "optimization": {"config"},
