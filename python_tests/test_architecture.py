@@ -25,7 +25,8 @@ ALLOWED = {
     "margin": {"ops"},
     "rectifier": {"ops", "estimator", "lora"},
     "lora": {"ops"},
-    "backbone": {"checkpoint"},
+    "backbone": {"backbone", "checkpoint"},
+    "torchvision_shim": {"backbone"},
     "classifier": set(),
     "report": {"checkpoint", "metrics"},
     "data": {"config", "data", "checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
