@@ -189,6 +189,8 @@ def test_position_embeddings_of_another_resolution_are_resized_as_timm_does(tmp_
     with torch.no_grad():
         wanted = resample_abs_pos_embed(small.pos_embed, new_size=[10, 10], num_prefix_tokens=1, **options)
     assert loaded.pos_embed.shape == (1, 1 + 10 * 10, 64) and torch.equal(loaded.pos_embed, wanted)
+    as_small = load_backbone(NAME, str(tmp_path / f"vit.{ending}"), image_size=64)
+    assert torch.equal(as_small.pos_embed, small.pos_embed) and as_small.input_size == 64
 
 
 def test_a_backbone_file_describes_itself(weights):

@@ -130,6 +130,8 @@ def test_a_folder_of_timms_layout_is_a_backbone(folder, source, tmp_path, monkey
     monkeypatch.chdir(folder)
     assert_holds(load_backbone("local-dir:."), source)
     assert_holds(load_backbone("./"), source)
+    monkeypatch.chdir(folder.parent)
+    assert_holds(load_backbone("model"), source)
 
 
 def test_weights_beside_a_folder_win_and_random_ones_are_made(folder, source, tmp_path):
@@ -161,6 +163,8 @@ def test_a_folder_may_describe_another_size(folder, source):
 
 def test_folders_that_are_no_backbone(folder, source, tmp_path):
     name = f"local-dir:{folder}"
+    for nothing in ("local-dir:", "hf-hub:"):
+        assert "names nothing: wanted hf-hub:owner/name or local-dir:FOLDER" in refused(ArgumentError, nothing)
     assert f"{tmp_path} is no folder with a config.json" in refused(CheckpointError, f"local-dir:{tmp_path}")
     state = {key: value for key, value in source.state_dict().items() if key != "norm.bias"}
     save_file(state, folder / "model.safetensors")
@@ -202,6 +206,15 @@ def test_a_repository_of_the_hub_is_a_backbone(cached, source, tmp_path):
     torch.save(source.state_dict(), weights.with_name("pytorch_model.bin"))
     weights.unlink()
     assert_holds(load_backbone(cached), source)
+
+
+def test_numbers_that_are_none_are_named_in_what_the_hub_gives(cached, source, tmp_path):
+    [repository] = (tmp_path / "cache").iterdir()
+    repository.rename(repository.with_name("models--timm--test_vit.r160_in1k"))
+    assert_holds(load_backbone(NAME), source)
+    [weights] = (tmp_path / "cache").rglob("model.safetensors")
+    save_file(source.state_dict() | {"norm.bias": torch.full((64,), torch.nan)}, weights)
+    assert "timm/test_vit.r160_in1k holds NaN or infinity in norm.bias" in refused(CheckpointError, NAME)
 
 
 def test_without_a_network_one_line_says_what_was_tried(cached):

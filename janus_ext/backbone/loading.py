@@ -34,7 +34,7 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
     """A vision transformer without classifier: "emoji" (embedded), or whatever timm can make.
 
     ``name`` is "emoji", a model of timm's (its old names, too), "hf-hub:owner/name" (a repository in timm's layout), or
-    "local-dir:FOLDER" or a path with a "/" (a folder with config.json and model.safetensors or pytorch_model.bin).
+    "local-dir:FOLDER" or the path alone (of a folder with config.json and model.safetensors or pytorch_model.bin).
 
     ``weights`` is "pretrained" (the name's own: embedded, of timm's hub or the local cache, or of the folder), "none"
     (random, drawn from torch's global generator) or a local file. For "emoji" that is safetensors with the keys

@@ -71,11 +71,13 @@ def find_source(name: str) -> Source:
 
     scheme, _, place = name.partition(":")
     scheme = scheme.lower()
+    if scheme in ("hf-hub", "hf_hub", "local-dir") and not place:
+        raise ArgumentError(f"--backbone {name} names nothing: wanted hf-hub:owner/name or local-dir:FOLDER")
     if scheme in ("hf-hub", "hf_hub"):
         return _described(name, lambda names: _fetch(name, place, names))
     if scheme == "local-dir":
         return _described(name, lambda names: _first_of(name, Path(place), names))
-    if "/" in name and os.path.isdir(name):
+    if os.path.isdir(name) and ("/" in name or not timm.is_model(name)):
         return _described(name, lambda names: _first_of(name, Path(name), names))
     current = timm.models.get_deprecated_models().get(name, name)
     if current is None or not timm.is_model(current):
