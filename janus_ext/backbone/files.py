@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def read_checkpoint(file: WeightFile) -> Mapping[str, Any]:
     """What a safetensors file, or one of ``torch.save`` (tensors only, no code is run), holds: possibly nested."""
     if file.path.endswith(".safetensors"):
         try:
-            return read_tensors(file.path)[0]
+            return read_tensors(Path(file.path))[0]
         except CheckpointError as error:
             raise CheckpointError(f"{file.flag} {error}") from error
     try:

@@ -156,17 +156,13 @@ def _load_tensors(source: Source, file: WeightFile, options: dict[str, Any]) -> 
     tensors = as_timm_takes_it(checkpoint)
     try:
         return _fill(source, file, tensors, options)
-    except CheckpointError as error:
+    except CheckpointError:
         with torch.random.fork_rng(devices=[]):
             names = set(source.create_random(**options).state_dict())
         network = find_network(file, checkpoint, names)
         if network is None or network.keys() == tensors.keys():
             raise
-        cause = error
-    try:
-        return _fill(source, file, network, options)
-    except CheckpointError as error:
-        raise error from cause
+    return _fill(source, file, network, options)
 
 
 def _fill(source: Source, file: WeightFile, tensors: dict[str, Any], options: dict[str, Any]) -> nn.Module:

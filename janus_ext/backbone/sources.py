@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from janus_ext.backbone.files import WeightFile, first_line
+from janus_ext.backbone.files import WeightFile, first_line, misfit
 from janus_ext.checkpoint import read_json
 from janus_ext.errors import ArgumentError, CheckpointError
 
@@ -157,7 +157,7 @@ def hub(what: str, wanted: str, hint: str) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         reason, cause = f"{constants.ENDPOINT} has no {wanted}, or not for you", error
     except Exception as error:  # whatever the client, its transport and the file's reader raise
-        reason, cause = f"{wanted} gave nothing ({first_line(error)})", error
+        reason, cause = f"{wanted} gave nothing ({misfit(error, ()) or first_line(error)})", error
     else:
         return
     finally:
