@@ -47,7 +47,7 @@ def measure(tasks: int) -> list[dict[str, float]]:
     config = TrainConfig(tasks=tasks, amp="off", device="cpu").resolved()
     benchmark = BENCHMARKS[config.benchmark](config)
     torch.manual_seed(0)
-    model = ContinualClassifier(load_backbone(config.backbone, config.weights))
+    model = ContinualClassifier(load_backbone(config.backbone, config.weights, config.image_size))
     with tempfile.TemporaryDirectory() as folder:
         trainer = WatchedTrainer(config, benchmark, model, METHODS[config.method](model, config), Path(folder))
         trainer.run()

@@ -23,7 +23,7 @@ def trainer(device: str, classes: int, tasks: int, per_class: int, folder: Path,
     """A trainer on noise: `per_class` training images and one test image of each class."""
     config = TrainConfig(device=device, **settings).resolved()
     torch.manual_seed(0)
-    backbone = load_backbone(config.backbone, config.weights).to(device)
+    backbone = load_backbone(config.backbone, config.weights, config.image_size).to(device)
     model = ContinualClassifier(backbone, AMP_DTYPES[config.amp], config.normalize)
 
     def split(images_per_class: int) -> MemorySplit:

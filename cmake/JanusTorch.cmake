@@ -29,8 +29,9 @@ endfunction()
 # at::parallel_for is an OpenMP region inside a header, so -fopenmp is needed to compile. Linked is the very libgomp
 # that torch brings (its file name has a hash in some wheels): a second OpenMP runtime in the process would have its own
 # thread pool and would not know at::set_num_threads. Only a torch without a libgomp of its own takes the compiler's.
+string(REGEX REPLACE "([[*?])" "[\\1]" root "${JANUS_TORCH_ROOT}")    # a folder's own brackets are no pattern
 file(GLOB JANUS_TORCH_GOMP LIST_DIRECTORIES false
-     "${JANUS_TORCH_ROOT}/lib/libgomp*.so*" "${JANUS_TORCH_ROOT}/../torch.libs/libgomp*.so*")
+     "${root}/lib/libgomp*.so*" "${root}/../torch.libs/libgomp*.so*")
 list(LENGTH JANUS_TORCH_GOMP gomp_count)
 if(gomp_count EQUAL 0)
   set(JANUS_TORCH_GOMP -fopenmp)

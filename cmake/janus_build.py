@@ -4,25 +4,33 @@ A compiled op works only with the torch it was built for. pip builds in a folder
 installed; listing torch as a build requirement would download a second one, perhaps of another version. So: the
 interpreter is asked, outside pip's isolation, for a torch that fits; only where there is none does the build ask for
 one. CMake puts the same question (``python cmake/janus_build.py FILE``), so both answers agree.
+
+Object files stay in ``build/`` for the next time; of a checkout that cannot be written they go to a temporary folder.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
 
 try:
+    from scikit_build_core import build as _skbuild
     from scikit_build_core.build import *  # noqa: F403 - the hooks of PEP 517
     from scikit_build_core.build import get_requires_for_build_editable as _requires_for_editable
     from scikit_build_core.build import get_requires_for_build_wheel as _requires_for_wheel
 except ImportError:  # run by CMake alone, without a PEP 517 front end
-    _requires_for_editable = _requires_for_wheel = None
+    _skbuild = _requires_for_editable = _requires_for_wheel = None
 
+ROOT = Path(__file__).resolve().parent.parent
 # -E leaves PYTHONPATH, through which pip isolates a build, out of account. The second try is the build's own torch.
 INTERPRETERS = ([sys.executable, "-E"], [sys.executable])
 
@@ -45,7 +53,7 @@ else:
 
 def torch_requirement() -> Requirement:
     """The torch that pyproject.toml asks for: the one place where the range is written."""
-    text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     return Requirement(re.search(r'"(torch\s*[<>=~!][^"]*)"', text).group(1))
 
 
@@ -88,6 +96,41 @@ def get_requires_for_build_wheel(config_settings=None):
 def get_requires_for_build_editable(config_settings=None):
     """The same for `pip install -e`."""
     return _with_torch(_requires_for_editable(config_settings))
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    """scikit-build-core's, in a folder that can be written."""
+    with _build_folder(config_settings) as settings:
+        return _skbuild.build_wheel(wheel_directory, settings, metadata_directory)
+
+
+def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
+    """The same for `pip install -e`."""
+    with _build_folder(config_settings) as settings:
+        return _skbuild.build_editable(wheel_directory, settings, metadata_directory)
+
+
+@contextmanager
+def _build_folder(settings: dict | None) -> Iterator[dict]:
+    """Settings of the build, with a temporary folder where the project's own cannot be written."""
+    if wrong := sorted(set(str(ROOT)) & set('"\\;|')):
+        raise SystemExit(f"janus-ext cannot be built in {ROOT}: CMake and Ninja take no {' '.join(wrong)} in a path")
+    settings = dict(settings or {})
+    asked = {"build-dir", "skbuild.build-dir"} & settings.keys() or os.environ.get("SKBUILD_BUILD_DIR")
+    if asked or _is_writable(ROOT / "build"):
+        yield settings
+    else:
+        with TemporaryDirectory(prefix="janus-ext-build-") as folder:
+            print(f"{ROOT / 'build'} cannot be written: building in {folder}")
+            yield settings | {"build-dir": folder}
+
+
+def _is_writable(build: Path) -> bool:
+    """Whether this user can write the folder and the builds in it, or make it."""
+    if not build.exists():
+        return os.access(build.parent, os.W_OK | os.X_OK)
+    folders = [build, *(path for path in build.iterdir() if path.is_dir())]
+    return all(os.access(folder, os.R_OK | os.W_OK | os.X_OK) for folder in folders)
 
 
 def write_cmake(path: Path) -> None:

@@ -14,7 +14,7 @@ from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 
 torch.manual_seed(0)
-benchmark = BENCHMARKS["emoji"](TrainConfig(tasks=10))
+benchmark = BENCHMARKS["emoji"](TrainConfig(tasks=20))
 model = ContinualClassifier(load_backbone())  # or any timm ViT
 layers = inject(model.backbone, rank=8)  # freezes the rest; .grad of A and B comes rectified
 estimators = {name: OnlineEstimator(layer.in_features, name=name) for name, layer in layers.items()}
@@ -27,8 +27,8 @@ for classes in benchmark.tasks[:2]:
     factors = [p for layer in layers.values() for p in (layer.A, layer.B)]
     optimizer = torch.optim.AdamW([*factors, *model.heads[-1].parameters()], lr=1e-3)  # fresh for every task
 
-    for epoch in range(8):
-        with observing(layers, estimators if epoch == 7 else {}):  # Online Estimation looks at the last epoch's inputs
+    for epoch in range(3):
+        with observing(layers, estimators if epoch == 2 else {}):  # Online Estimation looks at the last epoch's inputs
             for batch in torch.randperm(len(rows)).split(32):
                 features = model.features(images[batch])
                 loss = F.cross_entropy(model.heads[-1](features), labels[batch] - labels.min())

@@ -76,9 +76,11 @@ class TrainConfig:
     cache_images: bool = False
     """Keep all decoded images in memory, for small data sets."""
     backbone: Maybe[str] = None
-    """Backbone: emoji (embedded, 64 px) or any vision transformer of timm; by default ViT-B/16 but for emoji."""
+    """Backbone: emoji (embedded, 64 px), a timm name, hf-hub:owner/name, local-dir:FOLDER; ViT-B/16 but for emoji."""
     weights: str = "pretrained"
     """Backbone weights: pretrained, none (random), or a local file: .safetensors, .pth (tensors only), .npz (JAX)."""
+    image_size: Maybe[int] = None
+    """Side of the images in pixels, a multiple of the backbone's patches; by default what it was pretrained with."""
     normalize: Normalize = "auto"
     """Colours of the images: as the backbone was pretrained (model), or in [0, 1] (identity, --preset paper)."""
     rank: Maybe[int] = None
@@ -292,6 +294,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("tasks", 1, float("inf")),
     ("limit_per_class", 1, float("inf")),
     ("workers", 0, 1024),
+    ("image_size", 1, float("inf")),
     ("rank", 1, float("inf")),
     ("frequencies", 1, float("inf")),
     ("estimator_rank", 1, float("inf")),

@@ -126,7 +126,7 @@ def take_results(folder: Path, benchmark: Benchmark) -> report.Results:
 def make_trainer(config: TrainConfig, benchmark: Benchmark, folder: Path) -> Trainer:
     """The backbone, the model and the method of ``config``, whose first factors derive from the seed."""
     torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
-    backbone = load_backbone(config.backbone, config.weights).to(config.device)
+    backbone = load_backbone(config.backbone, config.weights, config.image_size).to(config.device)
     model = ContinualClassifier(backbone, AMP_DTYPES[config.amp], config.normalize)
     method = make_method(model, config)
     return Trainer(config, benchmark.at(model.input_size), model, method, folder)

@@ -160,7 +160,7 @@ def test_another_schedule_leaves_the_presets_milestones():
 def test_every_method_has_values_on_every_benchmark(method, name):
     config = TrainConfig(method=method, benchmark=name).resolved()
     left_open = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
-    by_benchmark = {"data_dir", "split", "tasks", "class_list", "workers"}
+    by_benchmark = {"data_dir", "split", "tasks", "class_list", "workers", "image_size"}
     assert left_open <= by_benchmark | {"estimator_rank", "limit_per_class", "milestones", "clip_norm", "device"} | {
         "amp",
         "output",

@@ -240,3 +240,46 @@ def test_cmake_is_told_the_running_torch(backend, tmp_path):
     facts = (tmp_path / "facts.cmake").read_text()
     assert f"set(JANUS_TORCH_VERSION [==[{torch.__version__}]==])" in facts
     assert "set(JANUS_TORCH_ERROR [==[]==])" in facts
+
+
+@pytest.fixture
+def built(backend, monkeypatch, tmp_path):
+    """Builds with a recorded scikit-build-core in a made-up checkout; returns the settings that it was given."""
+
+    class Recorder:
+        def build_wheel(self, wheel_directory, settings, metadata_directory):
+            self.settings = settings | {"existed": Path(settings.get("build-dir", tmp_path)).is_dir()}
+            return "janus_ext.whl"
+
+        build_editable = build_wheel
+
+    def build(hook, root, settings=None):
+        monkeypatch.setattr(backend, "ROOT", root)
+        monkeypatch.setattr(backend, "_skbuild", Recorder())
+        assert getattr(backend, hook)("wheels", settings) == "janus_ext.whl"
+        return backend._skbuild.settings
+
+    return build
+
+
+@pytest.mark.parametrize("hook", ["build_wheel", "build_editable"])
+@pytest.mark.parametrize("locked", [".", "build", "build/cp311"])
+def test_a_checkout_that_cannot_be_written_is_built_in_a_temporary_folder(built, monkeypatch, tmp_path, hook, locked):
+    if locked != ".":
+        (tmp_path / "build" / "cp311").mkdir(parents=True)
+    assert "build-dir" not in built(hook, tmp_path)
+    allowed = os.access
+    closed = tmp_path / locked  # by hand: root may write everything
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and allowed(path, mode))
+    settings = built(hook, tmp_path, {"cmake.define.JANUS_CUDA": "OFF"})
+    assert settings["existed"] and not Path(settings["build-dir"]).exists()
+    assert settings["cmake.define.JANUS_CUDA"] == "OFF"
+    assert not Path(settings["build-dir"]).is_relative_to(tmp_path)
+    assert built(hook, tmp_path, {"build-dir": "mine"})["build-dir"] == "mine"
+
+
+@pytest.mark.parametrize("name", ['a"b', "a;b", "a|b", "a\\b"])
+def test_a_folder_name_that_no_build_tool_takes_is_refused_at_once(built, tmp_path, name):
+    with pytest.raises(SystemExit, match="janus-ext cannot be built in .*: CMake and Ninja take no . in a path"):
+        built("build_wheel", tmp_path / name)
+    assert built("build_wheel", tmp_path / "it's janus (1) [é] & more")["existed"]
