@@ -4,14 +4,17 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from trees import folders, save_jpeg
+from trees import drawing, folders, save_jpeg
 
 from janus_ext import train
 from janus_ext.config import TrainConfig
 from janus_ext.data import check, folder, images, listing
+from janus_ext.data.images import Files
 from janus_ext.errors import ArgumentError, DataError
 
 
@@ -33,7 +36,14 @@ def parts(tmp_path):
 
 
 def load(root, **changes):
-    return folder.load(TrainConfig(benchmark="folder", data_dir=root, workers=0, **changes).resolved())
+    settings = {"benchmark": "folder", "data_dir": root, "workers": 0} | changes
+    return folder.load(TrainConfig(**settings).resolved())
+
+
+def to_image(pixels):
+    from PIL import Image
+
+    return Image.fromarray(pixels)
 
 
 # layouts and splits --------------------------------------------------------------------------------------------------
@@ -42,7 +52,7 @@ def test_one_tree_is_split_class_by_class(tree):
     assert torch.bincount(benchmark.train.labels).tolist() == [5] * 12
     assert torch.bincount(benchmark.test.labels).tolist() == [1] * 12
     assert not set(benchmark.train.samples) & set(benchmark.test.samples)
-    assert benchmark.class_names == tuple(name_of(c) for c in range(12)) and len(benchmark.tasks) == 10
+    assert benchmark.class_names == tuple(name_of(c) for c in range(12)) and len(benchmark.tasks) == 6
     assert benchmark.split_sha256 == load(tree, seed=(9,)).split_sha256
 
 
@@ -67,7 +77,7 @@ def test_listing_is_that_of_torchvisions_image_folder(tree):
     shutil.copytree(tree / name_of(3) / "deep", tree / name_of(3) / "deep 2")
     (tree / name_of(3) / "notes.txt").write_text("no image")
     os.symlink(tree / name_of(5), tree / name_of(4) / "linked")
-    found, problems = listing.class_samples(tree, "", listing.subfolders(tree))
+    found, problems, _ = listing.class_samples(tree, "", listing.subfolders(tree))
     want = ImageFolder(str(tree)).samples
     assert not problems
     assert [(os.path.join(tree, s.name), s.label) for s in found] == want
@@ -76,6 +86,209 @@ def test_listing_is_that_of_torchvisions_image_folder(tree):
 def test_hidden_folders_are_no_classes(tree):
     (tree / ".ipynb_checkpoints").mkdir()
     assert len(load(tree).class_names) == 12
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "Validation"), ("train", "dev"), ("TRAIN", "valid")])
+def test_the_test_side_has_many_names(parts, names):
+    want = load(parts)
+    for old, new in zip(("train", "test"), names, strict=True):
+        (parts / old).rename(parts / new)
+    found = load(parts)
+    assert found.class_names == want.class_names and (len(found.train), len(found.test)) == (36, 24)
+    assert found.test.samples[0] == want.test.samples[0].replace("test/", f"{names[1]}/", 1)
+
+
+def test_of_three_sides_the_validation_images_are_not_used(parts, caplog):
+    want = load(parts)
+    assert "not used" not in caplog.text
+    shutil.copytree(parts / "train", parts / "val")
+    assert load(parts).split_sha256 == want.split_sha256
+    assert f"{parts}: images come from train/ and test/; not used: val/" in caplog.text
+
+
+def test_small_data_sets_have_fewer_tasks(tmp_path):
+    folders(tmp_path / "five", 5, 2, name_of)
+    assert [len(classes) for classes in load(tmp_path / "five").tasks] == [3, 2]
+    with pytest.raises(ArgumentError, match="--tasks 3 of 5 classes .* --tasks 1 to 2 fit, or --head ncm"):
+        load(tmp_path / "five", tasks=3)
+    assert len(load(tmp_path / "five", tasks=5, head="ncm").tasks) == 5
+
+
+def test_an_ordinary_tree_keeps_its_fingerprint(tree):
+    assert load(tree, tasks=4).split_sha256 == "d741cc9ca5c5d2bc2e1e3674d6f9c1d622e1f5b73b61fe45a41206d5ab8ba8d9"
+
+
+def test_clutter_counts_neither_as_class_nor_as_image_nor_as_stray(tree, capsys):
+    want = load(tree)
+    for left in ("__MACOSX", "lost+found", "@eaDir"):
+        save_jpeg(tree / left / "x.jpg", drawing(0, 0))
+        save_jpeg(tree / name_of(2) / left / "x.jpg", drawing(0, 0))
+    save_jpeg(tree / name_of(2) / ".ipynb_checkpoints" / "x.jpg", drawing(0, 0))
+    for name in ("._x.jpg", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tree / name_of(3) / name).write_bytes(b"")
+        (tree / name).write_bytes(b"")
+    found = load(tree)
+    assert found.class_names == want.class_names and found.split_sha256 == want.split_sha256
+    assert train.main(["--benchmark", "folder", "--data-dir", str(tree), "--check-data"]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing to do" in out and "unlisted" not in out
+
+
+def test_photographs_are_turned_as_the_camera_was_held(tmp_path):
+    """However they are decoded: here, by a worker, into memory."""
+    from PIL import Image
+
+    folders(tmp_path / "tree", 2, 5, name_of)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.zeros((64, 96, 3), dtype=np.uint8)
+    pixels[:32] = 255  # white above; the camera was turned, so white is on the right
+    for path in (tmp_path / "tree").rglob("*.jpg"):
+        Image.fromarray(pixels).save(path, exif=exif)
+    for changes in ({}, {"workers": 1}, {"cache_images": True}):
+        image = load(tmp_path / "tree", **changes).at(64).test.stream([torch.tensor([0])])
+        left, right = next(image)[0].float().mean((0, 1, 2)).split(32)
+        assert left.mean() < 50 and right.mean() > 200
+
+
+# layouts that are not what they look like ----------------------------------------------------------------------------
+def test_a_first_level_of_splits_or_domains_is_no_level_of_classes(parts, tree):
+    (parts / "train").rename(parts / "fold1")
+    (parts / "test").rename(parts / "fold2")
+    with pytest.raises(
+        DataError,
+        match=r"^--data-dir: the 2 folders of .*parts \(fold1, fold2\) all hold the same folders \(thing 00, thing 01, "
+        r"thing 02, \.\.\.\), so they look like splits or domains and not like classes: .*, or say --split random",
+    ):
+        load(parts)
+    assert load(parts, split="random").class_names == ("fold1", "fold2")
+    shutil.rmtree(parts / "fold2" / name_of(3))  # a domain that lacks a class
+    with pytest.raises(DataError, match="look like splits or domains"):
+        load(parts)
+
+
+def test_domains_below_the_sides_are_found_too(parts):
+    for part in ("train", "test"):
+        (parts / part).rename(parts / "classes")
+        for domain in ("real", "sketch"):
+            shutil.copytree(parts / "classes", parts / part / domain)
+        shutil.rmtree(parts / "classes")
+    with pytest.raises(
+        DataError, match=r"the 2 folders of .*train \(real, sketch\) all hold .*or say --split folders if"
+    ):
+        load(parts)
+    assert load(parts, split="folders").class_names == ("real", "sketch")
+
+
+def test_a_folder_of_images_in_each_class_is_no_domain(tree):
+    for label in range(12):
+        (tree / name_of(label)).rename(tree / "images")
+        (tree / name_of(label)).mkdir()
+        (tree / "images").rename(tree / name_of(label) / "images")
+    assert len(load(tree).class_names) == 12
+
+
+def test_a_split_of_the_sides_is_refused(parts):
+    with pytest.raises(DataError, match="--split random is for one tree of classes, and .* has train and test"):
+        load(parts, split="random")
+
+
+@pytest.mark.parametrize("name", ["train", "images"])
+def test_classes_one_level_deeper_are_pointed_at(tmp_path, name):
+    folders(tmp_path / "tree" / name, 12, 2, name_of)
+    with pytest.raises(DataError, match=f"one class folder alone, {name}, which holds 12 folders: is .*/{name} meant"):
+        load(tmp_path / "tree")
+
+
+def test_one_class_is_refused(tmp_path):
+    folders(tmp_path / "tree", 1, 6, name_of)
+    with pytest.raises(DataError, match="has one class folder alone, thing 00; wanted are two or more"):
+        load(tmp_path / "tree")
+    folders(tmp_path / "parts" / "train", 1, 6, name_of)
+    folders(tmp_path / "parts" / "test", 1, 6, name_of)
+    with pytest.raises(DataError, match="needs at least two classes, got 1"):
+        load(tmp_path / "parts")
+
+
+def test_two_folders_of_training_images_are_refused(parts):
+    shutil.copytree(parts / "train", parts / "training")
+    with pytest.raises(DataError, match="has train and training: leave one folder of training images there"):
+        load(parts)
+
+
+# endings -------------------------------------------------------------------------------------------------------------
+def test_images_of_all_accepted_endings_are_taken(tree):
+    endings = {".jfif": "JPEG", ".gif": "GIF", ".JPE": "JPEG"}
+    for ending, kind in endings.items():
+        to_image(drawing(1, 0)).save(tree / name_of(1) / f"x{ending}", kind)
+    found = load(tree)
+    samples = (*found.train.samples, *found.test.samples)
+    assert {f"{name_of(1)}/x{ending}" for ending in endings} < set(samples)
+
+
+def test_image_files_that_are_not_read_are_one_warning(tree, caplog, capsys):
+    for number, ending in enumerate((".heic", ".HEIC", ".svg")):
+        (tree / name_of(number)).joinpath(f"x{ending}").write_bytes(b"x")
+    load(tree)
+    warnings = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
+    assert len(warnings) == 1
+    assert re.search(r"tree: 3 files of images are not read, for example thing 00/x.heic; convert them", warnings[0])
+    assert ".jpg .jpeg .png" in warnings[0] and ".gif" in warnings[0]
+    assert train.main(["--benchmark", "folder", "--data-dir", str(tree), "--check-data"]) == 0
+    assert re.search(r"unlisted +thing 00/x.heic +\(not the name of an image that is read\)", capsys.readouterr().out)
+
+
+def test_a_class_of_such_files_alone_says_so(tree):
+    for path in (tree / name_of(2)).iterdir():
+        path.rename(path.with_suffix(".heic"))
+    with pytest.raises(
+        DataError, match=r"thing 02 is without images: its 6 files like thing 02/.*\.heic are not read. .*\.jpg"
+    ):
+        load(tree)
+
+
+def test_a_folder_of_ones_own_has_no_page_of_lists(parts, capsys):
+    for path in (parts / "train" / name_of(2)).iterdir():
+        path.unlink()
+    assert train.main(["--benchmark", "folder", "--data-dir", str(parts), "--check-data"]) == 2
+    out = capsys.readouterr().out
+    assert "put images into the class folders named above" in out and "lists" not in out and ".jfif" in out
+
+
+# names ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def odd_tree(tmp_path):
+    """Class and file names that are no UTF-8."""
+    folders(tmp_path / "tree", 4, 6, name_of)
+    os.rename(tmp_path / "tree" / name_of(1), os.fsencode(tmp_path / "tree") + b"/caf\xe9")
+    for path in sorted((tmp_path / "tree" / name_of(2)).iterdir())[:5]:
+        os.rename(path, os.fsencode(path.parent) + b"/\xe9" + os.fsencode(path.name))
+    return tmp_path / "tree"
+
+
+def test_names_that_are_no_text_are_names(odd_tree, weights, tmp_path, capsys):
+    benchmark = load(odd_tree)
+    assert benchmark.class_names == ("caf\udce9", name_of(0), name_of(2), name_of(3))
+    assert len(check.read_known(odd_tree)) == 24
+    flags = ["--benchmark", "folder", "--data-dir", str(odd_tree), "--output", str(tmp_path / "run")]
+    settings = f"--backbone emoji --weights {weights} --epochs 1 --workers 1 --no-plots --amp off"
+    assert train.main([*flags, *settings.split()]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["split_sha256"] == benchmark.split_sha256
+    broken = next((odd_tree / "caf\udce9").iterdir())
+    broken.write_bytes(b"")
+    assert train.main([*flags, "--check-data"]) == 2
+    assert re.search(r"empty +caf\\udce9/thing 01_\d.jpg", capsys.readouterr().out)
+    assert train.main([*flags[:-1], str(tmp_path / "other")]) == 2
+    assert "is empty: 0 bytes" in capsys.readouterr().err
+
+
+def test_a_data_folder_whose_name_is_no_text(tree, tmp_path, weights):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9")
+    os.rename(tree, odd)
+    settings = f"--backbone emoji --weights {weights} --epochs 1 --tasks 2 --workers 0 --no-plots --amp off"
+    output = os.path.join(odd, "..", os.fsdecode(b"run\xe9"))
+    assert train.main(["--benchmark", "folder", "--data-dir", odd, "--output", output, *settings.split()]) == 0
+    assert json.loads(Path(output, "config.json").read_text())["data_dir"] == odd
 
 
 # what is wrong with a tree -------------------------------------------------------------------------------------------
@@ -173,7 +386,7 @@ def test_check_data_reports_everything_and_does_not_train(parts, capsys, tmp_pat
 def test_check_data_of_a_sound_tree_says_so(parts, capsys):
     assert train.main(["--benchmark", "folder", "--data-dir", str(parts), "--check-data"]) == 0
     out = capsys.readouterr().out
-    assert "Nothing to do" in out and "36 training and 24 test images, 12 classes in 10 tasks, split " in out
+    assert "Nothing to do" in out and "36 training and 24 test images, 12 classes in 6 tasks, split " in out
 
 
 def test_damage_is_found_before_training_without_being_asked(parts):
@@ -184,7 +397,7 @@ def test_damage_is_found_before_training_without_being_asked(parts):
 
 def test_images_are_decoded_once_and_again_only_if_they_change(parts, monkeypatch):
     read = []
-    monkeypatch.setattr(check, "read_image", lambda path: read.append(path.name))
+    monkeypatch.setattr(images, "read_image", lambda path, upright: read.append(path.name))
     load(parts)
     assert len(read) == 60
     load(parts)
@@ -199,7 +412,7 @@ def test_images_are_decoded_once_and_again_only_if_they_change(parts, monkeypatc
 
 def test_a_trial_run_checks_only_what_it_needs(parts, monkeypatch):
     read = []
-    monkeypatch.setattr(check, "read_image", lambda path: read.append(path.name))
+    monkeypatch.setattr(images, "read_image", lambda path, upright: read.append(path.name))
     load(parts, limit_per_class=1)
     assert len(read) == 24
     load(parts)
@@ -208,14 +421,14 @@ def test_a_trial_run_checks_only_what_it_needs(parts, monkeypatch):
 
 def test_a_full_check_keeps_what_it_did_not_look_at_and_forgets_what_broke(parts, monkeypatch):
     load(parts)
-    assert not check.examine(parts, ["train/thing 00/thing 00_0.jpg"], afresh=True)
+    assert not check.examine(Files(parts), ["train/thing 00/thing 00_0.jpg"], afresh=True)
     assert len(check.read_known(parts)) == 60
 
-    def broken(path):
+    def broken(path, upright):
         raise DataError(f"{path} cannot be read: the disk is old")
 
-    monkeypatch.setattr(check, "read_image", broken)
-    problems = check.examine(parts, ["train/thing 00/thing 00_0.jpg"], afresh=True)
+    monkeypatch.setattr(images, "read_image", broken)
+    problems = check.examine(Files(parts), ["train/thing 00/thing 00_0.jpg"], afresh=True)
     assert str(problems[0]) == "train/thing 00/thing 00_0.jpg is unreadable: the disk is old"
     assert len(check.read_known(parts)) == 59
 
@@ -223,14 +436,14 @@ def test_a_full_check_keeps_what_it_did_not_look_at_and_forgets_what_broke(parts
 def test_an_interrupted_check_goes_on_where_it_was(parts, monkeypatch):
     read = []
 
-    def interrupted(path):
+    def interrupted(path, upright):
         read.append(path.name)
         if len(read) == 50:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(check, "CHUNK", 1)
     monkeypatch.setattr(check, "available_cores", lambda: 1)
-    monkeypatch.setattr(check, "read_image", interrupted)
+    monkeypatch.setattr(images, "read_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(parts)
     assert len(check.read_known(parts)) == 49
@@ -251,6 +464,22 @@ def test_a_cache_that_cannot_be_written_is_a_warning(parts, caplog, monkeypatch,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     load(parts)
     assert "the next start will check the images again" in caplog.text
+
+
+@pytest.mark.parametrize("home", [None, "closed"])
+def test_a_user_without_a_home_trains_with_a_warning(parts, caplog, monkeypatch, tmp_path, home):
+    """As in a container whose user the system does not know."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it is where pwd has no entry
+    else:
+        closed = tmp_path / "closed"
+        closed.write_text("not even a folder")
+        monkeypatch.setenv("HOME", str(closed))
+    assert len(load(parts).train) == 36
+    assert caplog.text.count("the next start will check the images again") == 1
+    assert ("this user has no home folder, and XDG_CACHE_HOME is not set" in caplog.text) == (home is None)
 
 
 # the command ---------------------------------------------------------------------------------------------------------
