@@ -12,6 +12,7 @@ import sys
 import torch
 
 from janus_ext import _native, ops
+from janus_ext.encoding import escaping
 from janus_ext.versions import PACKAGES, installed
 
 KEYS = ("CPU", "CUDA")
@@ -72,6 +73,7 @@ def report() -> str:
     return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
 
 
+@escaping()
 def main() -> None:
     """Prints the report; the console script."""
     argparse.ArgumentParser(prog="janus_ext.info", description=__doc__.splitlines()[0]).parse_args()

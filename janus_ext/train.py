@@ -21,7 +21,9 @@ from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.data.benchmark import Benchmark
+from janus_ext.data.workers import naming_lost_workers
 from janus_ext.devices import AMP_DTYPES, be_deterministic, pick_amp, pick_device
+from janus_ext.encoding import escaping
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method
@@ -31,6 +33,7 @@ from janus_ext.trainer import Trainer, derive_seed
 LOG = logging.getLogger("janus_ext")
 
 
+@escaping()
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and trains; 0 on success, 2 with one line on stderr for what the user can mend, 130 on Ctrl-C."""
     config = tyro.cli(TrainConfig, prog="janus_ext.train", args=argv)
@@ -91,7 +94,8 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
             LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), folder)
             if not begin:
                 trainer.restore()
-            results = trainer.run()
+            with naming_lost_workers():
+                results = trainer.run()
             write_json(folder / "results.json", results)
     print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
     if config.plots:
@@ -130,7 +134,7 @@ def make_method(model: ContinualClassifier, config: TrainConfig) -> Method:
 def logging_to(path: Path) -> Iterator[None]:
     """Sends the program's log to the terminal, around the progress bar, and to ``path``."""
     try:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

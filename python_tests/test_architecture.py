@@ -33,6 +33,7 @@ ALLOWED = {
     "events": set(),
     "versions": set(),
     "devices": set(),
+    "encoding": set(),
     "progress": set(),
     "optimization": {"config"},
     "run_folder": {"checkpoint", "config"},
