@@ -32,7 +32,7 @@ class TrainConfig:
     domains: tuple[Domain, ...] = ("clipart", "infograph", "painting", "real", "sketch")
     """Domains of domainnet, mixed in every task; the papers leave quickdraw out."""
     split: Split = "auto"
-    """Test images: inflora, coda, folders (imagenet-r, auto: inflora), folders, random (folder), coda (domainnet)."""
+    """Test images by inflora (auto), coda, folders (imagenet-r); folders, random (folder); coda, too (domainnet)."""
     split_files: tuple[Path, ...] = ()
     """The two yaml files of --split coda, training first; by default <benchmark>_{train,test}.yaml in --data-dir."""
     preset: Literal["default", "paper"] = "default"

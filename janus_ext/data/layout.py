@@ -18,7 +18,8 @@ TEST_NAMES = ("test", "testing", *VALIDATION_NAMES)  # the first that is there
 def find_parts(root: Path, tests: Sequence[str] = TEST_NAMES) -> tuple[str, str] | None:
     """The folders of ``root`` with training and test images, in any case of letters; None if it has no such pair.
 
-    Of several test sides the first in the order of ``tests`` is taken; what is not used beside them is said once.
+    Of several test sides the first in the order of ``tests`` is taken, those without class folders last (as the images
+    without labels of a competition); what is not used beside them is said once.
     """
     found = subfolders(root)
     train, test = ([name for w in wanted for name in found if name.lower() == w] for wanted in (TRAIN_NAMES, tests))
@@ -26,6 +27,7 @@ def find_parts(root: Path, tests: Sequence[str] = TEST_NAMES) -> tuple[str, str]
         return None
     if len(train) > 1:
         raise DataError(f"--data-dir: {root} has {' and '.join(train)}: leave one folder of training images there")
+    test.sort(key=lambda name: not subfolders(root / name))  # stable
     unused = [f"{name}/" for name in found if name not in (train[0], test[0])]
     if unused:
         LOG.warning("%s: images come from %s/ and %s/; not used: %s", root, train[0], test[0], shorten(unused))
