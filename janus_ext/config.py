@@ -40,9 +40,9 @@ class TrainConfig:
     domains: tuple[Domain, ...] = ("clipart", "infograph", "painting", "real", "sketch")
     """Domains of domainnet, mixed in every task; the papers leave quickdraw out."""
     split: Split = "auto"
-    """Training and test images: inflora, coda or folders (imagenet-r, auto: inflora), folders or random (folder)."""
+    """Test images by inflora (auto), coda, folders (imagenet-r); folders, random (folder); coda, too (domainnet)."""
     split_files: Annotated[tuple[Path, ...], arg(help_behavior_hint="")] = ()
-    """The two yaml files of --split coda, training first; by default imagenet-r_{train,test}.yaml in --data-dir."""
+    """The two yaml files of --split coda, training first; by default <benchmark>_{train,test}.yaml in --data-dir."""
     preset: Literal["default", "paper"] = "default"
     """Where the values come from that are not given: default, or paper, the published protocol of the benchmark."""
     method: MethodName = "janus"
@@ -64,7 +64,7 @@ class TrainConfig:
     temperature: float = 16.0
     """Sharpness (tau) of the margin loss."""
     tasks: Maybe[int] = None
-    """Number of tasks the classes are divided into; by default the benchmark's own (domainnet 5, else 10)."""
+    """Number of tasks the classes are divided into; by default the benchmark's own (domainnet 5, else 10 at most)."""
     class_list: Maybe[str] = None
     """Classes, which imagenet-100 needs: a file with one wnid a line, or first100 (the first of all sorted wnids)."""
     shuffle_classes: bool = False
@@ -276,8 +276,8 @@ METHOD_LIMITS: dict[str, dict[str, tuple[Any, ...]]] = {  # what a method takes 
 DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some benchmarks have
     "data_dir": ("imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"),
     "domains": ("domainnet",),
-    "split": ("imagenet-r", "folder"),
-    "split_files": ("imagenet-r",),
+    "split": ("imagenet-r", "domainnet", "folder"),
+    "split_files": ("imagenet-r", "domainnet"),
     "class_list": ("imagenet-100",),
     "workers": ("imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"),
     "cache_images": ("imagenet-r", "imagenet-100", "domainnet", "folder"),  # the others are in memory anyway
@@ -285,6 +285,7 @@ DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some ben
 
 SPLITS: dict[str, tuple[Split, ...]] = {
     "imagenet-r": ("auto", "inflora", "coda", "folders"),
+    "domainnet": ("auto", "coda"),
     "folder": ("auto", "folders", "random"),
 }
 

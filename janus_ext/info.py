@@ -12,7 +12,7 @@ import sys
 import torch
 
 from janus_ext import _native, ops
-from janus_ext.terminal import until_closed
+from janus_ext.terminal import escaping, until_closed
 from janus_ext.versions import PACKAGES, installed
 
 ABOUT = "Prints what is installed, what was built, and which kernel serves each op. Paste it into an issue."
@@ -74,6 +74,7 @@ def report() -> str:
     return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
 
 
+@escaping()
 @until_closed
 def main() -> None:
     """Prints the report; the console script."""

@@ -141,7 +141,8 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[None
         ArgumentError: the folder holds files but no run of this program, which are left alone, or is in use.
         CheckpointError: it cannot be made, or written.
     """
-    make_folder(folder)
+    with naming_output():
+        make_folder(folder)
     strangers = [path for path in folder.iterdir() if not path.match(f".config.json.{TEMPORARY}")]
     if strangers and not is_run(folder):
         raise ArgumentError(f"{folder} holds files that are no run of this program; {OTHER}")
@@ -150,9 +151,19 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[None
         if begin:
             if is_run(folder):
                 LOG.warning("%s holds an unfinished run: it starts over (--resume would have gone on with it)", folder)
-            remove(path for glob in OURS for path in folder.glob(glob))
-            write_json(folder / "config.json", settings)
+            with naming_output():
+                remove(path for glob in OURS for path in folder.glob(glob))
+                write_json(folder / "config.json", settings)
         yield
+
+
+@contextmanager
+def naming_output() -> Iterator[None]:
+    """Says what to do about a folder that cannot be written, as in a checkout that is read-only."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {OTHER}") from error
 
 
 @contextmanager

@@ -1,14 +1,18 @@
-"""What a command shows: log lines around the progress bar, and a quiet end where nobody reads on (``| head``)."""
+"""What a command shows: log lines around the progress bar, escapes for what the terminal's encoding lacks, and a quiet
+end where nobody reads on (``| head``).
+"""
 
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -65,3 +69,17 @@ def nobody_reads(stream: TextIO) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+@contextmanager
+def escaping() -> Iterator[None]:
+    """Within it, what the standard streams cannot encode is written as an escape (``\\xe9``) instead of an error."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    before = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, before, strict=True):
+            stream.reconfigure(errors=errors)

@@ -20,6 +20,7 @@ from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.data.benchmark import Benchmark
+from janus_ext.data.workers import naming_lost_workers
 from janus_ext.devices import AMP_DTYPES, be_deterministic, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
 from janus_ext.methods import METHODS
@@ -33,12 +34,13 @@ from janus_ext.run_folder import (
     opened,
     settings_of,
 )
-from janus_ext.terminal import TerminalHandler, until_closed
+from janus_ext.terminal import TerminalHandler, escaping, until_closed
 from janus_ext.trainer import Trainer, derive_seed
 
 LOG = logging.getLogger("janus_ext")
 
 
+@escaping()
 @until_closed
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and trains; 0 on success, 2 with one line on stderr for what the user can mend, 130 on Ctrl-C."""
@@ -105,7 +107,8 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
                 LOG.info("%s", line)
             if not begin:
                 trainer.restore()
-            results = trainer.run()
+            with naming_lost_workers():
+                results = trainer.run()
             write_json(folder / "results.json", results)
     print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
     if config.plots:
@@ -144,7 +147,7 @@ def make_method(model: ContinualClassifier, config: TrainConfig) -> Method:
 def logging_to(path: Path) -> Iterator[None]:
     """Sends the program's log to the terminal, around the progress bar, and to ``path``."""
     try:
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))

@@ -9,7 +9,7 @@ import torch
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji
 from janus_ext.data.benchmark import Benchmark, MemorySplit
-from janus_ext.data.tasks import class_order, split_classes, split_sha256
+from janus_ext.data.tasks import class_order, default_tasks, split_classes, split_sha256
 from janus_ext.errors import ArgumentError, DataError
 
 
@@ -26,7 +26,7 @@ def test_class_order_is_the_identity_without_a_seed_and_a_fixed_permutation_with
     assert class_order(50, seed=1) != class_order(50, seed=2)
 
 
-@pytest.mark.parametrize(("classes", "tasks"), [(200, 10), (7, 3), (5, 5), (4, 1)])
+@pytest.mark.parametrize(("classes", "tasks"), [(200, 10), (7, 3), (4, 2), (4, 1)])
 def test_tasks_partition_the_order_almost_evenly(classes, tasks):
     order = class_order(classes, seed=3)
     groups = split_classes(order, tasks)
@@ -38,6 +38,38 @@ def test_tasks_partition_the_order_almost_evenly(classes, tasks):
 def test_an_impossible_number_of_tasks_names_the_flag(tasks):
     with pytest.raises(ArgumentError, match=r"--tasks must lie in 1\.\.5"):
         split_classes(range(5), tasks)
+
+
+@pytest.mark.parametrize(("classes", "tasks"), [(2, 1), (3, 1), (4, 2), (10, 5), (11, 5), (19, 9), (20, 10), (500, 10)])
+def test_by_default_a_task_has_two_classes_at_least(classes, tasks):
+    assert default_tasks(classes, 10) == tasks
+    assert min(map(len, split_classes(range(classes), tasks))) >= 2
+
+
+def test_a_task_of_one_class_needs_a_head_that_learns_it():
+    for head in ("auto", "linear"):
+        with pytest.raises(
+            ArgumentError, match="^--tasks 6 of 11 classes makes .*; --tasks 1 to 5 fit, or --head ncm$"
+        ):
+            split_classes(range(11), 6, head)
+    assert list(map(len, split_classes(range(11), 6, "ncm"))) == [2, 2, 2, 2, 2, 1]
+    with pytest.raises(ArgumentError, match="--tasks 150 of 200 classes"):
+        emoji.load(TrainConfig(tasks=150).resolved())
+    assert len(emoji.load(TrainConfig(tasks=200, head="ncm").resolved()).tasks) == 200
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+@pytest.mark.parametrize("head", ["linear", "ncm"])
+def test_one_class_is_no_benchmark(classes, head):
+    with pytest.raises(DataError, match=f"at least two classes, got {classes}"):
+        split_classes(range(classes), 1, head)
+
+
+def test_fingerprints_of_ordinary_and_of_odd_names():
+    ordinary = split_sha256(["b/ä.jpg", "a/1.jpg"], ["c/😀.png"], [(0,), (1,)])
+    assert ordinary == "66cfd1a745a5838d563c278a2a1eb694be4023cf2c6f060842890fe08a149d8b"
+    odd = [split_sha256(["a", name], ["c"], [(0,), (1,)]) for name in ("caf\udce9.jpg", "caf\udce8.jpg", "café.jpg")]
+    assert len(set(odd)) == 3
 
 
 def test_fingerprint_ignores_the_order_of_samples_and_sees_everything_else():

@@ -1,6 +1,7 @@
 """DomainNet's folders and lists: what is loaded, what is refused by path and line, and a run at its real size."""
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -94,6 +95,86 @@ def test_windows_line_ends_and_empty_lines_are_no_matter(tree):
     assert load_two(tree).split_sha256 == want
 
 
+ODD = {
+    "a byte order mark": lambda text: text.encode("utf-8-sig"),
+    "UTF-16": lambda text: text.encode("utf-16"),
+    "tabs": lambda text: text.replace(" ", "\t").encode(),
+    "backslashes": lambda text: text.replace("/", "\\").encode(),
+    "./": lambda text: "".join("./" + line for line in text.splitlines(True)).encode(),
+    "spaces": lambda text: text.replace(" ", "   ").replace("\n", "  \n").encode(),
+    "old Macs": lambda text: text.replace("\n", "\r").encode(),
+    "another machine": lambda text: text.replace("clipart/", "/data/DomainNet/clipart/").encode(),
+    "all": lambda text: text.replace("/", "\\").replace(" ", "\t ").replace("\n", "\t\r\n").encode("utf-8-sig"),
+}
+
+
+@pytest.mark.parametrize("system", ODD)
+def test_lists_of_other_systems_are_read(two, tree, system):
+    for path in tree.glob("*.txt"):
+        path.write_bytes(ODD[system](path.read_text()))
+    assert load_two(tree).split_sha256 == load_two(two).split_sha256
+
+
+def test_names_that_are_no_text_are_found_on_the_disk(tree):
+    for path in tree.glob("clipart_*.txt"):
+        path.write_bytes(path.read_bytes().replace(b"clipart_013_", b"\xe9_"))
+    for path in (tree / "clipart/thing_012").iterdir():
+        os.rename(path, os.fsencode(path).replace(b"clipart_013_", b"\xe9_"))
+    found = load_two(tree)
+    assert "clipart/thing_012/\udce9_000001.jpg" in found.train.samples
+
+
+def test_one_domain_alone_may_lack_classes(tree, caplog, weights, tmp_path):
+    drop(tree / "clipart_train.txt", "thing_003", "thing_344")
+    drop(tree / "clipart_test.txt", "thing_003")
+    found = load(tree, domains=("clipart",))
+    assert (
+        "clipart has no training image of 2 of the 345 classes (class id 3, thing_344): they are left out, the class "
+        "ids behind them move up, and 343 classes are divided into tasks" in caplog.text
+    )
+    assert len(found.class_names) == 343 and [len(classes) for classes in found.tasks] == [69, 69, 69, 68, 68]
+    for split in (found.train, found.test):
+        assert all(
+            name.split("/")[1] == found.class_names[c] for name, c in zip(split.samples, split.labels, strict=True)
+        )
+    assert len(found.test) == 343
+    assert load_two(tree).class_names[344] == "thing_344"  # with another domain nothing is lacking
+
+
+def test_yaml_lists_are_the_same_split(whole, tmp_path):
+    files = trees.domainnet_yaml(whole, tmp_path)
+    want = load(whole)
+    found = load(whole, split="coda", split_files=files)
+    assert found.split_sha256 == want.split_sha256 and found.train.samples == want.train.samples
+    some = load(whole, split="coda", split_files=files, domains=("real", "sketch"))
+    assert some.split_sha256 == load(whole, domains=("real", "sketch")).split_sha256
+    with pytest.raises(DataError, match="domainnet_train.yaml is empty: no entry is of quickdraw, which --domains may"):
+        load(whole, split="coda", split_files=files, domains=("real", "quickdraw"))
+
+
+def test_yaml_lists_lie_beside_the_images(tree):
+    with pytest.raises(DataError, match="domainnet_train.yaml cannot be read: No such file.*--split-files"):
+        load_two(tree, split="coda")
+    trees.domainnet_yaml(tree, tree)
+    assert load_two(tree, split="coda").split_sha256 == load_two(tree).split_sha256
+
+
+def test_bad_yaml_entries_are_named(tree):
+    train_file, _ = trees.domainnet_yaml(tree, tree)
+    text = train_file.read_text()
+    for old, new, complaint in (
+        (
+            "- data/DomainNet/clipart",
+            "- data/DomainNet/photo",
+            "entry 1 is wrong: wanted clipart|infograph|.*<file>, got",
+        ),
+        ("targets:\n- 0", "targets:\n- 345", "entry 1 is wrong: the class id must lie in 0..344, got 345"),
+    ):
+        train_file.write_text(text.replace(old, new, 1))
+        with pytest.raises(DataError, match=complaint):
+            load_two(tree, split="coda")
+
+
 # what is refused -----------------------------------------------------------------------------------------------------
 def test_without_a_folder_the_exact_tree_is_shown(capsys):
     assert train.main(["--benchmark", "domainnet", "--domains", "clipart", "quickdraw"]) == 2
@@ -138,17 +219,37 @@ def test_an_image_in_training_and_test_is_named_with_both_lines(lists):
 
 
 def test_a_wrong_number_of_classes_is_refused(tmp_path):
-    trees.domainnet(tmp_path, ("clipart",), classes=40)
-    with pytest.raises(DataError, match="must name 345 classes .*got 40"):
-        load(tmp_path, domains=("clipart",))
+    trees.domainnet(tmp_path, ("clipart", "real"), classes=40)
+    complaint = r"the lists of clipart, real must name 345 classes \(0..344\), got 40; the first that is missing is 40$"
+    with pytest.raises(DataError, match=complaint):
+        load(tmp_path, domains=("clipart", "real"))
+
+
+def test_lists_in_which_nothing_is_right_are_named_by_line(lists):
+    for path in lists.glob("*.txt"):
+        path.write_text(path.read_text().replace("/", "|"))
+    with pytest.raises(
+        DataError, match="clipart_train.txt:1 is wrong: wanted clipart/<class>/<file>, got 'clipart|thing"
+    ):
+        load_two(lists)
+
+
+def test_an_empty_list_is_named(lists):
+    (lists / "quickdraw_train.txt").write_text("\n\n")
+    with pytest.raises(DataError, match="quickdraw_train.txt is empty: no line names an image"):
+        load_two(lists)
 
 
 def test_a_class_without_a_training_line_is_refused(lists):
     for domain in ("clipart", "quickdraw"):
-        path = lists / f"{domain}_train.txt"
-        path.write_text("".join(line for line in path.read_text().splitlines(True) if "thing_200" not in line))
-    with pytest.raises(DataError, match="1 classes have no training image, the first is thing_200"):
+        drop(lists / f"{domain}_train.txt", "thing_200")
+    with pytest.raises(DataError, match="1 of 345 classes have no training image: thing_200"):
         load_two(lists)
+
+
+def drop(path, *names):
+    """Takes the lines of some classes out of a list."""
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not any(n in line for n in names)))
 
 
 def test_a_missing_list_is_named(lists):
@@ -159,7 +260,7 @@ def test_a_missing_list_is_named(lists):
 
 def test_a_list_that_is_no_text_is_named(lists):
     (lists / "quickdraw_test.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="quickdraw_test.txt cannot be read: 'utf-8'"):
+    with pytest.raises(DataError, match="quickdraw_test.txt cannot be read: 'utf-16-le'"):
         load_two(lists)
 
 
@@ -203,7 +304,7 @@ def test_check_data_lists_all_that_is_wrong(tree, capsys):
         "clipart train +345 +33,525",
     ):
         assert re.search(line, out), line
-    assert "ground truth" in out and "correct the lines" in out and "1 files are in no list" in out
+    assert "ground truth" in out and "correct the lines" in out and "1 files are not used" in out
     assert "1 wrong, 1 missing, 1 empty, 1 unreadable" in err
 
 

@@ -5,13 +5,15 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from trees import folders, save_jpeg
+from trees import drawing, folders, save_jpeg
 
 from janus_ext import train
 from janus_ext.config import TrainConfig
 from janus_ext.data import check, folder, images, listing
+from janus_ext.data.images import Files
 from janus_ext.errors import ArgumentError, DataError
 
 
@@ -33,7 +35,8 @@ def parts(tmp_path):
 
 
 def load(root, **changes):
-    return folder.load(TrainConfig(benchmark="folder", data_dir=root, workers=0, **changes).resolved())
+    settings = {"benchmark": "folder", "data_dir": root, "workers": 0} | changes
+    return folder.load(TrainConfig(**settings).resolved())
 
 
 # layouts and splits --------------------------------------------------------------------------------------------------
@@ -42,7 +45,7 @@ def test_one_tree_is_split_class_by_class(tree):
     assert torch.bincount(benchmark.train.labels).tolist() == [5] * 12
     assert torch.bincount(benchmark.test.labels).tolist() == [1] * 12
     assert not set(benchmark.train.samples) & set(benchmark.test.samples)
-    assert benchmark.class_names == tuple(name_of(c) for c in range(12)) and len(benchmark.tasks) == 10
+    assert benchmark.class_names == tuple(name_of(c) for c in range(12)) and len(benchmark.tasks) == 6
     assert benchmark.split_sha256 == load(tree, seed=(9,)).split_sha256
 
 
@@ -67,7 +70,7 @@ def test_listing_is_that_of_torchvisions_image_folder(tree):
     shutil.copytree(tree / name_of(3) / "deep", tree / name_of(3) / "deep 2")
     (tree / name_of(3) / "notes.txt").write_text("no image")
     os.symlink(tree / name_of(5), tree / name_of(4) / "linked")
-    found, problems = listing.class_samples(tree, "", listing.subfolders(tree))
+    found, problems, _ = listing.class_samples(tree, "", listing.subfolders(tree))
     want = ImageFolder(str(tree)).samples
     assert not problems
     assert [(os.path.join(tree, s.name), s.label) for s in found] == want
@@ -76,6 +79,77 @@ def test_listing_is_that_of_torchvisions_image_folder(tree):
 def test_hidden_folders_are_no_classes(tree):
     (tree / ".ipynb_checkpoints").mkdir()
     assert len(load(tree).class_names) == 12
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "Validation"), ("train", "dev"), ("TRAIN", "valid")])
+def test_the_test_side_has_many_names(parts, names):
+    want = load(parts)
+    for old, new in zip(("train", "test"), names, strict=True):
+        (parts / old).rename(parts / new)
+    found = load(parts)
+    assert found.class_names == want.class_names and (len(found.train), len(found.test)) == (36, 24)
+    assert found.test.samples[0] == want.test.samples[0].replace("test/", f"{names[1]}/", 1)
+
+
+def test_of_three_sides_the_validation_images_are_not_used(parts, caplog):
+    want = load(parts)
+    assert "not used" not in caplog.text
+    shutil.copytree(parts / "train", parts / "val")
+    assert load(parts).split_sha256 == want.split_sha256
+    assert f"{parts}: images come from train/ and test/; not used: val/" in caplog.text
+
+
+def test_test_images_without_labels_are_not_used(parts, caplog):
+    want = load(parts)
+    (parts / "test").rename(parts / "val")
+    save_jpeg(parts / "test" / "1.jpg", drawing(0, 0))
+    assert len(load(parts).test) == len(want.test)
+    assert "images come from train/ and val/; not used: test/" in caplog.text
+
+
+def test_small_data_sets_have_fewer_tasks(tmp_path):
+    folders(tmp_path / "five", 5, 2, name_of)
+    assert [len(classes) for classes in load(tmp_path / "five").tasks] == [3, 2]
+    with pytest.raises(ArgumentError, match="--tasks 3 of 5 classes .* --tasks 1 to 2 fit, or --head ncm"):
+        load(tmp_path / "five", tasks=3)
+    assert len(load(tmp_path / "five", tasks=5, head="ncm").tasks) == 5
+
+
+def test_an_ordinary_tree_keeps_its_fingerprint(tree):
+    assert load(tree, tasks=4).split_sha256 == "d741cc9ca5c5d2bc2e1e3674d6f9c1d622e1f5b73b61fe45a41206d5ab8ba8d9"
+
+
+def test_clutter_counts_neither_as_class_nor_as_image_nor_as_stray(tree, capsys):
+    want = load(tree)
+    for left in ("__MACOSX", "lost+found", "@eaDir"):
+        save_jpeg(tree / left / "x.jpg", drawing(0, 0))
+        save_jpeg(tree / name_of(2) / left / "x.jpg", drawing(0, 0))
+    save_jpeg(tree / name_of(2) / ".ipynb_checkpoints" / "x.jpg", drawing(0, 0))
+    for name in ("._x.jpg", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (tree / name_of(3) / name).write_bytes(b"")
+        (tree / name).write_bytes(b"")
+    found = load(tree)
+    assert found.class_names == want.class_names and found.split_sha256 == want.split_sha256
+    assert train.main(["--benchmark", "folder", "--data-dir", str(tree), "--check-data"]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing to do" in out and "unlisted" not in out
+
+
+def test_photographs_are_turned_as_the_camera_was_held(tmp_path):
+    """However they are decoded: here, by a worker, into memory."""
+    from PIL import Image
+
+    folders(tmp_path / "tree", 2, 5, name_of)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.zeros((64, 96, 3), dtype=np.uint8)
+    pixels[:32] = 255  # white above; the camera was turned, so white is on the right
+    for path in (tmp_path / "tree").rglob("*.jpg"):
+        Image.fromarray(pixels).save(path, exif=exif)
+    for changes in ({}, {"workers": 1}, {"cache_images": True}):
+        image = load(tmp_path / "tree", **changes).at(64).test.stream([torch.tensor([0])])
+        left, right = next(image)[0].float().mean((0, 1, 2)).split(32)
+        assert left.mean() < 50 and right.mean() > 200
 
 
 # what is wrong with a tree -------------------------------------------------------------------------------------------
@@ -173,7 +247,7 @@ def test_check_data_reports_everything_and_does_not_train(parts, capsys, tmp_pat
 def test_check_data_of_a_sound_tree_says_so(parts, capsys):
     assert train.main(["--benchmark", "folder", "--data-dir", str(parts), "--check-data"]) == 0
     out = capsys.readouterr().out
-    assert "Nothing to do" in out and "36 training and 24 test images, 12 classes in 10 tasks, split " in out
+    assert "Nothing to do" in out and "36 training and 24 test images, 12 classes in 6 tasks, split " in out
 
 
 def test_damage_is_found_before_training_without_being_asked(parts):
@@ -184,7 +258,7 @@ def test_damage_is_found_before_training_without_being_asked(parts):
 
 def test_images_are_decoded_once_and_again_only_if_they_change(parts, monkeypatch):
     read = []
-    monkeypatch.setattr(check, "read_image", lambda path: read.append(path.name))
+    monkeypatch.setattr(images, "read_image", lambda path, upright: read.append(path.name))
     load(parts)
     assert len(read) == 60
     load(parts)
@@ -199,7 +273,7 @@ def test_images_are_decoded_once_and_again_only_if_they_change(parts, monkeypatc
 
 def test_a_trial_run_checks_only_what_it_needs(parts, monkeypatch):
     read = []
-    monkeypatch.setattr(check, "read_image", lambda path: read.append(path.name))
+    monkeypatch.setattr(images, "read_image", lambda path, upright: read.append(path.name))
     load(parts, limit_per_class=1)
     assert len(read) == 24
     load(parts)
@@ -208,14 +282,14 @@ def test_a_trial_run_checks_only_what_it_needs(parts, monkeypatch):
 
 def test_a_full_check_keeps_what_it_did_not_look_at_and_forgets_what_broke(parts, monkeypatch):
     load(parts)
-    assert not check.examine(parts, ["train/thing 00/thing 00_0.jpg"], afresh=True)
+    assert not check.examine(Files(parts), ["train/thing 00/thing 00_0.jpg"], afresh=True)
     assert len(check.read_known(parts)) == 60
 
-    def broken(path):
+    def broken(path, upright):
         raise DataError(f"{path} cannot be read: the disk is old")
 
-    monkeypatch.setattr(check, "read_image", broken)
-    problems = check.examine(parts, ["train/thing 00/thing 00_0.jpg"], afresh=True)
+    monkeypatch.setattr(images, "read_image", broken)
+    problems = check.examine(Files(parts), ["train/thing 00/thing 00_0.jpg"], afresh=True)
     assert str(problems[0]) == "train/thing 00/thing 00_0.jpg is unreadable: the disk is old"
     assert len(check.read_known(parts)) == 59
 
@@ -223,14 +297,14 @@ def test_a_full_check_keeps_what_it_did_not_look_at_and_forgets_what_broke(parts
 def test_an_interrupted_check_goes_on_where_it_was(parts, monkeypatch):
     read = []
 
-    def interrupted(path):
+    def interrupted(path, upright):
         read.append(path.name)
         if len(read) == 50:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(check, "CHUNK", 1)
     monkeypatch.setattr(check, "available_cores", lambda: 1)
-    monkeypatch.setattr(check, "read_image", interrupted)
+    monkeypatch.setattr(images, "read_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(parts)
     assert len(check.read_known(parts)) == 49
@@ -251,6 +325,22 @@ def test_a_cache_that_cannot_be_written_is_a_warning(parts, caplog, monkeypatch,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     load(parts)
     assert "the next start will check the images again" in caplog.text
+
+
+@pytest.mark.parametrize("home", [None, "closed"])
+def test_a_user_without_a_home_trains_with_a_warning(parts, caplog, monkeypatch, tmp_path, home):
+    """As in a container whose user the system does not know."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it is where pwd has no entry
+    else:
+        closed = tmp_path / "closed"
+        closed.write_text("not even a folder")
+        monkeypatch.setenv("HOME", str(closed))
+    assert len(load(parts).train) == 36
+    assert caplog.text.count("the next start will check the images again") == 1
+    assert ("this user has no home folder, and XDG_CACHE_HOME is not set" in caplog.text) == (home is None)
 
 
 # the command ---------------------------------------------------------------------------------------------------------

@@ -60,6 +60,29 @@ def test_only_the_listed_classes_need_to_be_there(class_list, tree, tmp_path):
     assert load(tmp_path / "some", class_list).split_sha256 == load(tree, class_list).split_sha256
 
 
+def test_the_validation_images_are_the_test_and_imagenets_test_images_are_not(tree, class_list, tmp_path, caplog):
+    want = load(tree, class_list)
+    (tmp_path / "linked" / "test").mkdir(parents=True)
+    for part, name in (("train", "Training"), ("val", "validation")):
+        (tmp_path / "linked" / name).symlink_to(tree / part)
+    found = load(tmp_path / "linked", class_list)
+    assert found.test.samples == tuple(name.replace("val/", "validation/", 1) for name in want.test.samples)
+    assert "images come from Training/ and validation/; not used: test/" in caplog.text
+
+
+def test_a_tree_without_its_sides_is_refused(tree, class_list):
+    with pytest.raises(DataError, match="train has no train/ and val/; wanted:(.|\n)*<data-dir>/val/<wnid>"):
+        load(tree / "train", class_list)
+
+
+def test_a_class_list_may_begin_with_a_byte_order_mark(tree, class_list):
+    want = load(tree, class_list).class_names
+    class_list.write_text("\ufeff" + class_list.read_text())
+    assert load(tree, class_list).class_names == want
+    class_list.write_text(class_list.read_text().removeprefix("\ufeff"), encoding="utf-16")
+    assert load(tree, class_list).class_names == want
+
+
 # refusals ------------------------------------------------------------------------------------------------------------
 def test_without_a_folder_or_a_list_it_says_what_is_wanted(tree, capsys):
     assert train.main(["--benchmark", "imagenet-100", "--class-list", "first100"]) == 2

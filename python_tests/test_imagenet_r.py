@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,22 @@ def test_coda_looks_for_its_files_beside_the_images(tree, tmp_path):
     assert load(root, split="coda").split_sha256 == load(tree, split="coda", split_files=files).split_sha256
 
 
+def test_folders_may_be_called_train_and_val(parts):
+    (parts / "test").rename(parts / "val")
+    with pytest.raises(DataError, match="has train/ and val/; --split folders is for them"):
+        load(parts)
+    assert len(load(parts, split="folders").test) == 200
+
+
+def test_clutter_of_the_archive_and_the_orientation_of_cameras_do_not_count(tree, tmp_path):
+    root = Path(shutil.copytree(tree, tmp_path / "copy"))
+    (root / "__MACOSX" / trees.wnid(0)).mkdir(parents=True)
+    (root / trees.wnid(0) / f"._{trees.wnid(0)}_0.jpg").write_bytes(b"x")
+    benchmark = load(root)
+    assert benchmark.split_sha256 == load(tree).split_sha256
+    assert not benchmark.train.source.upright  # the published protocol takes the pixels as they are stored
+
+
 def test_folders_are_taken_as_they_are(parts):
     benchmark = load(parts, split="folders")
     assert (len(benchmark.train), len(benchmark.test)) == (400, 200)
@@ -126,7 +143,19 @@ def test_a_wrong_number_of_classes_is_refused(parts, tmp_path):
             "train.yaml, entry 1 is wrong: the class id must lie in 0..199, got 200",
         ),
         ("targets:\n- 0\n", "targets:\n- x\n", "entry 1 is wrong: the class id must lie in 0..199, got 'x'"),
-        ("targets:\n- 0\n- 0", "targets:\n- 0\n- 7", "train.yaml, entry 5 is wrong: class 7 is n01440764"),
+        ("targets:\n- 0\n- 0", "targets:\n- 0\n- 7", "train.yaml, entry 2 is wrong: n01440764 is class 0 in"),
+        (
+            "targets:\n- 0\n- 0\n- 0\n- 0\n- 7",
+            "targets:\n- 0\n- 0\n- 0\n- 0\n- 0",
+            "entry 5 is wrong: class 0 is n01440764",
+        ),
+        ("targets:\n- 0\n", "targets:\n- true\n", "entry 1 is wrong: the class id must lie in 0..199, got True"),
+        (
+            "data:\n- data/imagenet-r/n01440764/",
+            "data:\n- ",
+            "entry 1 is wrong: wanted <class>/<file>, got 'n01440764_1.jpg'",
+        ),
+        ("data:\n- data", 'data:\n- "a\\0b"\n- data', "train.yaml has 801 entries"),
         ("data:\n- data", "data:\n- 5\n- data", "train.yaml has 801 entries in 'data' and 800 in 'targets'"),
         ("data:\n", "date:\n", "is no yaml with the lists 'data' and 'targets': 'data'"),
         ("targets:\n", "targets: {\n", "is no yaml with the lists"),
@@ -147,8 +176,25 @@ def test_bad_yaml_files_are_named(tree, yaml_files, old, new, complaint):
 
 
 def test_an_image_in_both_files_is_named(tree, yaml_files):
-    with pytest.raises(DataError, match="entry 1 is wrong: .* is in imagenet-r_train.yaml, entry 1 already"):
+    with pytest.raises(DataError, match="entry 1 is wrong: .* is listed in imagenet-r_train.yaml, entry 1 already"):
         load(tree, split="coda", split_files=(yaml_files[0], yaml_files[0]))
+
+
+def test_paths_of_other_systems_are_read(tree, yaml_files):
+    want = load(tree, split="coda", split_files=yaml_files).split_sha256
+    for file in yaml_files:
+        file.write_text("\ufeff" + file.read_text().replace("- data/imagenet-r/n0", r"- D:\data\.\imagenet-r\n0"))
+        file.write_text(file.read_text().replace("/n", "\\n"))
+    assert load(tree, split="coda", split_files=yaml_files).split_sha256 == want
+
+
+@pytest.mark.parametrize("name", [r"a\0b", r"\uD800"])
+def test_a_name_that_no_disk_can_hold_is_named(tree, yaml_files, name):
+    text = yaml_files[0].read_text()
+    first = text.splitlines()[1]
+    yaml_files[0].write_text(text.replace(first, f'- "n01440764/{name}.jpg"', 1))
+    with pytest.raises(DataError, match="entry 1 is wrong: wanted <class>/<file>|train.yaml is no yaml"):
+        load(tree, split="coda", split_files=yaml_files)
 
 
 def test_an_image_that_is_only_in_a_file_is_missing(tree, yaml_files):

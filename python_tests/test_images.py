@@ -2,16 +2,19 @@
 
 import os
 import re
+import resource
 import signal
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from trees import drawing, odd_images, save_jpeg
 
-from janus_ext.data import images
+from janus_ext.data import images, workers
 from janus_ext.data.images import Arrays, Files, ImageSplit, View, read_image
-from janus_ext.data.listing import IMAGE_SUFFIXES
+from janus_ext.data.names import IMAGE_SUFFIXES
 from janus_ext.errors import ArgumentError, DataError
 
 
@@ -67,6 +70,72 @@ def test_damaged_images_are_named(tmp_path, name, damage, message):
         read_image(tmp_path / name)
 
 
+def noted(orientation: int):
+    """EXIF data with which a camera says how it was held."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+TURNED = {  # by orientation: what undoes it, of pixels [H, W, 3]
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda pixels: np.rot90(pixels, 1),
+}
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_cameras_orientation_is_applied_only_if_asked_for(tmp_path, kind, orientation):
+    stored = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    options = {"lossless": True} if kind == "webp" else {}
+    Image = images_of_pillow()
+    Image.fromarray(stored).save(tmp_path / f"x.{kind}", exif=noted(orientation), **options)
+    assert np.array_equal(np.asarray(read_image(tmp_path / f"x.{kind}", upright=True)), TURNED[orientation](stored))
+    if kind != "tif":  # Pillow itself turns those
+        assert np.array_equal(np.asarray(read_image(tmp_path / f"x.{kind}")), stored)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")
+def test_a_damaged_note_of_the_orientation_is_no_matter(tmp_path, exif):
+    images_of_pillow().fromarray(drawing(0, 0)).save(tmp_path / "x.jpg", exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "x.jpg", upright=True)), read_image(tmp_path / "x.jpg"))
+
+
+def images_of_pillow():
+    from PIL import Image
+
+    return Image
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "apng", "avif"])
+def test_of_an_animation_the_first_picture_is_taken(tmp_path, ending):
+    if f".{ending}" not in IMAGE_SUFFIXES:
+        pytest.skip("this build of Pillow has no AVIF")
+    first, second = (images_of_pillow().new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    kind = "PNG" if ending == "apng" else ending.upper()
+    first.save(tmp_path / f"x.{ending}", kind, save_all=True, append_images=[second])
+    red, _, blue = np.asarray(read_image(tmp_path / f"x.{ending}")).reshape(-1, 3).mean(0)
+    assert red > 240 and blue < 15
+
+
+@pytest.mark.parametrize("suffix", sorted(set(IMAGE_SUFFIXES) - {".avif"}))
+def test_every_accepted_ending_is_decoded(tmp_path, suffix):
+    kind = {".apng": "PNG", ".jfif": "JPEG", ".jpe": "JPEG"}.get(suffix)
+    images_of_pillow().new("L", (16, 16), 128).convert("1" if suffix == ".pbm" else "L").save(
+        tmp_path / f"x{suffix}", kind
+    )
+    assert read_image(tmp_path / f"x{suffix}").mode == "RGB"
+
+
 def test_floating_point_pixels_are_refused(tmp_path):
     from PIL import Image
 
@@ -75,11 +144,11 @@ def test_floating_point_pixels_are_refused(tmp_path):
         read_image(tmp_path / "x.tif")
 
 
-def test_image_suffixes_are_torchvisions():
+def test_image_suffixes_are_torchvisions_and_more():
     images.prepare_torchvision()
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    assert set(IMAGE_SUFFIXES) == set(IMG_EXTENSIONS)
+    assert set(IMAGE_SUFFIXES) > set(IMG_EXTENSIONS)
 
 
 # transforms ----------------------------------------------------------------------------------------------------------
@@ -119,7 +188,7 @@ def test_workers_change_nothing_and_last_for_many_passes(tmp_path, seed):
     pids = set()
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(want, batches_of(parallel, seed), strict=True))
-        pids.add(tuple(worker.pid for worker in parallel._loader._iterator._workers))
+        pids.add(tuple(worker.pid for worker in parallel._workers._loader._iterator._workers))
     assert len(pids) == 1
 
 
@@ -172,8 +241,64 @@ class Fatal(Files):
 
 def test_a_killed_worker_is_one_line(tmp_path):
     split = ImageSplit(Fatal(tmp_path), ["a"], torch.zeros(1), ["a"], View(8), workers=1)
-    with pytest.raises(DataError, match=r"^a worker process ended: [^\n]*; fewer --workers need less memory$"):
+    with pytest.raises(DataError, match=r"^a worker process ended: [^\n]*; fewer --workers need less memory, 0 none$"):
         list(split.stream([torch.tensor([0])]))
+
+
+def test_a_worker_that_is_killed_between_two_batches_is_one_line(tmp_path):
+    """The loader raises that wherever the program is."""
+    split = make_split(tmp_path, workers=1)
+    stream = split.stream(torch.arange(12).split(1))
+    with (
+        pytest.raises(DataError, match=r"^a worker process ended: [^\n]*killed by signal"),
+        workers.naming_lost_workers(),
+    ):
+        next(stream)
+        os.kill(split._workers._loader._iterator._workers[0].pid, signal.SIGKILL)
+        time.sleep(30)  # ended by the signal
+
+
+class Asleep(Files):
+    """A disk that does not answer."""
+
+    def open(self, key):
+        time.sleep(3600)
+
+
+def test_no_wait_for_a_worker_is_endless(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "PATIENCE", 1)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # its patience when it says goodbye
+    split = ImageSplit(Asleep(tmp_path), ["a"], torch.zeros(1), ["a"], View(8), workers=1)
+    with pytest.raises(
+        DataError, match="^no image came from the worker processes in 1 s: .* --workers 0 reads without"
+    ):
+        list(split.stream([torch.tensor([0])]))
+
+
+def test_images_that_find_no_room_in_shared_memory_come_through_pipes(tmp_path):
+    """A limit of the size of files holds there, too, and the workers inherit it."""
+    want, split = batches_of(make_split(tmp_path)), make_split(tmp_path, workers=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        first = batches_of(split)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    again = batches_of(split)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(want, first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("free", "ahead"),
+    [(64 << 20, 4), (14 << 20, 1), (8 << 20, 1), (1 << 40, 16)],  # a chunk has 6.75 MiB, one worker
+)
+def test_the_look_ahead_takes_half_of_the_free_shared_memory_at_most(tmp_path, monkeypatch, caplog, free, ahead):
+    status = SimpleNamespace(f_bavail=free // 4096, f_frsize=4096)
+    monkeypatch.setattr(workers.os, "statvfs", lambda path: status)
+    split = make_split(tmp_path, workers=1, size=384)
+    batches_of(split)
+    assert split._workers._loader.prefetch_factor == ahead
+    assert ("8 MiB free, too little for --workers 1" in caplog.text) == (free == 8 << 20)
 
 
 def test_take_at_and_items(tmp_path):

@@ -75,6 +75,18 @@ def domainnet(
             (root / f"{domain}_{part}.txt").write_text("".join(listed))
 
 
+def domainnet_yaml(root: Path, folder: Path) -> tuple[Path, Path]:
+    """The lists of the tree at ``root`` as the two yaml files that CODA-Prompt and InfLoRA share."""
+    files = []
+    for part in ("train", "test"):
+        lines = [line for path in sorted(root.glob(f"*_{part}.txt")) for line in path.read_text().splitlines()]
+        entries = [line.split(" ") for line in lines]
+        data, targets = ("".join(f"- {value}\n" for value in values) for values in zip(*entries, strict=True))
+        files.append(folder / f"domainnet_{part}.yaml")
+        files[-1].write_text(f"data:\n{data.replace('- ', '- data/DomainNet/')}targets:\n{targets}")
+    return files[0], files[1]
+
+
 def imagenet_r(root: Path, per_class: int = 5) -> None:
     """200 class folders and the README of the archive."""
     folders(root, 200, per_class)

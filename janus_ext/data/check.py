@@ -20,17 +20,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from janus_ext.checkpoint import make_folder, read_tensors, write_tensors
-from janus_ext.data.images import available_cores, read_image
-from janus_ext.data.listing import Listing, Problem, files_below, is_image
+from janus_ext.data.images import Files, available_cores
+from janus_ext.data.listing import Listing, Problem, files_below
+from janus_ext.data.names import ENDINGS, is_image, printable, to_bytes
 from janus_ext.errors import CheckpointError, DataError
 
 LOG = logging.getLogger("janus_ext")
 CHUNK = 64  # images per job: small against the wait for the last job, large against the cost of a job
 
 
-def verify(root: Path, names: Sequence[str]) -> None:
+def verify(listing: Listing, names: Sequence[str]) -> None:
     """DataError naming the first image that cannot be used; at once if all have been decoded before."""
-    problems = examine(root, names)
+    problems = examine(Files(listing.root, listing.upright), names)
     if problems:
         others = f", and {len(problems) - 1:,} more" if len(problems) > 1 else ""
         raise DataError(f"--data-dir: {problems[0]}{others}; --check-data lists all and says what to do")
@@ -42,7 +43,7 @@ def report(listing: Listing) -> None:
     DataError if an image or a line cannot be used; images that no list names are reported and left alone.
     """
     names = [sample.name for sample in (*listing.train, *listing.test)]
-    problems = [*listing.problems, *examine(listing.root, names, afresh=True)]
+    problems = [*listing.problems, *examine(Files(listing.root, listing.upright), names, afresh=True)]
     unlisted = find_unlisted(listing, names)
     for problem in (*problems, *unlisted):
         print(f"{problem.kind:<14}  {problem.where}" + (f"  ({problem.detail})" if problem.detail else ""))
@@ -54,12 +55,13 @@ def report(listing: Listing) -> None:
         raise DataError(f"--check-data: {listing.root} cannot be trained on: {kinds}; each is listed above")
 
 
-def examine(root: Path, names: Sequence[str], afresh: bool = False) -> list[Problem]:
-    """Problems of the image files ``names`` below ``root``, in their order; remembers those that are fine.
+def examine(files: Files, names: Sequence[str], afresh: bool = False) -> list[Problem]:
+    """Problems of the images ``names`` of ``files``, in their order; remembers those that are fine.
 
     Decodes in parallel what is not known to be fine, or everything if ``afresh``. What was decoded before an
     interruption is remembered, too.
     """
+    root = files.root
     fingerprints, problems = stat_files(root, names)
     known = read_known(root)
     wanted = fingerprints != 0
@@ -68,7 +70,7 @@ def examine(root: Path, names: Sequence[str], afresh: bool = False) -> list[Prob
     rows = wanted.nonzero().flatten().tolist()
     fine, broken = [], []
     try:
-        with closing(_decode(root, [names[row] for row in rows])) as decoded:
+        with closing(_decode(files, [names[row] for row in rows])) as decoded:
             for row, problem in zip(rows, decoded, strict=True):
                 (broken if problem else fine).append(row)
                 problems += [problem] if problem else []
@@ -86,8 +88,8 @@ def stat_files(root: Path, names: Sequence[str]) -> tuple[Tensor, list[Problem]]
     for name in names:
         try:
             status = os.stat(os.path.join(root, name))
-        except OSError as error:  # no such file, a loop of links, no permission
-            problems.append(Problem("missing", name, error.strerror or ""))
+        except (OSError, ValueError) as error:  # no such file, a loop of links, no permission; no name on this system
+            problems.append(Problem("missing", name, getattr(error, "strerror", None) or ""))
             fingerprints.append(0)
             continue
         if status.st_size == 0:
@@ -97,15 +99,16 @@ def stat_files(root: Path, names: Sequence[str]) -> tuple[Tensor, list[Problem]]
 
 
 def _fingerprint(name: str, status: os.stat_result) -> int:
-    digest = hashlib.blake2b(f"{name}\n{status.st_size}\n{status.st_mtime_ns}".encode(), digest_size=8).digest()
+    about = to_bytes(f"{name}\n{status.st_size}\n{status.st_mtime_ns}")
+    digest = hashlib.blake2b(about, digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True) or 1
 
 
-def _decode(root: Path, names: Sequence[str]) -> Iterator[Problem | None]:
+def _decode(files: Files, names: Sequence[str]) -> Iterator[Problem | None]:
     """Per file its problem or None; threads suffice, Pillow decodes outside Python's global lock."""
 
     def decode(chunk: Sequence[str]) -> list[Problem | None]:
-        return [_decode_one(root, name) for name in chunk]
+        return [_decode_one(files, name) for name in chunk]
 
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
     pool = ThreadPoolExecutor(available_cores())
@@ -118,25 +121,31 @@ def _decode(root: Path, names: Sequence[str]) -> Iterator[Problem | None]:
         pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for half a million images
 
 
-def _decode_one(root: Path, name: str) -> Problem | None:
+def _decode_one(files: Files, name: str) -> Problem | None:
     try:
-        read_image(root / name)
+        files.open(name)
     except DataError as error:
         return Problem("unreadable", name, str(error).split(" cannot be read: ", 1)[-1])
     return None
 
 
 # what is known -------------------------------------------------------------------------------------------------------
-def record_path(root: Path) -> Path:
-    """Where the fingerprints of the data set at ``root`` are kept: below $XDG_CACHE_HOME or ~/.cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "janus_ext" / f"checked-{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.safetensors"
+def record_path(root: Path) -> Path | None:
+    """Where the fingerprints of the data set at ``root`` are kept: below $XDG_CACHE_HOME or ~/.cache, if that is known.
+
+    A container's user whom the system does not know has no home.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return cache / "janus_ext" / f"checked-{hashlib.sha256(to_bytes(str(root.resolve()))).hexdigest()[:16]}.safetensors"
 
 
 def read_known(root: Path) -> Tensor:
     """int64 [n] fingerprints of files that were decoded without a complaint; none if there is no readable record."""
     path = record_path(root)
-    if not path.exists():
+    if path is None or not os.path.exists(path):  # Path.exists raises where a folder above is closed to us
         return torch.zeros(0, dtype=torch.int64)
     try:
         return read_tensors(path)[0]["fingerprints"]
@@ -149,8 +158,10 @@ def remember(root: Path, fingerprints: Tensor) -> None:
     """Keeps the fingerprints for the next start; a cache that cannot be written costs time only and is a warning."""
     path = record_path(root)
     try:
+        if path is None:
+            raise CheckpointError("this user has no home folder, and XDG_CACHE_HOME is not set")
         make_folder(path.parent)
-        write_tensors(path, {"fingerprints": fingerprints.unique()}, {"root": str(root.resolve())})
+        write_tensors(path, {"fingerprints": fingerprints.unique()}, {"root": printable(str(root.resolve()))})
     except CheckpointError as error:
         LOG.warning("the next start will check the images again: %s", error)
 
@@ -160,7 +171,9 @@ def find_unlisted(listing: Listing, names: Sequence[str]) -> list[Problem]:
     """Images below the data set's folders that no list names, and files whose name is that of no image."""
     listed = set(names)
     strays = [path for folder in listing.folders for path in files_below(listing.root, folder) if path not in listed]
-    return [Problem("unlisted", path, "" if is_image(path) else "not the name of an image") for path in strays]
+    return [
+        Problem("unlisted", path, "" if is_image(path) else "not the name of an image that is read") for path in strays
+    ]
 
 
 def format_counts(listing: Listing) -> str:
@@ -179,10 +192,12 @@ def advise(listing: Listing, problems: Sequence[Problem], unlisted: Sequence[Pro
     lines = []
     if kinds & {"missing", "empty", "unreadable"}:
         lines.append(f"To do: fetch or extract the broken files again. {listing.advice}")
-    if kinds - {"missing", "empty", "unreadable"}:
-        lines.append("To do: correct the lines and folders named above, or take the lists from the data set's page.")
+    if "wrong" in kinds:
+        lines.append("To do: correct the lines named above, or take the lists from the data set's page.")
+    if kinds & {"without images", "too small"}:
+        lines.append(f"To do: put images into the class folders named above, or remove the folders. {ENDINGS}.")
     if unlisted:
-        lines.append(f"{len(unlisted):,} files are in no list and are not used; remove them or leave them.")
+        lines.append(f"{len(unlisted):,} files are not used; remove them or leave them.")
     if listing.unlike_official():
         lines.append("The counts are not the official ones: results cannot be compared with published ones.")
     return lines or ["Nothing to do: every image is there and can be decoded; the next start needs no check."]

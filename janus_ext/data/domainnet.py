@@ -1,26 +1,39 @@
-"""``domainnet``: 345 classes in up to six domains, from the official folders and lists.
+"""``domainnet``: 345 classes in up to six domains, from the official folders and one of two kinds of lists.
 
-Class ids and names come from the lists, so does the split; the five domains without quickdraw are the default, as in
-the lists that the LoRA papers share (CODA-Prompt #19). Every line of a list is checked before an image is opened.
+| --split | lists |
+|---|---|
+| auto | <domain>_train.txt and <domain>_test.txt, the official ones: lines <domain>/<class>/<file> <class id> |
+| coda | domainnet_train.yaml and domainnet_test.yaml, as CODA-Prompt, InfLoRA and others share them (--split-files) |
+
+A yaml file has a list ``data`` of paths and a list ``targets`` of class ids. In both kinds the last three steps of a
+path count, so data/DomainNet/clipart/... will do, as will tabs, backslashes and a byte order mark. Class ids and names
+come from the lists, so does the split; the five domains without quickdraw are the default, as in the lists that the
+LoRA papers share (CODA-Prompt #19). Every entry is checked before an image is opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.files import build
+from janus_ext.data.layout import shorten
 from janus_ext.data.listing import Listing, Problem, Sample, require_root
+from janus_ext.data.lists import Register, read_lines, read_yaml
+from janus_ext.data.tasks import default_tasks
 from janus_ext.errors import DataError
 
 if TYPE_CHECKING:
     from janus_ext.config import TrainConfig
 
+LOG = logging.getLogger("janus_ext")
 CLASSES = 345
 TASKS = 5
+PARTS = ("train", "test")
 OFFICIAL = {  # images in <domain>_train.txt and <domain>_test.txt
     "clipart": (33_525, 14_604),
     "infograph": (36_023, 15_582),
@@ -29,6 +42,7 @@ OFFICIAL = {  # images in <domain>_train.txt and <domain>_test.txt
     "real": (120_906, 52_041),
     "sketch": (48_212, 20_916),
 }
+YAML_FILES = ("domainnet_train.yaml", "domainnet_test.yaml")
 PAGE = "http://ai.bu.edu/M3SDA/"
 ADVICE = f"For clipart and painting take the 'ground truth' archives of {PAGE}, the other ones lack files."
 
@@ -47,28 +61,58 @@ def load(config: TrainConfig) -> Benchmark:
 
 
 def read(config: TrainConfig) -> Listing:
-    """Reads the lists; DataError if one is missing or the classes are not 345, all else is among the problems."""
+    """Reads the lists; DataError if one is missing or lacks classes, what is wrong with entries is among the problems.
+
+    One domain alone may lack classes, which are then left out.
+    """
     domains = [domain for domain in OFFICIAL if domain in config.domains]
     root = require_root("domainnet", config.data_dir, layout(domains), PAGE)
-    lists = Lists(root)
-    parts = {}
-    for part in ("train", "test"):
-        parts[part] = {domain: lists.read(domain, part) for domain in domains}
-    if len(lists.names) != CLASSES:
-        raise DataError(f"--data-dir: the lists in {root} must name {CLASSES} classes (0..344), got {len(lists.names)}")
-    return Listing(
+    register = Register(CLASSES, steps=3)
+    if config.split == "coda":
+        files = config.split_files or tuple(root / name for name in YAML_FILES)
+        parts = [_read_yaml(register, file, domains) for file in files]
+    else:
+        parts = [{domain: _read_text(register, root, domain, part) for domain in domains} for part in PARTS]
+    train, test = (mix(part.values()) for part in parts)
+    listing = Listing(
         name="domainnet",
         root=root,
-        class_names=tuple(lists.names[label] for label in range(CLASSES)),
-        train=mix(parts["train"].values()),
-        test=mix(parts["test"].values()),
+        class_names=(),
+        train=train,
+        test=test,
         default_tasks=TASKS,
         folders=tuple(domains),
         advice=ADVICE,
-        problems=tuple(lists.problems),
-        expected={f"{d} {p}": OFFICIAL[d][i] for d in domains for i, p in enumerate(("train", "test"))},
-        found={f"{d} {p}": len(parts[p][d]) for d in domains for p in ("train", "test")},
+        expected={f"{d} {p}": OFFICIAL[d][i] for d in domains for i, p in enumerate(PARTS)},
+        found={f"{d} {p}": len(part[d]) for d in domains for p, part in zip(PARTS, parts, strict=True)},
     )
+    if len(domains) == 1 and not register.problems:
+        return without_absent_classes(listing, register.names)
+    names = register.class_names(f"--data-dir: the lists of {', '.join(domains)}")
+    return replace(listing, class_names=names, problems=tuple(register.problems))
+
+
+def without_absent_classes(listing: Listing, names: dict[int, str]) -> Listing:
+    """The listing of one domain with the classes that it can teach: those with a training image, numbered anew.
+
+    ``names`` are the names of the class ids in its lists.
+    """
+    domain = listing.folders[0]
+    there = sorted({sample.label for sample in listing.train})
+    absent = [names.get(label, f"class id {label}") for label in range(CLASSES) if label not in there]
+    tasks = default_tasks(len(there), TASKS)
+    if absent:
+        LOG.warning(
+            "%s has no training image of %d of the %d classes (%s): they are left out, the class ids behind them move "
+            "up, and %d classes are divided into tasks",
+            *(domain, len(absent), CLASSES, shorten(absent), len(there)),
+        )
+    ids = {label: position for position, label in enumerate(there)}
+    train, test = (
+        tuple(Sample(sample.name, ids[sample.label]) for sample in part if sample.label in ids)
+        for part in (listing.train, listing.test)
+    )
+    return replace(listing, class_names=tuple(names[c] for c in there), train=train, test=test, default_tasks=tasks)
 
 
 def mix(domains: Iterable[Iterable[Sample]]) -> tuple[Sample, ...]:
@@ -83,66 +127,44 @@ def mix(domains: Iterable[Iterable[Sample]]) -> tuple[Sample, ...]:
     return tuple(sample for _, sample in ranked)
 
 
-@dataclass
-class Lists:
-    """Reads the lists of a data set one after another and notes what does not fit, with file and line."""
+# the two kinds of lists -----------------------------------------------------------------------------------------------
+def _read_text(register: Register, root: Path, domain: str, part: str) -> list[Sample]:
+    """The sound lines of <domain>_<part>.txt; DataError if there is no such file, or nothing in it."""
+    file = f"{domain}_{part}.txt"
+    samples = []
+    for number, line in enumerate(_lines(root / file, domain), start=1):
+        where, words = f"{file}:{number}", line.rsplit(None, 1)
+        if not words:
+            continue
+        if len(words) < 2 or not words[1].isdecimal():
+            register.refuse(where, f"wanted <path> <class id>, got {line.strip()[:80]!r}")
+        elif sample := register.add(where, words[0], int(words[1]), within=[domain]):
+            samples.append(sample)
+    if not samples:
+        register.problems.append(Problem("empty", file, "no line names an image"))
+    return samples
 
-    root: Path
-    names: dict[int, str] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    _first: dict[str, str] = field(default_factory=dict)  # where an image was listed first
-    _labels: dict[str, int] = field(default_factory=dict)  # class id by name, the inverse of names
 
-    def read(self, domain: str, part: str) -> list[Sample]:
-        """The sound lines of <domain>_<part>.txt; DataError if there is no such file."""
-        file = f"{domain}_{part}.txt"
-        samples = []
-        for number, line in enumerate(self._lines(file), start=1):
-            where = f"{file}:{number}"
-            complaint, sample = self._parse(line.strip(), domain)
-            complaint = complaint or self._notice(sample, where)
-            if complaint:
-                self.problems.append(Problem("wrong", where, complaint))
-            elif sample:
-                samples.append(sample)
-        return samples
+def _lines(path: Path, domain: str) -> list[str]:
+    try:
+        return read_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(
+            f"--data-dir: the list {path} cannot be read: {reason} (--domains may leave {domain} out, --split coda "
+            f"reads {YAML_FILES[0]}); wanted:\n\n{layout([domain])}"
+        ) from error
 
-    def _lines(self, file: str) -> Iterator[str]:
-        try:
-            yield from (self.root / file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            domain = file.rpartition("_")[0]
-            raise DataError(
-                f"--data-dir: the list {self.root / file} cannot be read: {reason} (--domains may leave {domain} out); "
-                f"wanted:\n\n{layout([domain])}"
-            ) from error
 
-    def _parse(self, line: str, domain: str) -> tuple[str, Sample | None]:
-        """(complaint, None) or ("", sample); an empty line is nothing."""
-        if not line:
-            return "", None
-        path, _, label = line.rpartition(" ")
-        if not path or not label.isdecimal():
-            return f"wanted <path> <class id>, got {line[:80]!r}", None
-        if int(label) >= CLASSES:
-            return f"the class id must lie in 0..{CLASSES - 1}, got {label}", None
-        path = path.strip()
-        steps = path.split("/")
-        if len(steps) != 3 or steps[0] != domain or not {"", ".", ".."}.isdisjoint(steps):
-            return f"wanted {domain}/<class>/<file>, got {path[:80]!r}", None
-        return "", Sample(path, int(label))
-
-    def _notice(self, sample: Sample | None, where: str) -> str:
-        """Complaint about a line that contradicts an earlier one: an image twice, a class with two ids or two names."""
-        if sample is None:
-            return ""
-        name = sample.name.split("/")[1]
-        if sample.name in self._first:
-            return f"{sample.name} is listed in {self._first[sample.name]} already"
-        self._first[sample.name] = where
-        if self.names.setdefault(sample.label, name) != name:
-            return f"class {sample.label} is {self.names[sample.label]} in earlier lines, here {name}"
-        if self._labels.setdefault(name, sample.label) != sample.label:
-            return f"{name} is class {self._labels[name]} in earlier lines, here {sample.label}"
-        return ""
+def _read_yaml(register: Register, file: Path, domains: Sequence[str]) -> dict[str, list[Sample]]:
+    """The sound entries of a yaml file by domain; those of other domains are left out."""
+    samples: dict[str, list[Sample]] = {domain: [] for domain in OFFICIAL}
+    for entry in read_yaml(file):
+        if sample := register.add(*entry, within=OFFICIAL):
+            samples[sample.name.split("/")[0]].append(sample)
+    for domain in domains:
+        if not samples[domain]:
+            register.problems.append(
+                Problem("empty", file.name, f"no entry is of {domain}, which --domains may leave out")
+            )
+    return {domain: samples[domain] for domain in domains}

@@ -81,7 +81,7 @@ def load(config: TrainConfig, assets: Path = ASSETS) -> Benchmark:
         class_names=tuple(concept["name"] for concept in concepts),
         train=_build_split(parts["train"], concepts, images, RandomAffine()),
         test=_build_split(parts["test"], concepts, images, None),
-        tasks=split_classes(order, config.tasks or DEFAULT_TASKS),
+        tasks=split_classes(order, config.tasks or DEFAULT_TASKS, config.head),
     )
     return benchmark if config.limit_per_class is None else benchmark.limited(config.limit_per_class)
 

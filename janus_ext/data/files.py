@@ -11,7 +11,9 @@ import torch
 from janus_ext.data import check
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.images import Files, ImageSplit, default_workers
+from janus_ext.data.layout import shorten
 from janus_ext.data.listing import Listing, Sample, count
+from janus_ext.data.names import ENDINGS
 from janus_ext.data.tasks import class_order, split_classes
 from janus_ext.errors import DataError
 
@@ -30,6 +32,7 @@ def build(listing: Listing, config: TrainConfig) -> Benchmark:
     if config.check_data:
         check.report(listing)
     _require_sound(listing)
+    _warn_of_unread(listing)
     workers = default_workers(config.device) if config.workers is None else config.workers
     benchmark = assemble(
         listing.name,
@@ -40,7 +43,7 @@ def build(listing: Listing, config: TrainConfig) -> Benchmark:
         config,
     )
     if not config.check_data:
-        check.verify(listing.root, benchmark.train.samples + benchmark.test.samples)
+        check.verify(listing, benchmark.train.samples + benchmark.test.samples)
         if listing.unlike_official():
             LOG.warning("%s is not the official data set: %s", listing.name, "; ".join(listing.unlike_official()))
     return benchmark.decoded() if config.cache_images else benchmark
@@ -56,7 +59,7 @@ def assemble(
 ) -> Benchmark:
     """Class order (of the ids, or drawn from the seed), tasks, and at most --limit-per-class images a class."""
     order = class_order(len(class_names), config.seed[0] if config.shuffle_classes else None)
-    tasks = split_classes(order, config.tasks or default_tasks)
+    tasks = split_classes(order, config.tasks or default_tasks, config.head)
     benchmark = Benchmark(name, tuple(class_names), train, test, tasks)
     return benchmark if config.limit_per_class is None else benchmark.limited(config.limit_per_class)
 
@@ -68,15 +71,24 @@ def _require_sound(listing: Listing) -> None:
         raise DataError(f"--data-dir: {listing.problems[0]}{others}; --check-data lists all")
     for part, samples in (("training", listing.train), ("test", listing.test)):
         counts = count(samples, len(listing.class_names))
-        if 0 in counts:
-            name = listing.class_names[counts.index(0)]
-            message = f"--data-dir: {counts.count(0)} classes have no {part} image, the first is {name}"
+        lacking = [name for name, n in zip(listing.class_names, counts, strict=True) if not n]
+        if lacking:
+            message = f"--data-dir: {len(lacking)} of {len(counts)} classes have no {part} image: {shorten(lacking)}"
             if part == "training":
                 raise DataError(message)
             LOG.warning(message)
 
 
+def _warn_of_unread(listing: Listing) -> None:
+    """Says which files of class folders seem to be images and are left out."""
+    if listing.unread:
+        LOG.warning(
+            "%s: %d files of images are not read, for example %s; convert them to be trained on. %s",
+            *(listing.root, len(listing.unread), listing.unread[0], ENDINGS),
+        )
+
+
 def _split(listing: Listing, samples: Sequence[Sample], workers: int) -> ImageSplit:
     names = [sample.name for sample in samples]
     labels = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
-    return ImageSplit(Files(listing.root), names, labels, names, workers=workers)
+    return ImageSplit(Files(listing.root, listing.upright), names, labels, names, workers=workers)

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.files import build
+from janus_ext.data.layout import VALIDATION_NAMES, find_parts
 from janus_ext.data.listing import Listing, list_parts, require_root, subfolders
+from janus_ext.data.lists import read_lines
 from janus_ext.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,8 +43,11 @@ def load(config: TrainConfig) -> Benchmark:
 def read(config: TrainConfig) -> Listing:
     """Lists the images; DataError if the list or a class folder is not as wanted."""
     root = require_root("imagenet-100", config.data_dir, LAYOUT, PAGE)
-    there = {part: subfolders(root / part) for part in ("train", "val")}
-    classes = choose_classes(config.class_list, there["train"])
+    parts = find_parts(root, VALIDATION_NAMES)  # ImageNet's own test images have no labels
+    if parts is None:
+        raise DataError(f"--data-dir: {root} has no train/ and val/; wanted:\n\n{LAYOUT.rstrip()}")
+    there = {part: subfolders(root / part) for part in parts}
+    classes = choose_classes(config.class_list, there[parts[0]])
     for part, found in there.items():
         lacking = sorted(set(classes) - set(found))
         if lacking:
@@ -50,19 +55,20 @@ def read(config: TrainConfig) -> Listing:
                 f"--data-dir: {root / part} lacks {len(lacking)} of the {CLASSES} class folders, the first is "
                 f"{lacking[0]}; wanted:\n\n{LAYOUT.rstrip()}"
             )
-    train, test, problems = list_parts(root, ("train", "val"), classes)
+    train, test = list_parts(root, parts, classes)
     return Listing(
         name="imagenet-100",
         root=root,
         class_names=tuple(classes),
-        train=train,
-        test=test,
+        train=train.samples,
+        test=test.samples,
         default_tasks=TASKS,
         folders=tuple(f"{part}/{wnid}" for part in there for wnid in classes),
         advice=ADVICE,
-        problems=problems,
+        problems=train.problems + test.problems,
         expected={"val": CLASSES * VALIDATION_IMAGES},
-        found={"train": len(train), "val": len(test)},
+        found={"train": len(train.samples), "val": len(test.samples)},
+        unread=train.unread + test.unread,
     )
 
 
@@ -83,7 +89,7 @@ def choose_classes(class_list: str | None, there: list[str]) -> list[str]:
 def read_class_list(path: Path) -> list[str]:
     """The wnids of a list file in their order; DataError naming the line that is not one, or there before."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"--class-list {path} cannot be read: {reason} (a file, or first100)") from error

@@ -12,13 +12,14 @@ Results on different splits cannot be compared; the split's SHA-256 is in every 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.files import build
+from janus_ext.data.layout import find_parts, shared_classes
 from janus_ext.data.listing import (
     Listing,
     Problem,
@@ -27,9 +28,9 @@ from janus_ext.data.listing import (
     list_parts,
     require_classes,
     require_root,
-    shared_classes,
     subfolders,
 )
+from janus_ext.data.lists import Register, read_yaml
 from janus_ext.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,13 +61,13 @@ def read(config: TrainConfig) -> Listing:
     """Lists the split; DataError if the tree or a yaml file is not as wanted."""
     split = "inflora" if config.split == "auto" else config.split
     root = require_root("imagenet-r", config.data_dir, LAYOUTS[split], PAGE)
-    parts_there = {"train", "test"} <= set(subfolders(root))
-    if parts_there != (split == "folders"):
-        other = "--split folders is for them" if parts_there else "--split inflora is for what there is"
-        has = "train/ and test/" if parts_there else "no train/ and test/"
+    parts = find_parts(root)
+    if bool(parts) != (split == "folders"):
+        other = "--split folders is for them" if parts else "--split inflora is for what there is"
+        has = f"{parts[0]}/ and {parts[1]}/" if parts else "no train/ and test/"
         raise DataError(f"--data-dir: {root} has {has}; {other}; wanted:\n\n{LAYOUTS[split]}")
-    if split == "folders":
-        return _read_folders(root)
+    if parts:
+        return _read_folders(root, parts)
     if split == "coda":
         return _read_coda(root, config.split_files or tuple(root / name for name in YAML_FILES))
     return _read_inflora(root)
@@ -79,6 +80,7 @@ def _listing(
     test: Sequence[Sample],
     problems: Sequence[Problem],
     folders: Sequence[str],
+    unread: Sequence[str] = (),
 ) -> Listing:
     return Listing(
         name="imagenet-r",
@@ -92,6 +94,7 @@ def _listing(
         problems=tuple(problems),
         expected=OFFICIAL,
         found={"train": len(train), "test": len(test)},
+        unread=tuple(unread),
     )
 
 
@@ -99,71 +102,24 @@ def _read_inflora(root: Path) -> Listing:
     """torch's random_split of the files in the order of torchvision's ImageFolder, kept as indices."""
     classes = subfolders(root)
     require_classes(classes, CLASSES, root, LAYOUTS["inflora"])
-    samples, problems = class_samples(root, "", classes)
+    samples, problems, unread = class_samples(root, "", classes)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
     size = int(0.8 * len(samples))
     train, test = ([samples[i] for i in part] for part in (order[:size], order[size:]))
-    return _listing(root, classes, train, test, problems, classes)
+    return _listing(root, classes, train, test, problems, classes, unread)
 
 
-def _read_folders(root: Path) -> Listing:
-    classes = shared_classes(root, "train", "test")
-    require_classes(classes, CLASSES, root / "train", LAYOUTS["folders"])
-    return _listing(root, classes, *list_parts(root, ("train", "test"), classes), ("train", "test"))
+def _read_folders(root: Path, parts: tuple[str, str]) -> Listing:
+    classes = shared_classes(root, *parts)
+    require_classes(classes, CLASSES, root / parts[0], LAYOUTS["folders"])
+    train, test = list_parts(root, parts, classes)
+    problems, unread = train.problems + test.problems, train.unread + test.unread
+    return _listing(root, classes, train.samples, test.samples, problems, parts, unread)
 
 
-# CODA-Prompt's yaml files --------------------------------------------------------------------------------------------
 def _read_coda(root: Path, files: Sequence[Path]) -> Listing:
     """Class ids are those of the files; of their paths only <wnid>/<file> counts, the rest is of other machines."""
-    names: dict[int, str] = {}
-    seen: dict[str, str] = {}
-    problems: list[Problem] = []
-    parts = []
-    for file in files:
-        samples = []
-        for number, (path, label) in enumerate(_read_yaml(file), start=1):
-            where = f"{file.name}, entry {number}"
-            sample, complaint = _entry(path, label, names, seen, where)
-            if sample is None:
-                problems.append(Problem("wrong", where, complaint))
-            else:
-                samples.append(sample)
-        parts.append(samples)
-    if len(names) != CLASSES:
-        raise DataError(f"--split-files: {files[0]} must have {CLASSES} classes, got {len(names)}")
-    classes = [names[label] for label in range(CLASSES)]
-    return _listing(root, classes, *parts, problems, subfolders(root))
-
-
-def _entry(path: Any, label: Any, names: dict[int, str], seen: dict[str, str], where: str) -> tuple[Sample | None, str]:
-    """(sample, "") or (None, complaint); notes the class's name and the image in ``names`` and ``seen``."""
-    steps = PurePosixPath(path).parts if isinstance(path, str) else ()
-    if len(steps) < 2 or ".." in steps[-2:]:
-        return None, f"wanted .../<wnid>/<file>, got {path!r:.80}"
-    if not isinstance(label, int) or not 0 <= label < CLASSES:
-        return None, f"the class id must lie in 0..{CLASSES - 1}, got {label!r:.80}"
-    wnid, name = steps[-2], "/".join(steps[-2:])
-    if names.setdefault(label, wnid) != wnid:
-        return None, f"class {label} is {names[label]} in earlier entries, here {wnid}"
-    if name in seen:
-        return None, f"{name} is in {seen[name]} already"
-    seen[name] = where
-    return Sample(name, label), ""
-
-
-def _read_yaml(file: Path) -> list[tuple[Any, Any]]:
-    """The (path, class id) pairs of a file with the lists "data" and "targets"; no code in it is run."""
-    import yaml
-
-    try:
-        with file.open("rb") as stream:
-            table = yaml.load(stream, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        data, targets = list(table["data"]), list(table["targets"])
-    except OSError as error:
-        raise DataError(f"--split coda: {file} cannot be read: {error.strerror}; name it with --split-files") from error
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"--split coda: {file} is no yaml with the lists 'data' and 'targets': {reason}") from error
-    if len(data) != len(targets):
-        raise DataError(f"--split coda: {file} has {len(data)} entries in 'data' and {len(targets)} in 'targets'")
-    return list(zip(data, targets, strict=True))
+    register = Register(CLASSES, steps=2)
+    train, test = ([sample for entry in read_yaml(file) if (sample := register.add(*entry))] for file in files)
+    classes = register.class_names(f"--split-files: {files[0].name} and {files[1].name}")
+    return _listing(root, classes, train, test, register.problems, subfolders(root))

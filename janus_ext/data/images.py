@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from janus_ext.backbone import prepare_torchvision
 from janus_ext.data.benchmark import Split
+from janus_ext.data.workers import Workers, sendable
 from janus_ext.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
@@ -30,20 +31,21 @@ if TYPE_CHECKING:
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I")
 MOST_WORKERS = 16  # each reads more than 250 photographs a second: together more than a large GPU takes
 CHUNK = 16  # images a worker reads at a time: all workers begin on the first batch, which then comes sooner
-LOOKAHEAD = 256  # images read ahead (at least two batches): 37 MiB at 224 pixels, many containers share but 64
+LOOKAHEAD = 256  # images read ahead (at least two batches) if there is room for them: 37 MiB at 224 pixels
 
 
 # decoding ------------------------------------------------------------------------------------------------------------
-def read_image(path: str | Path) -> Image:
+def read_image(path: str | Path, upright: bool = False) -> Image:
     """The image file at ``path`` in RGB; DataError with the path if it is missing, empty, truncated or no image.
 
-    The orientation that a camera noted is not applied: the published protocols do not.
+    ``upright`` applies the orientation that a camera noted in EXIF. The published protocols do not, so it is for
+    images of one's own. Of an animation the first picture is taken.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return to_rgb(image)
+            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
     except Exception as error:  # Pillow's decoders raise what they meet: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read: {_reason(path, error)}") from error
 
@@ -118,13 +120,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """Image files below ``root``; keys are paths relative to it."""
+    """Image files below ``root``; keys are paths relative to it. ``upright`` as in :func:`read_image`."""
 
     root: Path
+    upright: bool = False
 
     def open(self, key: str) -> Image:
         """Reads and decodes; DataError with the path."""
-        return read_image(self.root / key)
+        return read_image(self.root / key, self.upright)
 
 
 @dataclass(frozen=True)
@@ -146,15 +149,15 @@ Request = list[tuple[Any, int | None]]
 
 
 class Reader(Dataset):
-    """What a worker does with a request: uint8 [b, 3, size, size], or in words what stopped it."""
+    """What a worker does with a request: uint8 [b, 3, size, size], tensor or array, or in words what stopped it."""
 
     def __init__(self, source: Source, view: View) -> None:
         self.source = source
         self.view = view
 
-    def __getitem__(self, request: Request) -> Tensor | str:
+    def __getitem__(self, request: Request) -> Tensor | np.ndarray | str:
         try:
-            return torch.stack([self.read(key, seed) for key, seed in request])
+            return sendable(torch.stack([self.read(key, seed) for key, seed in request]))
         except DataError as error:
             return str(error)  # raised in a worker, its one line would arrive as a page of tracebacks
 
@@ -166,19 +169,6 @@ class Reader(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return transform(self.view, True)(image)
-
-
-class Requests:
-    """The requests of the pass in progress: a sampler that a loader with lasting workers reads anew for each pass."""
-
-    def __init__(self) -> None:
-        self.current: Sequence[Request] = ()
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self.current)
-
-    def __len__(self) -> int:
-        return len(self.current)
 
 
 class ImageSplit(Split):
@@ -206,8 +196,7 @@ class ImageSplit(Split):
         self.view = view or View()
         self.workers = workers
         self._reader = Reader(source, self.view)
-        self._requests = Requests()
-        self._loader: DataLoader | None = None
+        self._workers = Workers(self._reader, workers)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self._reader.read(self.keys[index], None), self.labels[index]
@@ -219,11 +208,10 @@ class ImageSplit(Split):
         requests = [self._request(indices, generator) for indices in batches]
         chunks = self._read(
             [request[i : i + CHUNK] for request in requests for i in range(0, len(request), CHUNK)],
-            lookahead=max(LOOKAHEAD, 2 * max(map(len, requests), default=0)),
+            ahead=-(-max(LOOKAHEAD, 2 * max(map(len, requests), default=0)) // CHUNK),
         )
         for indices in batches:
-            images = self._join([next(chunks) for _ in range(0, len(indices), CHUNK)])
-            yield images, self.labels[indices]
+            yield self._gather(chunks, len(indices)), self.labels[indices]
 
     def take(self, indices: Tensor) -> ImageSplit:
         rows = indices.tolist()
@@ -256,47 +244,27 @@ class ImageSplit(Split):
         seeds = torch.randint(2**62, (len(keys),), generator=generator).tolist()
         return list(zip(keys, seeds, strict=True))
 
-    def _join(self, chunks: Sequence[Tensor | str]) -> Tensor:
-        """One batch of ``chunks``, in memory that a GPU can fetch from by itself; DataError if one is a complaint."""
-        for chunk in chunks:
+    def _gather(self, chunks: Iterator[Tensor | np.ndarray | str], count: int) -> Tensor:
+        """One batch, in memory that a GPU can fetch from by itself; DataError if a chunk is a complaint.
+
+        Each chunk is copied as it comes, which frees its place in the workers' memory.
+        """
+        shape = (count, 3, self.view.size, self.view.size)
+        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
+        for start in range(0, count, CHUNK):
+            chunk = next(chunks)
             if isinstance(chunk, str):
                 raise DataError(chunk)
-        shape = (sum(map(len, chunks)), 3, self.view.size, self.view.size)
-        batch = torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_initialized())
-        return torch.cat(chunks, out=batch) if chunks else batch
+            batch[start : start + CHUNK] = torch.as_tensor(chunk)
+        return batch
 
-    def _read(self, requests: Sequence[Request], lookahead: int) -> Iterator[Tensor | str]:
+    def _read(self, requests: Sequence[Request], ahead: int) -> Iterator[Tensor | np.ndarray | str]:
         """What the reader makes of ``requests``, in order; RuntimeError if a later pass has the workers by then."""
         if not self.workers:
-            yield from (self._reader[request] for request in requests)
-            return
-        self._requests.current = requests
-        chunks = iter(self._lasting_loader(lookahead))
-        for _ in requests:
-            if self._requests.current is not requests:
-                raise RuntimeError("another pass over this split began before this one had ended")
-            try:
-                chunk = next(chunks)
-            except RuntimeError as error:  # killed: out of memory, or of shared memory in a container
-                reason = " ".join(str(error).split())
-                raise DataError(f"a worker process ended: {reason}; fewer --workers need less memory") from error
-            yield chunk
-
-    def _lasting_loader(self, lookahead: int) -> DataLoader:
-        """The loader of all passes: starting processes for each would cost more than a small epoch."""
-        if self._loader is None:
-            for training in (False, True):
-                transform(self.view, training)  # imports torchvision here, once, and not in every forked worker
-            self._loader = DataLoader(
-                self._reader,
-                sampler=self._requests,
-                batch_size=None,  # requests come out as they are
-                num_workers=self.workers,
-                persistent_workers=True,
-                prefetch_factor=-(-lookahead // (CHUNK * self.workers)),  # rounded up
-                generator=torch.Generator(),  # or each pass would draw from the global one
-            )
-        return self._loader
+            return (self._reader[request] for request in requests)
+        for training in (False, True):
+            transform(self.view, training)  # imports torchvision here, once, and not in every forked worker
+        return self._workers.read(requests, ahead, CHUNK * 3 * self.view.size**2)
 
 
 def default_workers(device: str) -> int:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from janus_ext.data.names import ENDINGS, is_clutter, is_image, is_other_image, to_bytes
 from janus_ext.errors import DataError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
 
 
 class Sample(NamedTuple):
@@ -36,7 +35,9 @@ class Listing:
     """A data set as its folders and lists describe it.
 
     ``expected`` holds the official number of images per part, ``found`` the listed one, under the same keys;
-    ``folders`` are those in which every image should be listed; ``advice`` ends every report about broken files.
+    ``folders`` are those in which every image should be listed; ``advice`` ends every report about broken files;
+    ``unread`` are image files in class folders whose ending does not count; ``upright`` applies the orientation that
+    a camera noted.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Listing:
     problems: tuple[Problem, ...] = ()
     expected: Mapping[str, int] = field(default_factory=dict)
     found: Mapping[str, int] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    upright: bool = False
 
     def unlike_official(self) -> list[str]:
         """One phrase per part whose number of images is not the official one."""
@@ -69,16 +72,16 @@ def require_root(benchmark: str, data_dir: Path | None, layout: str, page: str) 
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Sorted names of the folders in ``folder``, hidden ones left out (editors and notebooks leave them behind)."""
+    """Sorted names of the folders in ``folder``, without clutter (which editors, notebooks and archives leave)."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            return sorted((e.name for e in entries if e.is_dir() and not is_clutter(e.name)), key=to_bytes)
     except OSError as error:
         raise DataError(f"--data-dir: {folder} cannot be read: {error.strerror}") from error
 
 
 def files_below(root: Path, folder: str) -> list[str]:
-    """Sorted paths, relative to ``root``, of all files below ``root / folder``; links to folders are followed.
+    """Sorted paths, relative to ``root``, of all files below ``root / folder`` but clutter; links are followed.
 
     DataError names a folder that cannot be read and a link to a folder that it lies in.
     """
@@ -88,7 +91,7 @@ def files_below(root: Path, folder: str) -> list[str]:
         found = list(_walk(start, above))
     except OSError as error:
         raise DataError(f"--data-dir: {error.filename} cannot be read: {error.strerror}") from error
-    found.sort(key=os.path.split)  # folder by folder, as torchvision's ImageFolder sorts
+    found.sort(key=lambda path: os.path.split(to_bytes(path)))  # folder by folder, as torchvision's ImageFolder sorts
     skipped = len(os.path.join(root, ""))
     return [path[skipped:].replace(os.sep, "/") for path in found]
 
@@ -106,6 +109,8 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
         raise DataError(f"--data-dir: {folder} is a symbolic link to a folder it lies in; remove the link")
     with os.scandir(folder) as entries:
         for entry in entries:
+            if is_clutter(entry.name):
+                continue
             if entry.is_symlink() and not os.path.exists(entry.path):
                 yield entry.path  # a link to nothing or to itself: missing, which the check of the images reports
             elif entry.is_dir():
@@ -114,41 +119,34 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
                 yield entry.path
 
 
-def is_image(name: str) -> bool:
-    """True for the file names that count as images."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
+class Found(NamedTuple):
+    """What class folders hold: images, problems, and images whose ending does not count."""
+
+    samples: tuple[Sample, ...]
+    problems: tuple[Problem, ...]
+    unread: tuple[str, ...]
 
 
-def class_samples(root: Path, part: str, classes: Sequence[str]) -> tuple[list[Sample], list[Problem]]:
+def class_samples(root: Path, part: str, classes: Sequence[str]) -> Found:
     """Images of the class folders ``root / part / <class>``, labelled by position, and a problem per empty class."""
     samples: list[Sample] = []
-    problems = []
+    problems, unread = [], []
     for label, name in enumerate(classes):
         folder = f"{part}/{name}" if part else name
-        images = [Sample(path, label) for path in files_below(root, folder) if is_image(path)]
+        files = files_below(root, folder)
+        images = [Sample(path, label) for path in files if is_image(path)]
+        others = [path for path in files if is_other_image(path)]
         if not images:
-            problems.append(Problem("without images", folder, "a class folder has at least one"))
+            detail = f"its {len(others)} files like {others[0]} are not read. {ENDINGS}" if others else ""
+            problems.append(Problem("without images", folder, detail or "a class folder has at least one"))
         samples += images
-    return samples, problems
+        unread += others
+    return Found(tuple(samples), tuple(problems), tuple(unread))
 
 
-def shared_classes(root: Path, first: str, second: str) -> list[str]:
-    """The class folders of ``root / first``; DataError unless ``root / second`` has the same ones."""
-    classes = subfolders(root / first)
-    others = sorted(set(classes) ^ set(subfolders(root / second)))
-    if others or not classes:
-        lonely = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        found = f"only one of them has {lonely}" if others else "they have none"
-        raise DataError(f"--data-dir: {root / first} and {root / second} must have the same class folders; {found}")
-    return classes
-
-
-def list_parts(
-    root: Path, parts: tuple[str, str], classes: Sequence[str]
-) -> tuple[tuple[Sample, ...], tuple[Sample, ...], tuple[Problem, ...]]:
-    """(training samples, test samples, problems) of the class folders in the two folders ``parts`` of ``root``."""
-    (train, lacks), (test, lacks_too) = (class_samples(root, part, classes) for part in parts)
-    return tuple(train), tuple(test), (*lacks, *lacks_too)
+def list_parts(root: Path, parts: tuple[str, str], classes: Sequence[str]) -> tuple[Found, Found]:
+    """The training and the test images of the class folders in the two folders ``parts`` of ``root``."""
+    return class_samples(root, parts[0], classes), class_samples(root, parts[1], classes)
 
 
 def count(samples: Iterable[Sample], classes: int) -> list[int]:

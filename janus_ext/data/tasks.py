@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from janus_ext.errors import ArgumentError
+from janus_ext.data.names import to_bytes
+from janus_ext.errors import ArgumentError, DataError
+
+LINEAR = ("auto", "linear")  # heads that learn a task by telling its classes apart
 
 
 def class_order(classes: int, seed: int | None = None) -> tuple[int, ...]:
@@ -18,10 +21,28 @@ def class_order(classes: int, seed: int | None = None) -> tuple[int, ...]:
     return tuple(sorted(range(classes), key=lambda c: hashlib.sha256(f"{seed}/{c}".encode()).digest()))
 
 
-def split_classes(order: Sequence[int], tasks: int) -> tuple[tuple[int, ...], ...]:
-    """Cuts ``order`` into ``tasks`` consecutive groups whose sizes differ by one at most, the larger ones first."""
+def default_tasks(classes: int, most: int) -> int:
+    """Number of tasks where nobody says one: ``most``, or fewer so that each has two classes at least."""
+    return max(1, min(most, classes // 2))
+
+
+def split_classes(order: Sequence[int], tasks: int, head: str = "linear") -> tuple[tuple[int, ...], ...]:
+    """Cuts ``order`` into ``tasks`` consecutive groups whose sizes differ by one at most, the larger ones first.
+
+    Raises:
+        DataError: there are fewer than two classes.
+        ArgumentError: there are fewer classes than tasks, or a linear ``head`` would get a task of one class: its
+            cross entropy is 0, so nothing would be learned.
+    """
+    if len(order) < 2:
+        raise DataError(f"a benchmark needs at least two classes, got {len(order)}")
     if not 1 <= tasks <= len(order):
         raise ArgumentError(f"--tasks must lie in 1..{len(order)} (the number of classes), got {tasks}")
+    if 2 * tasks > len(order) and head in LINEAR:
+        raise ArgumentError(
+            f"--tasks {tasks} of {len(order)} classes makes tasks of one class, from which linear heads learn nothing; "
+            f"--tasks 1 to {len(order) // 2} fit, or --head ncm"
+        )
     size, larger = divmod(len(order), tasks)
     starts = [t * size + min(t, larger) for t in range(tasks + 1)]
     return tuple(tuple(order[a:b]) for a, b in zip(starts, starts[1:], strict=False))
@@ -31,7 +52,7 @@ def split_sha256(train: Iterable[str], test: Iterable[str], tasks: Sequence[Sequ
     """SHA-256 (hex) of a split: names of the training and test samples in any order, and the classes of each task."""
     digest = hashlib.sha256()
     for part, samples in (("train", train), ("test", test)):
-        digest.update("".join(f"{part} {sample}\n" for sample in sorted(samples)).encode())
+        digest.update(to_bytes("".join(f"{part} {sample}\n" for sample in sorted(samples, key=to_bytes))))
     for index, classes in enumerate(tasks):
         digest.update(f"task {index} {' '.join(map(str, classes))}\n".encode())
     return digest.hexdigest()

@@ -1,0 +1,138 @@
+"""Worker processes that read: requests go out in order, what they read comes back in order, and no wait is endless.
+
+What was read comes back in shared memory (/dev/shm), of which a container often has no more than 64 MiB: the
+look-ahead is bounded by what is free there, and what finds no room comes through a worker's pipe, a little slower.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from janus_ext.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LOG = logging.getLogger("janus_ext")
+PATIENCE = 600  # seconds without any answer of the workers after which the run ends: longer than any disk thinks
+SHARED_MEMORY = "/dev/shm"
+
+
+def sendable(tensor: Tensor) -> Tensor | np.ndarray:
+    """``tensor`` as a worker should return it: in shared memory, or as an array if there is no room, for the pipe.
+
+    The loader itself would find out in a thread of the worker, which could tell nobody, and wait for ever.
+    """
+    if get_worker_info() is None:
+        return tensor
+    try:
+        return tensor.share_memory_()
+    except RuntimeError:  # no space there, no such file system, or no file handle left
+        return tensor.numpy()
+
+
+class Requests:
+    """The requests of the pass in progress: a sampler that a loader with lasting workers reads anew for each pass."""
+
+    def __init__(self) -> None:
+        self.current: Sequence[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.current)
+
+    def __len__(self) -> int:
+        return len(self.current)
+
+
+class Workers:
+    """``count`` processes that start with the first pass over requests and live as long as this object."""
+
+    def __init__(self, reader: Dataset, count: int) -> None:
+        self.reader = reader
+        self.count = count
+        self._requests = Requests()
+        self._loader: DataLoader | None = None
+
+    def read(self, requests: Sequence[Any], ahead: int, size: int) -> Iterator[Any]:
+        """What the reader makes of ``requests``, in order, ``ahead`` of them at once, of ``size`` bytes each.
+
+        Raises:
+            DataError: a worker has died, or nothing came for PATIENCE seconds.
+            RuntimeError: a later pass has the workers by now.
+        """
+        self._requests.current = requests
+        with naming_lost_workers(OSError, EOFError):
+            answers = iter(self._lasting_loader(ahead, size))
+        for _ in requests:
+            if self._requests.current is not requests:
+                raise RuntimeError("another pass over this split began before this one had ended")
+            with naming_lost_workers(OSError, EOFError):
+                answer = next(answers)
+            yield answer
+
+    def _lasting_loader(self, ahead: int, size: int) -> DataLoader:
+        """The loader of all passes: starting processes for each would cost more than a small epoch."""
+        if self._loader is None:
+            self._loader = DataLoader(
+                self.reader,
+                sampler=self._requests,
+                batch_size=None,  # requests come out as they are
+                collate_fn=_unchanged,  # the default makes tensors of arrays
+                num_workers=self.count,
+                persistent_workers=True,
+                prefetch_factor=self._each_ahead(ahead, size),
+                timeout=PATIENCE,
+                generator=torch.Generator(),  # or each pass would draw from the global one
+            )
+        return self._loader
+
+    def _each_ahead(self, ahead: int, size: int) -> int:
+        """Requests that each worker has at once: all together take half of the shared memory at most."""
+        room = int(free_shared_memory() / 2 // max(1, size))
+        if room < self.count:
+            LOG.warning(
+                "%s has %.0f MiB free, too little for --workers %d: images come through pipes, which may be "
+                "slower (docker run --shm-size 1g gives more)",
+                *(SHARED_MEMORY, free_shared_memory() / 2**20, self.count),
+            )
+        return max(1, min(-(-ahead // self.count), room // self.count))
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
+
+
+def free_shared_memory() -> float:
+    """Bytes that are free for what processes share; infinite on systems that do not say."""
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return float("inf")
+    return float(status.f_bavail * status.f_frsize)
+
+
+@contextmanager
+def naming_lost_workers(*others: type[Exception]) -> Iterator[None]:
+    """Turns what the loader raises about its workers into one line; errors of the types ``others`` are about them, too.
+
+    The death of one is raised wherever the program is at that moment, so whoever computes between two batches should
+    do it within this.
+    """
+    try:
+        yield
+    except (RuntimeError, *others) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "DataLoader timed out" in reason:
+            message = f"no image came from the worker processes in {PATIENCE} s: is the disk of the images still there?"
+            raise DataError(f"{message} --workers 0 reads without such processes") from error
+        if "DataLoader worker (pid" in reason or isinstance(error, others):
+            raise DataError(f"a worker process ended: {reason}; fewer --workers need less memory, 0 none") from error
+        raise
