@@ -383,3 +383,18 @@ def test_a_model_without_a_class_token_gives_what_it_pools():
 def test_models_of_another_kind_are_refused():
     with pytest.raises(ArgumentError, match="attention blocks with a fused `qkv`"):
         inject(make("test_resnet", num_classes=0), rank=2)
+
+
+@pytest.mark.parametrize("name", ["nest_tiny", "swinv2_cr_tiny_ns_224", "swin_tiny_patch4_window7_224"])
+def test_a_backbone_has_no_dropout_of_any_kind(name: str) -> None:
+    """By default these have stochastic depth, or dropout in the network of their positions."""
+    model = load_backbone(name, "none").train()
+    rates = [getattr(m, rate, 0.0) for m in model.modules() for rate in ("p", "drop_prob", "prob")]
+    assert len(rates) > 0 and not any(rates)
+
+
+def test_training_mode_draws_nothing() -> None:
+    model = load_backbone("swin_tiny_patch4_window7_224", "none").train()
+    image = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(image), model.forward_features(image))

@@ -51,6 +51,7 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
     and all that timm reads) and to be finite.
 
     ``image_size`` is the side of the images in pixels, by default what the weights were trained with.
+    Dropout and stochastic depth are off, whatever the network's default.
     The result carries ``input_mean``, ``input_std`` (3 numbers each) and ``input_size`` (pixels).
 
     Raises:
@@ -207,9 +208,28 @@ def _load_npz(source: Source, file: WeightFile, options: dict[str, Any]) -> nn.M
 
 
 def _describe(model: nn.Module, mean: Any, std: Any, size: int) -> nn.Module:
-    """Attaches what images must look like: colour statistics and side length."""
+    """Attaches what images must look like, colour statistics and side length; dropout is switched off."""
+    _without_dropout(model)
     model.input_mean, model.input_std, model.input_size = tuple(mean), tuple(std), int(size)
     return model
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """No dropout and no stochastic depth, which some of timm's networks have by default (Swin 0.1, Nest 0.5).
+
+    The published protocols train without; and what a layer's estimator observes in training should be what it gets.
+    """
+    from timm.layers import DropPath, PatchDropout
+
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
+        elif isinstance(module, PatchDropout):
+            module.prob = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
 
 
 def _first(size: int | list[int] | tuple[int, ...]) -> int:
