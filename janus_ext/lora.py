@@ -21,8 +21,9 @@ RECTIFY_IN = ("backward", "step")
 ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half precision's of a few columns even
 WORKING_DTYPES = (torch.float32, torch.float64)  # of factors and bases
 HALF_WEIGHTS = (
-    "merge() into weights in half precision rounds them, and the update with them: it reaches protected inputs by 4e-3 "
-    "to 6e-2 of itself instead of 1e-7; merge(master=True) keeps float32 weights, so does a float32 model with autocast"
+    "merge() into weights in half precision rounds them, and the update with them: 4e-3 of it (bfloat16; 5e-4: float16) "
+    "and more, the smaller it is beside W, reaches protected inputs; merge(master=True) keeps float32 weights, so does a "
+    "float32 model with autocast"
 )
 
 
@@ -126,8 +127,9 @@ class LoRALayer(nn.Module):
     def merge(self, master: bool = False) -> Tensor:
         """W <- W + s B A_s, computed in float64 and rounded once; fresh factors in place.
 
-        A W in half precision is rounded to 3 or 4 digits, and so is the update: it then reaches protected inputs by
-        4e-3 to 6e-2 of itself, where float32 keeps 1e-7. This is said once, as a warning.
+        A W in half precision is rounded to 3 or 4 digits, and the update with it: of one a third as large as W 4e-3
+        then reach protected inputs in bfloat16, of one of a hundredth 0.12 (float32: 6e-8 and 2e-6;
+        benchmarks/half_precision.py). This is said once, as a warning.
 
         Args:
             master: make float32 master weights of a W (and b) in half precision first: from now on the layer keeps and
