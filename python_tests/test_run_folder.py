@@ -78,8 +78,11 @@ def test_a_folder_in_use_is_refused_until_it_is_free(tmp_path):
 def test_processes_that_a_run_started_do_not_keep_its_folder(tmp_path):
     """The workers of a run that was killed live on for seconds."""
     with opened(tmp_path):
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        fork = multiprocessing.get_context("fork")
+        started = fork.Event()
+        child = fork.Process(target=lambda: (started.set(), time.sleep(60)))
         child.start()
+        assert started.wait(60)  # on a busy machine a child may come to itself late
         with pytest.raises(ArgumentError, match="in use"), opened(tmp_path):
             pass  # starting it has not freed the folder either
     with opened(tmp_path, begin=False):
