@@ -48,6 +48,7 @@ def choose_folder(config: TrainConfig) -> Path:
     """
     several = len(config.seed) > 1
     if config.output is not None:
+        _require_text(config.output)
         whole = config.output / ("summary.json" if several else "results.json")
         if is_finished(config.output, several) and not (config.resume and whole.exists()):
             raise ArgumentError(f"{config.output} holds a finished run; {OTHER}")
@@ -63,6 +64,14 @@ def choose_folder(config: TrainConfig) -> Path:
             break
         folder = following
     return folder
+
+
+def _require_text(folder: Path) -> None:
+    """Refuses a name of bytes that are no UTF-8: safetensors would write there and could not read it again."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"--output {str(folder)!a} is no valid text; choose another name") from error
 
 
 def is_finished(folder: Path, several: bool = False) -> bool:

@@ -176,7 +176,21 @@ def test_names_that_are_no_text_are_names(odd_tree, weights, tmp_path, capsys):
 def test_a_data_folder_whose_name_is_no_text(tree, tmp_path, weights):
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9")
     os.rename(tree, odd)
+    (Path(odd) / name_of(1) / "x.heic").write_bytes(b"x")
     settings = f"--backbone emoji --weights {weights} --epochs 1 --tasks 2 --workers 0 --no-plots --amp off"
-    output = os.path.join(odd, "..", os.fsdecode(b"run\xe9"))
-    assert train.main(["--benchmark", "folder", "--data-dir", odd, "--output", output, *settings.split()]) == 0
-    assert json.loads(Path(output, "config.json").read_text())["data_dir"] == odd
+    output = tmp_path / "run"
+    flags = ["--benchmark", "folder", "--data-dir", odd, *settings.split(), "--output"]
+    assert train.main([*flags, str(output)]) == 0
+    assert json.loads((output / "config.json").read_text())["data_dir"] == odd
+
+
+def test_a_run_folder_whose_name_is_no_text_is_refused_before_anything_is_written(tmp_path, capsys):
+    assert train.main(["--output", os.fsdecode(os.fsencode(tmp_path) + b"/run\xe9")]) == 2
+    assert "run\\udce9' is no valid text; choose another name" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_log_takes_any_name(tmp_path):
+    with train.logging_to(tmp_path / "log.txt"):
+        train.LOG.info("caf\udce9")
+    assert "caf\\udce9" in (tmp_path / "log.txt").read_text()
