@@ -21,8 +21,8 @@ RECTIFY_IN = ("backward", "step")
 ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half precision's of a few columns even
 WORKING_DTYPES = (torch.float32, torch.float64)  # of factors and bases
 HALF_WEIGHTS = (
-    "merge() into weights in half precision rounds them, and the update with them: 4e-3 of it (bfloat16; 5e-4: float16) "
-    "and more, the smaller it is beside W, reaches protected inputs; merge(master=True) keeps float32 weights, so does a "
+    "merge() into weights in half precision rounds them, and the update with them: 4e-3 of it (float16 5e-4) and more, "
+    "the smaller it is beside W, reaches protected inputs; merge(master=True) keeps float32 weights, and so does a "
     "float32 model with autocast"
 )
 

@@ -17,11 +17,11 @@ class Overflowing(KeepingTrainer):
 
     bad = frozenset({1, 2, 9, 16})
     factor = "B"
-    steps = 0
+    taken = 0
 
     def _step(self, images: Tensor, targets: Tensor, optimizer: Any, scaler: Any) -> Step:
-        self.steps += 1
-        if self.steps not in self.bad:
+        self.taken += 1
+        if self.taken not in self.bad:
             return super()._step(images, targets, optimizer, scaler)
         factor = getattr(self.method.layers["blocks.0.attn.qkv"], self.factor)
         hook = factor.register_hook(lambda grad: torch.full_like(grad, float("inf")))
@@ -49,7 +49,7 @@ def test_a_step_with_an_infinite_gradient_is_left_out(patterns, weights, tmp_pat
     trainer = make_trainer(patterns, weights, tmp_path / "run", Overflowing, **changes)
     trainer.factor = factor
     trainer.run()
-    assert trainer.steps == 18
+    assert trainer.taken == 18
     assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
     if mode == "exact":
         assert_protected_inputs_are_left_alone(trainer, tasks=3)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_trainer, weights_of, without_time
 
-from janus_ext import checkpoint, plots, report, run_folder, train
+from janus_ext import checkpoint, plots, run_folder, train
 from janus_ext import trainer as trainer_module
 from janus_ext.config import TrainConfig
 from janus_ext.errors import CheckpointError
@@ -241,20 +241,6 @@ def test_a_model_of_an_earlier_version_is_refused(cut_off, capsys):
         checkpoint.write_tensors(path, tensors, kept | change)
         assert train.main(call) == 2
         assert "written by an earlier version" in capsys.readouterr().err
-
-
-def test_a_run_begun_before_roundings_were_measured_goes_on(cut_off):
-    call, folder = cut_off
-    path = folder / "checkpoints" / "model.safetensors"
-    tensors, about = checkpoint.read_tensors(path)
-    results = json.loads(about["results"])
-    assert all(results.pop("violation_rounding_per_layer")[1:])
-    checkpoint.write_tensors(path, tensors, about | {"results": json.dumps(results)})
-    assert train.main(call) == 0
-    results = json.loads((folder / "results.json").read_text())
-    known = [bool(rounding) for rounding in results["violation_rounding_per_layer"]]
-    assert known == [False, False, True, True]
-    assert report.violations_rounded(results)[:2] == [False, False]
 
 
 def test_an_interrupt_is_one_line_that_tells_how_to_go_on(weights, tmp_path, monkeypatch, capsys):
