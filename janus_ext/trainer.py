@@ -134,7 +134,7 @@ class Trainer:
         """Learns every task that is left, evaluating after each; returns what ``results.json`` holds."""
         make_folder(self.folder / "checkpoints")
         done = len(self.matrix)
-        bar = make_bar(self.steps(len(self.benchmark.tasks)), self.steps(done))
+        bar = make_bar(self.step_count(len(self.benchmark.tasks)), self.step_count(done))
         scalars = self.folder / "tensorboard" if self.config.tensorboard else None
         with bar, events.writing(scalars, done * self.config.epochs) as self.write, compiling(), repeatable():
             progress = Progress(bar, len(self.benchmark.tasks), self.config.epochs)
@@ -324,7 +324,7 @@ class Trainer:
             outputs = self.positions[labels]
             yield images.to(self.device, non_blocking=True), outputs.to(self.device, non_blocking=True)
 
-    def steps(self, tasks: int) -> int:
+    def step_count(self, tasks: int) -> int:
         """Number of steps in the first ``tasks`` tasks."""
         return self.config.epochs * sum(-(-len(rows) // self.config.batch_size) for rows in self.train_rows[:tasks])
 
