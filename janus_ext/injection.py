@@ -7,7 +7,8 @@ from torch import nn
 from janus_ext import ops
 from janus_ext.errors import ArgumentError
 from janus_ext.families import attention_layers, folded_qkv, freeze, fused_attention, left_out, replace_qkv
-from janus_ext.lora import LoRAQKV, check_linear, check_rank
+from janus_ext.lora import LoRAQKV
+from janus_ext.lora_arguments import check_linear, check_rank
 
 
 class Injection(dict[str, LoRAQKV]):

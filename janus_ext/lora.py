@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext import ops
-from janus_ext.arguments import check_integer, check_number
 from janus_ext.errors import ArgumentError, TaskBoundaryError
+from janus_ext.lora_arguments import check_linear, check_rank, check_rectification
 
 RECTIFY_IN = ("backward", "step")
 ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half precision's of a few columns even
@@ -142,7 +142,7 @@ class LoRALayer(nn.Module):
             if master:
                 self.linear.float()
             else:
-                warnings.warn(HALF_WEIGHTS, stacklevel=2)
+                warnings.warn(HALF_WEIGHTS, stacklevel=3)  # behind no_grad
         delta = self._delta64()
         change = torch.empty_like(delta)
         updates = zip(delta.view(-1, *delta.shape[-2:]), change.view(-1, *delta.shape[-2:]), strict=True)
@@ -306,49 +306,6 @@ def _orthonormal(basis: Tensor, dtype: torch.dtype) -> Tensor:
     return U @ Vh
 
 
-def check_rectification(who: str, scale: float, rectify: str, damping: float, share: float) -> None:
-    """The ops' own check of these options, early: ArgumentError where a module is made, not in its first forward."""
-    wanted = {"scale": "finite and not zero", "damping": "positive and finite", "share": "in [0, 1]"}
-    for (name, meaning), value in zip(wanted.items(), (scale, damping, share), strict=True):
-        check_number(f"{who}: {name}", value, lambda _: True, meaning)
-    try:
-        ops.check_rectify(who, scale, rectify, damping, share)
-    except ValueError as error:
-        raise ArgumentError(str(error)) from error
-
-
-def check_linear(who: str, linear: object) -> None:
-    """ArgumentError unless `linear` is an nn.Linear that computes x W^T + b from parameters of its own, and no more."""
-    found = type(linear).__name__
-    if isinstance(linear, nn.Linear):
-        found = f"a {found} " + _oddity(linear)
-        if not _oddity(linear):
-            return
-    raise ArgumentError(f"{who}: linear must be a plain nn.Linear, got {found}")
-
-
-def _oddity(linear: nn.Linear) -> str:
-    """What makes an nn.Linear more than x W^T + b: an adapter around its weight would compute something else."""
-    weight = linear._parameters.get("weight")
-    if weight is None or weight is not linear.weight:
-        return "whose weight is computed from other parameters"
-    if isinstance(weight, nn.UninitializedParameter):
-        return "that has no weight before its first forward pass"
-    if not weight.is_floating_point():
-        return f"with a weight in {str(weight.dtype).removeprefix('torch.')}"
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-        return "with a forward of its own"
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
-        return "with hooks, which would not be called"
-    return ""
-
-
-def check_rank(linear: nn.Linear, rank: object) -> None:
-    """ArgumentError unless factors of this rank fit the layer."""
-    room = min(linear.in_features, linear.out_features)
-    check_integer("rank", rank, lambda r: 1 <= r <= room, f"from 1 to min(m, n) = {room}")
-
-
 class LoRALinear(LoRALayer):
     """An nn.Linear with LoRA factors A [r, n] and B [m, r], rectified: any training loop, any optimizer.
 
@@ -382,7 +339,9 @@ class LoRALinear(LoRALayer):
         super().__init__(linear, *shapes, scale, rectify, rectify_in, damping, share, balance)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-        return ops.lora_linear_effective(x, weight, bias, self.A, self.B, **options)
+        ops.check_differentiation("lora_linear", x, weight, bias, self.A, self.B)
+        y, _, effective = torch.ops.janus_ext.lora_linear(x, weight, bias, self.A, self.B, **options)
+        return y, effective
 
     def target_weights(self) -> list[Tensor]:
         return [self.linear.weight.data]
@@ -427,7 +386,10 @@ class LoRAQKV(LoRALayer):
         self.targets = tuple(targets)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-        return ops.lora_qkv_effective(x, weight, bias, self.A, self.B, targets=self.targets, **options)
+        ops.check_differentiation("lora_qkv", x, weight, bias, self.A, self.B)
+        targets = [ops.TARGETS.index(target) for target in self.targets]
+        y, _, effective = torch.ops.janus_ext.lora_qkv(x, weight, bias, self.A, self.B, targets=targets, **options)
+        return y, effective
 
     def target_weights(self) -> list[Tensor]:
         starts = [ops.TARGETS.index(t) * self.width for t in self.targets]

@@ -42,8 +42,8 @@ def _learning(trainer: Trainer) -> str:
     each = f"{min(sizes)}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
     return (
         f"{config.optimizer}, rate {config.lr:g}, of the heads {config.head_lr:g}, {config.schedule}; "
-        f"{_count(config.epochs, 'epoch')}, batches of {config.batch_size}, {_count(trainer.step_count(tasks), 'step')}; "
-        f"{_count(tasks, 'task')} x {each} classes, "
+        f"{_count(config.epochs, 'epoch')}, batches of {config.batch_size}, "
+        f"{_count(trainer.step_count(tasks), 'step')}; {_count(tasks, 'task')} x {each} classes, "
         f"{len(benchmark.train):,} training and {len(benchmark.test):,} test images"
     )
 

@@ -25,6 +25,7 @@ __all__ = [
     "SHARE",
     "TARGETS",
     "autocast",
+    "check_differentiation",
     "check_rectify",
     "extend_basis",
     "extend_basis_factor",
@@ -253,28 +254,9 @@ def lora_linear(
     Returns:
         [..., m], x's dtype.
     """
-    return lora_linear_effective(x, weight, bias, A, B, basis, scale, rectify, damping, share, balance, defer)[0]
-
-
-def lora_linear_effective(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    basis: Tensor | None = None,
-    scale: float = 1.0,
-    rectify: str = "exact",
-    damping: float = DAMPING,
-    share: float = SHARE,
-    balance: bool = False,
-    defer: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`lora_linear`, and the A_s [1, r, n] that it has used: `rectify_` before the step needs the same."""
-    _check_differentiation("lora_linear", x, weight, bias, A, B)
+    check_differentiation("lora_linear", x, weight, bias, A, B)
     options = (scale, rectify, damping, share, balance, defer)
-    y, _, effective = torch.ops.janus_ext.lora_linear(x, weight, bias, A, B, basis, *options)
-    return y, effective
+    return torch.ops.janus_ext.lora_linear(x, weight, bias, A, B, basis, *options)[0]
 
 
 def lora_qkv(
@@ -304,36 +286,16 @@ def lora_qkv(
     Returns:
         [..., 3 m], x's dtype.
     """
-    options = (basis, scale, rectify, damping, share, balance, defer, targets)
-    return lora_qkv_effective(x, weight, bias, A, B, *options)[0]
-
-
-def lora_qkv_effective(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    basis: Tensor | None = None,
-    scale: float = 1.0,
-    rectify: str = "exact",
-    damping: float = DAMPING,
-    share: float = SHARE,
-    balance: bool = False,
-    defer: bool = False,
-    targets: Sequence[str] = ("k", "v"),
-) -> tuple[Tensor, Tensor]:
-    """`lora_qkv`, and the A_s [g, r, n] that it has used."""
-    _check_differentiation("lora_qkv", x, weight, bias, A, B)
+    check_differentiation("lora_qkv", x, weight, bias, A, B)
     unknown = [t for t in targets if t not in TARGETS]
     if unknown:
         raise ValueError(f"lora_qkv: targets must be of q, k, v, got {', '.join(map(repr, unknown))}")
     options = (scale, rectify, damping, share, balance, defer, [TARGETS.index(t) for t in targets])
-    y, _, effective = torch.ops.janus_ext.lora_qkv(x, weight, bias, A, B, basis, *options)
-    return y, effective
+    return torch.ops.janus_ext.lora_qkv(x, weight, bias, A, B, basis, *options)[0]
 
 
-def _check_differentiation(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
+def check_differentiation(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
+    """Raises what `lora_linear` and `lora_qkv` cannot differentiate: for callers of the raw ops."""
     _require_reverse_mode(op, x, A, B)
     _require_frozen(op, weight, bias)
 

@@ -22,7 +22,7 @@ from janus_ext import ops
 from janus_ext.arguments import check_flag, check_integer, check_number, shown
 from janus_ext.errors import ArgumentError
 from janus_ext.estimator import OnlineEstimator, observing
-from janus_ext.lora import check_rectification
+from janus_ext.lora_arguments import check_rectification
 from janus_ext.pairs import warn_of_rounded_weights
 from janus_ext.rectified import Rectified, rectified_layers, rectify_group
 

@@ -1,0 +1,50 @@
+"""Checks of what layers and plug-ins are made from: ArgumentError there, and not in the first forward."""
+
+from torch import nn
+
+from janus_ext import ops
+from janus_ext.arguments import check_integer, check_number
+from janus_ext.errors import ArgumentError
+
+
+def check_rectification(who: str, scale: float, rectify: str, damping: float, share: float) -> None:
+    """ArgumentError unless the ops take these options."""
+    wanted = {"scale": "finite and not zero", "damping": "positive and finite", "share": "in [0, 1]"}
+    for (name, meaning), value in zip(wanted.items(), (scale, damping, share), strict=True):
+        check_number(f"{who}: {name}", value, lambda _: True, meaning)
+    try:
+        ops.check_rectify(who, scale, rectify, damping, share)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+
+
+def check_linear(who: str, linear: object) -> None:
+    """ArgumentError unless `linear` is an nn.Linear that computes x W^T + b from parameters of its own, and no more."""
+    found = type(linear).__name__
+    if isinstance(linear, nn.Linear):
+        found = f"a {found} " + _oddity(linear)
+        if not _oddity(linear):
+            return
+    raise ArgumentError(f"{who}: linear must be a plain nn.Linear, got {found}")
+
+
+def _oddity(linear: nn.Linear) -> str:
+    """What makes an nn.Linear more than x W^T + b: an adapter around its weight would compute something else."""
+    weight = linear._parameters.get("weight")
+    if weight is None or weight is not linear.weight:
+        return "whose weight is computed from other parameters"
+    if isinstance(weight, nn.UninitializedParameter):
+        return "that has no weight before its first forward pass"
+    if not weight.is_floating_point():
+        return f"with a weight in {str(weight.dtype).removeprefix('torch.')}"
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        return "with a forward of its own"
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+        return "with hooks, which would not be called"
+    return ""
+
+
+def check_rank(linear: nn.Linear, rank: object) -> None:
+    """ArgumentError unless factors of this rank fit the layer."""
+    room = min(linear.in_features, linear.out_features)
+    check_integer("rank", rank, lambda r: 1 <= r <= room, f"from 1 to min(m, n) = {room}")
