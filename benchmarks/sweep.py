@@ -172,7 +172,7 @@ def run_cell(cell: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
     return line | {
         "split_sha256": results["split_sha256"],
         "versions": results["versions"],
-        "commit": commit(":/", ":(exclude,top)benchmarks/results"),
+        "commit": commit(*TRACKED),
     }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,7 +41,8 @@ def pick_amp(name: str, device: torch.device) -> str:
         best = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
     else:
         best = "bf16" if _processor_multiplies("bf16") else "off"
-    if name == "fp16" and device.type == "cpu" and not _processor_multiplies("fp16"):
+    known = platform.machine() in ("x86_64", "AMD64")  # of others PyTorch does not tell
+    if name == "fp16" and device.type == "cpu" and known and not _processor_multiplies("fp16"):
         LOG.warning(
             "--amp fp16: this processor has no float16 arithmetic, a step takes about ten times as long as with "
             "--amp %s",
@@ -63,15 +66,23 @@ def device_name(device: torch.device) -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-def be_deterministic(device: torch.device) -> None:
-    """Chooses repeatable kernels; a GPU needs a fixed cuBLAS workspace for it, set before its first product.
+@contextmanager
+def repeatable_kernels(device: torch.device) -> Iterator[None]:
+    """Within it PyTorch takes repeatable kernels; a GPU needs a fixed cuBLAS workspace, set before its first product.
 
     An operator without one then raises. That is wanted: with ``warn_only`` the backward of fused attention stays as it
     is, although it has a repeatable kernel. New tensors are not filled with NaN, which PyTorch does beside it to show
     reads of memory that nobody wrote: hundreds of fills a step.
     """
+    before = torch.get_deterministic_debug_mode()
+    fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = fill, benchmark

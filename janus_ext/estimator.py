@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from janus_ext import ops
+from janus_ext import ops, processes
 from janus_ext.arguments import check_flag, check_integer, check_number, check_tensor, shown
 from janus_ext.errors import ArgumentError, StatisticsError, TaskBoundaryError
 from janus_ext.statistics import SKETCH_RANK, Gram, Sketch, Statistics
@@ -146,7 +146,7 @@ class OnlineEstimator:
 
     def _of_all_processes(self) -> Statistics:
         """The sum over all processes, a copy: asked for again, it is the same."""
-        if not self.distributed or self._reduced or _processes() == 1:
+        if not self.distributed or self._reduced or processes.count() == 1:
             return self.statistics
         everyones = copy.deepcopy(self.statistics)
         everyones.all_reduce(None)
@@ -238,12 +238,6 @@ def _statistics(
     return Sketch(dim, rank, dtype, device)
 
 
-def _processes() -> int:
-    """How many torch.distributed runs; 1 where it was not started."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
-
-
 def _listed(shapes: dict[str, list[int] | None]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
 
@@ -281,10 +275,10 @@ def _observed(module: nn.Module, estimator: OnlineEstimator) -> Iterator[None]:
         if self is not module:  # a deep copy made meanwhile runs its own weights, unobserved
             return type(self).forward(self, *args, **kwargs)
         name, x = ("", args[0]) if args else next(iter(kwargs.items()))
-        if hasattr(self, "enter"):  # a layer of ours: cast once, here, and multiplied as it is observed
-            x = self.enter(x)
+        x = ops.autocast(x)
+        if getattr(type(self), "_enters_autocast", False):  # a layer of ours: cast once, here, as it would do itself
             args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, name: x})
-        estimator.observe(ops.autocast(x))
+        estimator.observe(x)
         return type(self).forward(self, *args, **kwargs) if patched is None else patched(*args, **kwargs)
 
     module.forward = MethodType(forward, module)

@@ -123,8 +123,9 @@ def fused_attention(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def left_out(model: nn.Module, adapted: Collection[str]) -> str:
-    """The attention layers beside those named `adapted`, in words behind a semicolon; "" where there is none."""
-    others = [(name, type(layer).__name__) for name, layer in attention_layers(model).items() if name not in adapted]
+    """The attention layers whose `qkv` is not among `adapted`, in words behind a semicolon; "" where there is none."""
+    layers = attention_layers(model).items()
+    others = [(name, type(layer).__name__) for name, layer in layers if f"{name}.qkv".lstrip(".") not in adapted]
     if not others:
         return ""
     (name, kind), more = others[0], f" and {len(others) - 1} more" if len(others) > 1 else ""

@@ -25,7 +25,7 @@ class Injection(dict[str, LoRAQKV]):
         self.targets = tuple(targets)
         self.attention_layers = len(attention_layers(model))
         self.model_parameters = sum(p.numel() for p in model.parameters()) - self.parameters
-        self._left_out = left_out(model, {name.removesuffix("qkv").removesuffix(".") for name in layers})
+        self._left_out = left_out(model, layers)
 
     @property
     def parameters(self) -> int:
@@ -53,8 +53,9 @@ def inject(
     """Put LoRA on the fused qkv of every attention layer of a timm ViT, in place, and freeze everything else.
 
     Frozen normalisation with running statistics (BatchNorm) stays in evaluation mode from now on, whatever
-    `model.train()` says: it would move the features of old classes. Dropout and stochastic depth stay as the model has
-    them. A bias that the model keeps beside its qkv (BEiT, EVA-02, Swin V2) becomes the bias of the adapted layer.
+    `model.train()` says: it would move the features of old classes (torch's conversion to SyncBatchNorm makes new
+    modules: convert first). Dropout and stochastic depth stay as the model has them. A bias that the model keeps beside
+    its qkv (BEiT, EVA-02, Swin V2) becomes the bias of the adapted layer.
 
     Args:
         model: has attention layers whose `qkv` is an nn.Linear with the rows of q, k and v on top of each other, as

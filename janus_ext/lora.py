@@ -15,27 +15,26 @@ from torch import Tensor, nn
 
 from janus_ext import ops
 from janus_ext.errors import ArgumentError, TaskBoundaryError
-from janus_ext.lora_arguments import check_linear, check_rank, check_rectification
+from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_linear, check_rank, check_rectification
+from janus_ext.ops import WORKING_DTYPES
 
 RECTIFY_IN = ("backward", "step")
 ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half precision's of a few columns even
-WORKING_DTYPES = (torch.float32, torch.float64)  # of factors and bases
-HALF_WEIGHTS = (
-    "merge() into weights in half precision rounds them, and the update with them: 4e-3 of it (float16 5e-4) and more, "
-    "the smaller it is beside W, reaches protected inputs; merge(master=True) keeps float32 weights, and so does a "
-    "float32 model with autocast"
-)
 
 
 class LoRALayer(nn.Module):
     """What `LoRALinear` and `LoRAQKV` share: a frozen linear map, factors A [..., r, n] and B [..., m, r], a basis V.
 
-    The factors and V stay float32 (float64 in a float64 model), whatever dtype the model is moved to.
+    Factors, V and master weights stay float32 (float64 in a float64 model), whatever dtype the model is moved to.
 
     Attributes:
         A, B: the factors.
+        basis: V [n, k], k = 0 where nothing is protected.
         linear: the frozen map; its weight is what `merge` changes.
+        has_master: whether `linear` is float32 in a model of half precision, see `merge`.
     """
+
+    _enters_autocast = True  # casts its input before anything else, so that `observing` may do it
 
     def __init__(
         self,
@@ -54,19 +53,16 @@ class LoRALayer(nn.Module):
         if rectify_in not in RECTIFY_IN:
             raise ArgumentError(f"rectify_in must be one of {', '.join(RECTIFY_IN)}, got {rectify_in!r}")
         self.linear = linear.requires_grad_(False)
+        self.has_master = False
         self.scale, self.rectify, self.rectify_in = scale, rectify, rectify_in
         self.damping, self.share, self.balance = damping, share, balance
         device = linear.weight.device
         dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
         self.A = nn.Parameter(torch.empty(*shape_A, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.empty(*shape_B, dtype=dtype, device=device))
+        self.register_buffer("basis", None)
         self._hold(torch.zeros(linear.in_features, 0, dtype=dtype, device=device))
         self.reset()
-
-    @property
-    def basis(self) -> Tensor:
-        """V [n, k], k = 0 where nothing is protected. Stored with the layer's state, but no buffer: k changes."""
-        return self._open[0]
 
     @property
     def in_features(self) -> int:
@@ -84,22 +80,18 @@ class LoRALayer(nn.Module):
         self.B.zero_()
         self._project_A()
 
-    def enter(self, x: Tensor) -> Tensor:
-        """x [..., n] in the dtype in which this layer multiplies it: what an estimator of its inputs has to see."""
-        weight = self.linear.weight
-        if x.dtype.itemsize == 2 and weight.dtype in WORKING_DTYPES and not torch.is_autocast_enabled(x.device.type):
-            return x.to(weight.dtype)  # master weights of a model in half precision
-        return ops.autocast(x)
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m], of a fused qkv [..., 3 m]; x's dtype, under autocast that of autocast."""
-        y, effective = self._multiply(self.enter(x), self.linear.weight, self.linear.bias, **self._call_options())
+        x = ops.autocast(x)
+        widened = self.has_master and not torch.is_autocast_enabled(x.device.type)
+        entering = x.to(self.linear.weight.dtype) if widened else x
+        y, effective = self._multiply(entering, self.linear.weight, self.linear.bias, **self._call_options())
         if self.rectify_in == "step":
             self._effective = effective
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        return y.to(x.dtype) if widened else y
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-        """W x + b + s B (A_s x) and A_s [..., r, n], x in W's dtype or that of autocast."""
+        """W x + b + s B (A_s x) and A_s [..., r, n]."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -107,7 +99,8 @@ class LoRALayer(nn.Module):
         """Protect the span of basis [n, k], orthonormal, from now on; the layer's function does not change.
 
         A basis that was rounded (half precision) is made orthonormal again. A copy of the model that is averaged over
-        the steps of a task (EMA) belongs to that task: make it anew, the basis of the old one has another shape.
+        the steps of a task (EMA) belongs to that task: make a new one, for the old one's basis has another shape, and
+        updating it raises torch's error of sizes that do not match.
 
         Raises:
             TaskBoundaryError: B is not zero: a new basis would change what the layer computes. Merge first.
@@ -133,16 +126,22 @@ class LoRALayer(nn.Module):
 
         Args:
             master: make float32 master weights of a W (and b) in half precision first: from now on the layer keeps and
-                multiplies them in float32, twice the memory, and rounds its output to the dtype of its input.
+                multiplies them in float32, twice the memory, and rounds its output to the dtype of its input. Its state
+                in a layer of half precision makes master weights there.
 
         Returns:
             W_after - W_before as it came out in W's dtype, [..., m, n] float64.
+
+        Raises:
+            ArgumentError: the weight is computed from others by now, or hooks were added: nothing has changed.
         """
+        check_linear(f"{type(self).__name__}.merge", self.linear)
         if self.linear.weight.dtype not in WORKING_DTYPES:
             if master:
-                self.linear.float()
+                self._make_master()
             else:
-                warnings.warn(HALF_WEIGHTS, stacklevel=3)  # behind no_grad
+                cure = "merge(master=True) keeps them in float32"
+                warnings.warn(f"merge(): {ROUNDED_WEIGHTS}; {cure}", stacklevel=3)  # one level is no_grad's
         delta = self._delta64()
         change = torch.empty_like(delta)
         updates = zip(delta.view(-1, *delta.shape[-2:]), change.view(-1, *delta.shape[-2:]), strict=True)
@@ -199,7 +198,7 @@ class LoRALayer(nn.Module):
         defer = self.rectify_in == "step"
         if self._needs_no_basis() and self.basis.shape[1] > 0:
             raise ArgumentError("rectify='tangent' with a basis needs G V: make the layer with rectify_in='backward'")
-        return {"basis": self.basis, "scale": self.scale, "defer": defer, **self.options()}
+        return {"basis": self._open[0], "scale": self.scale, "defer": defer, **self.options()}
 
     def _needs_no_basis(self) -> bool:
         """Whether the layer works only while k = 0: deferred factor gradients do not hold the G V that it needs."""
@@ -210,10 +209,10 @@ class LoRALayer(nn.Module):
         from torch._dynamo.decorators import mark_unbacked  # a second of import, which every optimizer pays anyway
 
         n, k = basis.shape
-        held = basis.new_empty_strided((n, k), (1, n)).copy_(basis)
+        self.basis = basis.new_empty_strided((n, k), (1, n)).copy_(basis)
         if not self._needs_no_basis():
-            mark_unbacked(held, 1)  # no recompilation for k = 0 or 1 either
-        self._open = (held,)  # in a tuple torch.compile honours the mark, in a buffer it does not
+            mark_unbacked(self.basis, 1)  # no recompilation for k = 0 or 1 either
+        self._open = (self.basis,)  # the same tensor, on a way where torch.compile honours the mark: not so for buffers
         self._effective: Tensor | None = None  # A_s of the last forward pass, for the rectification before the step
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALayer":
@@ -224,39 +223,25 @@ class LoRALayer(nn.Module):
             return moved if moved.dtype in WORKING_DTYPES else tensor.to(moved.device)
 
         if recurse:
-            self.linear._apply(fn)
+            self.linear._apply(move if self.has_master else fn)
         super()._apply(move, recurse=False)
-        basis = move(self.basis)
-        if basis is not self.basis:
-            self._hold(basis)
+        if self.basis is not self._open[0]:  # a tensor of another device or dtype is a new one
+            self._hold(self.basis)
         self._effective = None
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "basis"] = self.basis
+    def _make_master(self) -> None:
+        self.linear.float()
+        self.has_master = True
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "basis"
-        stored = state_dict.pop(key, None)  # the rest is parameters, as of any module
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if stored is None:
-            missing_keys.append(key)
-        elif stored.dim() != 2 or stored.shape[0] != self.in_features:
-            error_msgs.append(f"size mismatch for {key}: wanted [{self.in_features}, k], found {list(stored.shape)}")
-        else:
-            self._hold(stored.to(self.basis))
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        basis, weight = state_dict.get(prefix + "basis"), state_dict.get(prefix + "linear.weight")
+        if basis is not None and basis.dim() == 2 and basis.shape[0] == self.in_features:  # k is data
+            self.basis = self.basis.new_zeros(basis.shape)
+        if weight is not None and weight.dtype in WORKING_DTYPES and self.linear.weight.dtype not in WORKING_DTYPES:
+            self._make_master()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._hold(self.basis)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "bias"):

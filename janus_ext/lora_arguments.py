@@ -6,6 +6,11 @@ from janus_ext import ops
 from janus_ext.arguments import check_integer, check_number
 from janus_ext.errors import ArgumentError
 
+ROUNDED_WEIGHTS = (
+    "weights in half precision are rounded, and the update with them: 4e-3 of it (float16 5e-4) and more, the smaller "
+    "it is beside W, reaches protected inputs, instead of 1e-5 or less"
+)
+
 
 def check_rectification(who: str, scale: float, rectify: str, damping: float, share: float) -> None:
     """ArgumentError unless the ops take these options."""

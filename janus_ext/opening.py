@@ -27,7 +27,7 @@ def adapted(method: Method) -> str:
     trained = sum(parameter.numel() for parameter in method.trainable())
     whole = sum(parameter.numel() for parameter in backbone.parameters())
     layers = f"{len(method.layers)} of {len(attention_layers(backbone))} attention layers adapted"
-    others = left_out(backbone, {name.removesuffix("qkv").removesuffix(".") for name in method.layers})
+    others = left_out(backbone, method.layers)
     return f"{layers}, {trained:,} of {whole:,} parameters trained, and the heads{others}"
 
 

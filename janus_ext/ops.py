@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from janus_ext import _native, reference
-from janus_ext.reference import DAMPING, RECTIFY, SHARE, check_rectify, is_empty, project
+from janus_ext.reference import DAMPING, RECTIFY, SHARE, WORKING_DTYPES, check_rectify, is_empty, project
 
 __all__ = [
     "DAMPING",
@@ -24,6 +24,7 @@ __all__ = [
     "RECTIFY",
     "SHARE",
     "TARGETS",
+    "WORKING_DTYPES",
     "autocast",
     "check_differentiation",
     "check_rectify",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from janus_ext.arguments import check_number, check_tensor, shown
 from janus_ext.errors import ArgumentError
-
-WORKING_DTYPES = (torch.float32, torch.float64)
+from janus_ext.lora_arguments import ROUNDED_WEIGHTS
+from janus_ext.ops import WORKING_DTYPES
 
 
 class LoRAPair(NamedTuple):
@@ -66,9 +66,7 @@ def warn_of_rounded_weights(modules: Mapping[str, nn.Module | None]) -> None:
     if coarse:
         others = f" (and {len(coarse) - 1} more)" if len(coarse) > 1 else ""
         warnings.warn(
-            f"{coarse[0]}{others}: the weight W is {_short(weights[coarse[0]].dtype)}, and merging rounds W + s B A to "
-            "it: protected outputs then move by 4e-3 of the update and more (the smaller it is beside W, the more), "
-            "instead of 1e-5 or less; hold W in float32",
+            f"{coarse[0]}{others}: hold W in float32, got {_short(weights[coarse[0]].dtype)}; merging: {ROUNDED_WEIGHTS}",
             stacklevel=3,
         )
 

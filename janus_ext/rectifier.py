@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from janus_ext import ops
 from janus_ext.arguments import check_flag, check_integer, check_number, shown
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.lora_arguments import check_rectification
 from janus_ext.pairs import warn_of_rounded_weights
+from janus_ext.processes import refuse_together
 from janus_ext.rectified import Rectified, rectified_layers, rectify_group
 
 
@@ -69,7 +70,7 @@ class GradientRectifier:
         if estimator_rank is not None:
             check_integer("GradientRectifier: estimator_rank", estimator_rank, lambda r: r >= 1, "positive")
         options = {"rectify": rectify, "damping": damping, "share": share, "balance": balance}
-        self.energy = energy
+        self.energy, self.distributed = energy, distributed
         self._entries = rectified_layers(layers, options)
         self.estimators = self._make_estimators(
             estimator=estimator, rank=estimator_rank, energy_power=energy_power, distributed=distributed
@@ -112,11 +113,14 @@ class GradientRectifier:
         Attached optimizers forget their state of the factors: momenta of the last task know nothing of the next.
 
         Raises:
-            TaskBoundaryError: a B is not zero, or PEFT's adapter still merged; nothing has changed.
+            TaskBoundaryError: a B is not zero, or PEFT's adapter still merged, in any process; nothing has changed.
             StatisticsError: a layer's statistics are empty, zero or not finite; nothing has changed.
         """
-        for entry in self._entries:
-            entry.check_consolidated()
+        refusal = self._refusal()
+        if self.distributed:
+            refuse_together(refusal, self._entries[0].A.device)
+        elif refusal is not None:
+            raise refusal
         share = self.energy if energy is None else energy
         estimators = {id(e): e for e in self.estimators.values()}
         rooms = {key: e.dim - self._rank_on(e) for key, e in estimators.items()}
@@ -128,6 +132,15 @@ class GradientRectifier:
             if entry.optimizer is not None:
                 for factor in (entry.A, entry.B):
                     entry.optimizer.state.pop(factor, None)
+
+    def _refusal(self) -> TaskBoundaryError | None:
+        """What stands against a commit in this process."""
+        try:
+            for entry in self._entries:
+                entry.check_consolidated()
+        except TaskBoundaryError as error:
+            return error
+        return None
 
     def _rank_on(self, estimator: OnlineEstimator) -> int:
         return max(e.A.shape[-2] for e in self._entries if self.estimators[e.name] is estimator)
@@ -249,12 +262,15 @@ class GradientRectifier:
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer whose step is the one that is taken: accelerate and Lightning hold it in `.optimizer`."""
-    outer = optimizer
-    while "_optimizer_step_pre_hooks" not in getattr(optimizer, "__dict__", {}):
-        optimizer = getattr(optimizer, "optimizer", None)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ArgumentError(
-                f"attach: optimizer must be a torch.optim.Optimizer, or hold one as .optimizer, got {shown(outer)}"
-            )
-    return optimizer
+    """The innermost optimizer, whose step is the one that is taken: accelerate, Lightning and Fabric hold it.
+
+    They may share its hooks, by a copy of its `__dict__`, but it is the inner one that the hooks are called with.
+    """
+    outer, found = optimizer, None
+    while optimizer is not found:
+        found, optimizer = optimizer, getattr(optimizer, "optimizer", getattr(optimizer, "_optimizer", optimizer))
+    if not isinstance(found, torch.optim.Optimizer):
+        raise ArgumentError(
+            f"attach: optimizer must be a torch.optim.Optimizer, or hold one as .optimizer, got {shown(outer)}"
+        )
+    return found

@@ -89,9 +89,11 @@ def is_run(folder: Path) -> bool:
     return path.exists() and read_json(path).keys() >= {"benchmark", "method", "seed"}
 
 
-def settings_of(config: TrainConfig, benchmark: Benchmark) -> dict[str, Any]:
-    """What ``config.json`` holds: the resolved settings, and what they stand for, by its content."""
-    weights = config.weights if os.path.isfile(config.weights) else None
+def settings_of(config: TrainConfig, benchmark: Benchmark, weights: Path | None) -> dict[str, Any]:
+    """What ``config.json`` holds: the resolved settings, and what they stand for, by its content.
+
+    ``weights`` is the local file that the backbone is read from, None where there is none.
+    """
     return config.to_json() | {
         "split_sha256": benchmark.split_sha256,
         "weights_sha256": weights and file_sha256(weights),
@@ -105,18 +107,19 @@ def check_same_settings(asked: dict[str, Any], folder: Path) -> None:
     Images and weights are compared by their content: the same under another path are the same.
     """
     stored = read_json(folder / "config.json")
-    elsewhere = {
-        name for key, (_, names) in CONTENTS.items() if asked[key] == stored.get(key, MISSING) for name in names
-    }
+    same = {key for key in CONTENTS if asked[key] is not None and asked[key] == stored.get(key, MISSING)}
+    elsewhere = {name for key in same for name in CONTENTS[key][1]}
     compared = asked.keys() - NOT_COMPARED - CONTENTS.keys() - elsewhere
     others = sorted(name for name in compared if _comparable(name, stored) != _comparable(name, asked))
     if others:
         values = ", ".join(f"{flag(n)} {_typed(stored.get(n, MISSING))} (asked: {_typed(asked[n])})" for n in others)
         kind = "with other settings" if stored.keys() >= compared else "of another version of this program"
         raise ArgumentError(f"{folder} holds a run {kind}: {values}; {OTHER}")
-    for key, (what, _) in CONTENTS.items():
-        if asked[key] is not None and asked[key] != stored.get(key, MISSING):
-            raise ArgumentError(f"{folder} holds a run on {what}; {OTHER}")
+    for key in sorted(CONTENTS.keys() - same):
+        if asked[key] != stored.get(key, MISSING):
+            found, wanted = (str(value)[:12] for value in (stored.get(key, MISSING), asked[key]))
+            digests = f": {key} {found} (asked: {wanted})" if key.endswith("sha256") else ""
+            raise ArgumentError(f"{folder} holds a run on {CONTENTS[key][0]}{digests}; {OTHER}")
 
 
 def _comparable(name: str, settings: dict[str, Any]) -> Any:

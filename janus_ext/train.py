@@ -14,14 +14,14 @@ import torch
 import tyro
 
 from janus_ext import events, opening, plots, report
-from janus_ext.backbone import load_backbone
+from janus_ext.backbone import load_backbone, weight_file
 from janus_ext.checkpoint import read_json, write_json
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.workers import naming_lost_workers
-from janus_ext.devices import AMP_DTYPES, be_deterministic, pick_amp, pick_device
+from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device, repeatable_kernels
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method
@@ -67,8 +67,12 @@ def train(config: TrainConfig) -> list[report.Results]:
         check_data(config)
         return []
     device = pick_device(config.device)
-    be_deterministic(device)
-    config = replace(config, device=str(device), amp=pick_amp(config.amp, device))
+    with repeatable_kernels(device):
+        return train_seeds(replace(config, device=str(device), amp=pick_amp(config.amp, device)))
+
+
+def train_seeds(config: TrainConfig) -> list[report.Results]:
+    """The runs of a resolved configuration, and their summary where they are several."""
     folder = choose_folder(config)
     if len(config.seed) == 1:
         return [run_seed(config, folder)]
@@ -92,7 +96,7 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
     """Trains with the one seed of ``config``, or takes what ``folder`` has of it; writes and prints the results."""
     benchmark = BENCHMARKS[config.benchmark](config)
     config = replace(config, tasks=len(benchmark.tasks))
-    settings = settings_of(config, benchmark)
+    settings = settings_of(config, benchmark, weight_file(config.backbone, config.weights))
     finished = is_finished(folder)
     begin = not finished and not (config.resume and is_run(folder))
     if not begin:

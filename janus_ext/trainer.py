@@ -369,7 +369,7 @@ def compiling() -> Iterator[None]:
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Says which operator has no repeatable kernel, where PyTorch was told to use no other (`be_deterministic`)."""
+    """Says which operator has no repeatable kernel, where PyTorch is to use no other."""
     try:
         yield
     except RuntimeError as error:

@@ -47,16 +47,19 @@ def _global_flags(monkeypatch):
 
 @pytest.mark.usefixtures("_global_flags")
 def test_a_gpu_takes_repeatable_kernels_or_none_and_fills_no_memory():
-    devices.be_deterministic(torch.device("cuda"))
-    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    assert not torch.utils.deterministic.fill_uninitialized_memory and not torch.backends.cudnn.benchmark
+    with devices.repeatable_kernels(torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory and not torch.backends.cudnn.benchmark
+    assert not torch.are_deterministic_algorithms_enabled(), "what the caller had is the caller's again"
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.backends.cudnn.benchmark
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 @pytest.mark.usefixtures("_global_flags")
 def test_a_processor_keeps_the_kernels_that_it_has():
-    devices.be_deterministic(CPU)
-    assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    with devices.repeatable_kernels(CPU):
+        assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
 
 
 class Operators(TorchDispatchMode):

@@ -304,3 +304,18 @@ def test_under_autocast_the_input_counts_as_it_is_multiplied(device: str, own: b
     with observing({"a": module}, {"a": one}):
         module(x)
     assert seen[2].dtype == torch.float32
+
+
+def test_a_module_with_a_child_named_enter_is_observed_and_left_alone() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.enter(x))
+
+    block, x = Block(), torch.randn(3, 8)
+    want = block(x)
+    with observing({"a": block}, {"a": OnlineEstimator(8)}):
+        assert torch.equal(block(x), want)

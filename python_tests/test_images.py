@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import signal
+import struct
 import time
 from types import SimpleNamespace
 
@@ -108,6 +109,15 @@ def test_a_cameras_orientation_is_applied_only_if_asked_for(tmp_path, kind, orie
 def test_a_damaged_note_of_the_orientation_is_no_matter(tmp_path, exif):
     images_of_pillow().fromarray(drawing(0, 0)).save(tmp_path / "x.jpg", exif=exif)
     assert np.array_equal(np.asarray(read_image(tmp_path / "x.jpg", upright=True)), read_image(tmp_path / "x.jpg"))
+
+
+def test_damage_beside_the_orientation_is_no_matter_either(tmp_path):
+    """Pillow's own turning writes the whole block anew, and stops at a width that is text."""
+    width, turned = struct.pack("<HHI4s", 0x0100, 2, 4, b"300"), struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + width + turned + bytes(4)
+    images_of_pillow().fromarray(drawing(0, 0)).save(tmp_path / "x.jpg", exif=block)
+    stored = np.asarray(read_image(tmp_path / "x.jpg"))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "x.jpg", upright=True)), TURNED[6](stored))
 
 
 def images_of_pillow():

@@ -54,7 +54,9 @@ def test_float64_and_back_and_another_device() -> None:
 def test_merge_into_half_precision_says_what_it_costs_and_master_weights_avoid_it(half: torch.dtype) -> None:
     rounded, master = layer_of(half), layer_of(half)
     V = rounded.basis.double()
-    with pytest.warns(UserWarning, match=r"half precision rounds them.*merge\(master=True\) keeps float32 weights"):
+    with pytest.warns(
+        UserWarning, match=r"merge\(\): weights in half precision are rounded.*merge\(master=True\) keeps"
+    ):
         assert violation(rounded.merge(), V) > 1e-4
     x = torch.randn(50, 5, dtype=torch.float64) @ master.basis.double().mT  # protected inputs
     x = x.to(half)
@@ -111,16 +113,15 @@ def test_an_orthonormal_basis_keeps_its_bits() -> None:
     assert torch.equal(layer.basis, basis)
 
 
-def test_the_basis_is_state_but_no_buffer() -> None:
-    """An average of a model's parameters and buffers (EMA) goes on when k has changed."""
+def test_an_average_across_protect_is_refused() -> None:
+    """A copy that goes on with the old basis would project the new factors by it."""
     layer = layer_of()
-    average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    average = torch.optim.swa_utils.AveragedModel(layer)
     average.update_parameters(layer)
     layer.merge()
     layer.protect(orthonormal(20, 9, torch.float32))
-    average.update_parameters(layer)
-    assert average.module.basis.shape == (20, 5) and layer.basis.shape == (20, 9)
-    assert list(layer.state_dict()) == ["A", "B", "basis", "linear.weight", "linear.bias"]
+    with pytest.raises(RuntimeError, match="must match the size"):
+        average.update_parameters(layer)
 
 
 def test_states_without_a_basis_or_with_more_are_refused() -> None:
@@ -211,6 +212,14 @@ def test_only_plain_linear_layers_are_wrapped(linear, found: str) -> None:
             ArgumentError, match=rf"{make.__name__}: linear must be a plain nn.Linear, got .*{found[4:]}"
         ):
             make(linear(), 2)
+
+
+def test_merge_does_not_lose_an_update_in_a_weight_that_is_computed() -> None:
+    layer = layer_of()
+    nn.utils.parametrizations.spectral_norm(layer.linear)
+    with pytest.raises(ArgumentError, match="LoRALinear.merge: linear must be a plain nn.Linear, .*computed"):
+        layer.merge()
+    assert layer.B.any()
 
 
 @pytest.mark.parametrize("rank", ["8", 2.0, None, True, 0, 9])

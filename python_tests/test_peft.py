@@ -163,7 +163,7 @@ def test_weights_in_half_precision_are_one_warning(make: Callable[..., nn.Module
     modules = {f"blocks.{i}": make(dtype=dtype) for i in range(3)}
     pairs = {name: (torch.zeros(3, 24), torch.zeros(30, 3), 1.0, module) for name, module in modules.items()}
     with pytest.warns(
-        UserWarning, match=rf"^blocks\.0 \(and 2 more\): the weight W is {str(dtype)[6:]}, .*rounds"
+        UserWarning, match=rf"^blocks\.0 \(and 2 more\): hold W in float32, got {str(dtype)[6:]}; .*rounded"
     ) as seen:
         GradientRectifier(pairs)
     assert len(seen) == 1 and seen[0].filename == __file__

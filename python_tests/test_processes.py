@@ -9,7 +9,7 @@ import torch
 from conftest import assert_close, relative_error, subspace
 from torch import Tensor, nn
 
-from janus_ext import GradientRectifier, LoRALinear, LoRAPair, OnlineEstimator, StatisticsError
+from janus_ext import GradientRectifier, LoRALinear, LoRAPair, OnlineEstimator, StatisticsError, TaskBoundaryError
 
 KINDS = {"gram": None, "isvd": 7}
 N, RANKS = 12, 2
@@ -81,6 +81,23 @@ def poisoned(rank: int) -> Outcome:
         return {"error": str(error)}
 
 
+def refused(rank: int) -> Outcome:
+    """One process has not merged; both go on afterwards."""
+    layer = LoRALinear(nn.Linear(N, N), 3, rectify_in="step")
+    rectifier = GradientRectifier([layer])
+    with rectifier.observe():
+        layer(rows(1))
+    if rank == 0:
+        nn.init.ones_(layer.B)
+    try:
+        rectifier.commit()
+        return {"error": "none"}
+    except TaskBoundaryError as error:
+        nn.init.zeros_(layer.B)
+        rectifier.commit()
+        return {"error": str(error), "basis": layer.basis}
+
+
 def trained(kind: str, rank: int, ranks: int, distributed: bool = True) -> Outcome:
     """One task observed, and five steps of the next: an own layer and a pair, rectified before the step."""
     torch.manual_seed(3)
@@ -106,7 +123,7 @@ def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", RANKS)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    outcome = {"poisoned": poisoned(rank)}
+    outcome = {"poisoned": poisoned(rank), "refused": refused(rank)}
     for kind in KINDS:
         for run in (committed, committed_alone, committed_by_one_that_saw, summed_by_hand):
             outcome[f"{run.__name__} {kind}"] = run(kind, rank)
@@ -199,3 +216,9 @@ def test_replicas_go_apart_where_each_commits_for_itself(both: Callable[[str], l
     one, other = both(f"trained apart {kind}")
     assert relative_error(one["pair basis"][:, :1], other["pair basis"][:, :1]) > 0.01
     assert relative_error(one["0.A"], other["0.A"]) > 0.01
+
+
+def test_what_one_process_refuses_all_refuse(both: Callable[[str], list[Outcome]]) -> None:
+    one, other = both("refused")
+    assert "commit() came while B is not zero" in one["error"] and "another process refused" in other["error"]
+    assert torch.equal(one["basis"], other["basis"]) and one["basis"].shape[1] > 0

@@ -229,12 +229,26 @@ class Wrapper(torch.optim.Optimizer):
         self.optimizer.step(closure)
 
 
+class Sharing:
+    """As Fabric's and older ones of Lightning's: of the class of the one it holds, with a copy of its `__dict__`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.__dict__.update(optimizer.__dict__)
+        self._optimizer = optimizer
+        self.__class__ = type("Sharing", (Sharing, type(optimizer)), {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        self._optimizer.step(closure)
+
+
 def accelerated(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return pytest.importorskip("accelerate").Accelerator(cpu=True).prepare(optimizer)
 
 
 @pytest.mark.parametrize(
-    "wrap", [Wrapper, lambda inner: Wrapper(Wrapper(inner)), accelerated], ids=[1, 2, "accelerate"]
+    "wrap",
+    [Wrapper, lambda inner: Wrapper(Wrapper(inner)), Sharing, accelerated],
+    ids=[1, 2, "sharing", "accelerate"],
 )
 def test_a_wrapped_optimizer_rectifies(wrap: Callable[[torch.optim.Optimizer], torch.optim.Optimizer]) -> None:
     results = []

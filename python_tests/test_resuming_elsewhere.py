@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from janus_ext import checkpoint, train
 from janus_ext import trainer as trainer_module
+from janus_ext.backbone import EMBEDDED, prepare_torchvision, weight_file
 
 SETTINGS = "--benchmark folder --backbone emoji --method lora --epochs 1 --tasks 2 --workers 0 --no-plots --amp off"
 
@@ -65,7 +66,9 @@ def test_other_images_are_refused_under_the_same_path_too(place, capsys):
     images = sorted((place / "images" / trees.wnid(0)).iterdir())
     images[0].unlink()
     assert ask("images", "w.safetensors") == 2
-    assert "holds a run on other image files, or another order of classes; choose" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "holds a run on other image files, or another order of classes: split_sha256 " in message
+    assert f"{checkpoint.read_json(place / 'run' / 'config.json')['split_sha256'][:12]} (asked: " in message
 
 
 def test_other_images_elsewhere_are_refused_by_both_paths(place, capsys):
@@ -82,9 +85,28 @@ def test_other_weights_are_refused_under_the_same_path_too(place, capsys):
         metadata = file.metadata()
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, "w.safetensors", metadata)
     assert ask("images", "w.safetensors") == 2
-    assert "holds a run on backbone weights of other contents; choose" in capsys.readouterr().err
+    assert "holds a run on backbone weights of other contents: weights_sha256 " in capsys.readouterr().err
     assert ask("images", "nowhere.safetensors") == 2
     assert "--weights w.safetensors (asked: nowhere.safetensors)" in capsys.readouterr().err
+
+
+def test_random_weights_are_other_weights(tmp_path, capsys):
+    call = "--tasks 2 --limit-per-class 1 --epochs 1 --batch-size 100 --no-plots --output".split() + [f"{tmp_path}/run"]
+    assert train.main([*call, "--seed", "0", "1"]) == 0
+    assert train.main([*call, "--seed", "0", "1", "2", "--weights", "none", "--resume"]) == 2
+    assert "--weights pretrained (asked: none)" in capsys.readouterr().err
+
+
+def test_weights_in_a_folder_are_known_by_their_content(tmp_path):
+    prepare_torchvision()
+    import timm
+
+    model = timm.create_model("test_vit", num_classes=0)
+    timm.models.save_for_hf(model, tmp_path / "net", model_config={"num_classes": 0})
+    path = weight_file(f"local-dir:{tmp_path}/net", "pretrained")
+    assert path == weight_file(f"{tmp_path}/net", "pretrained") and path.parent == tmp_path / "net"
+    assert weight_file("test_vit", "pretrained") is None and weight_file("emoji", "none") is None
+    assert weight_file("emoji", "pretrained") == EMBEDDED and weight_file("emoji", str(path)) == path
 
 
 def test_other_settings_are_all_named_with_both_values(place, capsys):

@@ -21,7 +21,7 @@ from janus_ext.backbone.files import (
     read_checkpoint,
     sizes_of_npz,
 )
-from janus_ext.backbone.sources import Source, find_source, hub
+from janus_ext.backbone.sources import HUB, Source, find_source, hub
 from janus_ext.backbone.torchvision_guard import prepare_torchvision
 from janus_ext.checkpoint import read_tensors
 from janus_ext.errors import ArgumentError, CheckpointError
@@ -64,6 +64,17 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
     if name == "emoji":
         return _load_embedded(weights, image_size)
     return _load_timm(find_source(name), weights, image_size)
+
+
+def weight_file(name: str, weights: str) -> Path | None:
+    """The local file that `load_backbone` reads the weights from; None for timm's own, the hub's and random ones."""
+    if weights != "pretrained":
+        return Path(weights) if os.path.isfile(weights) else None
+    if name == "emoji":
+        return EMBEDDED
+    source = find_source(name)
+    in_folder = source.file is not None and not name.lower().startswith(HUB)
+    return Path(source.weight_file().path) if in_folder else None
 
 
 def _load_embedded(weights: str, image_size: int | None) -> nn.Module:

@@ -20,6 +20,7 @@ from janus_ext.backbone.files import WeightFile, first_line, misfit
 from janus_ext.checkpoint import read_json
 from janus_ext.errors import ArgumentError, CheckpointError
 
+HUB = ("hf-hub", "hf_hub")  # schemes of its names
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # as timm saves them beside config.json
 LOCATIONS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 SIZES = {"ti": "tiny", "t": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge", "g": "giant"}
@@ -71,9 +72,9 @@ def find_source(name: str) -> Source:
 
     scheme, _, place = name.partition(":")
     scheme = scheme.lower()
-    if scheme in ("hf-hub", "hf_hub", "local-dir") and not place:
+    if scheme in (*HUB, "local-dir") and not place:
         raise ArgumentError(f"--backbone {name} names nothing: wanted hf-hub:owner/name or local-dir:FOLDER")
-    if scheme in ("hf-hub", "hf_hub"):
+    if scheme in HUB:
         return _described(name, lambda names: _fetch(name, place, names))
     if scheme == "local-dir":
         return _described(name, lambda names: _first_of(name, Path(place), names))

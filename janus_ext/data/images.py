@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I")
+ORIENTATION = 0x0112  # the tag of EXIF
 MOST_WORKERS = 16  # each reads more than 250 photographs a second: together more than a large GPU takes
 CHUNK = 16  # images a worker reads at a time: all workers begin on the first batch, which then comes sooner
 LOOKAHEAD = 256  # images read ahead (at least two batches) if there is room for them: 37 MiB at 224 pixels
@@ -41,13 +42,34 @@ def read_image(path: str | Path, upright: bool = False) -> Image:
     ``upright`` applies the orientation that a camera noted in EXIF. The published protocols do not, so it is for
     images of one's own. Of an animation the first picture is taken.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+            return to_rgb(turned_upright(image) if upright else image)
     except Exception as error:  # Pillow's decoders raise what they meet: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read: {_reason(path, error)}") from error
+
+
+def turned_upright(image: Image) -> Image:
+    """``image`` as the camera was held, where it noted that; damage in the rest of what it noted does not matter."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    image.load()  # Pillow turns a TIFF by itself, and then takes the note away
+    try:
+        turn = turns.get(image.getexif().get(ORIENTATION))
+    except Exception:  # Pillow's reader of EXIF raises what it meets; such an image was not noted to be turned
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image) -> Image:

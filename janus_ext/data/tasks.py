@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 
 from janus_ext.data.names import to_bytes
 from janus_ext.errors import ArgumentError, DataError
 
+LOG = logging.getLogger("janus_ext")
 LINEAR = ("auto", "linear")  # heads that learn a task by telling its classes apart
 
 
@@ -38,7 +40,9 @@ def split_classes(order: Sequence[int], tasks: int, head: str = "linear") -> tup
         raise DataError(f"a benchmark needs at least two classes, got {len(order)}")
     if not 1 <= tasks <= len(order):
         raise ArgumentError(f"--tasks must lie in 1..{len(order)} (the number of classes), got {tasks}")
-    if 2 * tasks > len(order) and head in LINEAR:
+    if 2 * tasks > len(order) and head not in LINEAR:
+        LOG.warning("tasks of one class teach --head %s alone: their cross entropy is 0, the backbone rests", head)
+    elif 2 * tasks > len(order):
         raise ArgumentError(
             f"--tasks {tasks} of {len(order)} classes makes tasks of one class, from which linear heads learn nothing; "
             f"--tasks 1 to {len(order) // 2} fit, or --head ncm"

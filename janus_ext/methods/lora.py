@@ -76,6 +76,7 @@ class SequentialLoRA(Method):
                 name=name,
                 energy_power=config.energy_power,
                 device=layer.A.device,
+                distributed=False,  # a run is one process
             )
             for name, layer in self.layers.items()
         }
