@@ -66,7 +66,7 @@ def warn_of_rounded_weights(modules: Mapping[str, nn.Module | None]) -> None:
     if coarse:
         others = f" (and {len(coarse) - 1} more)" if len(coarse) > 1 else ""
         warnings.warn(
-            f"{coarse[0]}{others}: hold W in float32, got {_short(weights[coarse[0]].dtype)}; merging: {ROUNDED_WEIGHTS}",
+            f"{coarse[0]}{others}: hold W in float32, got {_short(weights[coarse[0]].dtype)}; {ROUNDED_WEIGHTS}",
             stacklevel=3,
         )
 

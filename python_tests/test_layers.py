@@ -54,9 +54,7 @@ def test_float64_and_back_and_another_device() -> None:
 def test_merge_into_half_precision_says_what_it_costs_and_master_weights_avoid_it(half: torch.dtype) -> None:
     rounded, master = layer_of(half), layer_of(half)
     V = rounded.basis.double()
-    with pytest.warns(
-        UserWarning, match=r"merge\(\): weights in half precision are rounded.*merge\(master=True\) keeps"
-    ):
+    with pytest.warns(UserWarning, match=r"merge\(\): weights in half precision are rounded.*master=True\) keeps"):
         assert violation(rounded.merge(), V) > 1e-4
     x = torch.randn(50, 5, dtype=torch.float64) @ master.basis.double().mT  # protected inputs
     x = x.to(half)
