@@ -66,23 +66,28 @@ def device_name(device: torch.device) -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
-@contextmanager
-def repeatable_kernels(device: torch.device) -> Iterator[None]:
-    """Within it PyTorch takes repeatable kernels; a GPU needs a fixed cuBLAS workspace, set before its first product.
+def be_deterministic(device: torch.device) -> None:
+    """From now on PyTorch takes repeatable kernels; a GPU needs a fixed cuBLAS workspace, set before its first product.
 
     An operator without one then raises. That is wanted: with ``warn_only`` the backward of fused attention stays as it
     is, although it has a repeatable kernel. New tensors are not filled with NaN, which PyTorch does beside it to show
     reads of memory that nobody wrote: hundreds of fills a step.
     """
-    before = torch.get_deterministic_debug_mode()
-    fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """`be_deterministic` within it; what the caller had is the caller's again behind it."""
+    mode = torch.get_deterministic_debug_mode()
+    fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    be_deterministic(device)
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(before)
+        torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = fill, benchmark

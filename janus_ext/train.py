@@ -21,7 +21,7 @@ from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.workers import naming_lost_workers
-from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device, repeatable_kernels
+from janus_ext.devices import AMP_DTYPES, deterministic, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method
@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> list[report.Results]:
         check_data(config)
         return []
     device = pick_device(config.device)
-    with repeatable_kernels(device):
+    with deterministic(device):
         return train_seeds(replace(config, device=str(device), amp=pick_amp(config.amp, device)))
 
 

@@ -47,7 +47,7 @@ def _global_flags(monkeypatch):
 
 @pytest.mark.usefixtures("_global_flags")
 def test_a_gpu_takes_repeatable_kernels_or_none_and_fills_no_memory():
-    with devices.repeatable_kernels(torch.device("cuda")):
+    with devices.deterministic(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory and not torch.backends.cudnn.benchmark
@@ -58,7 +58,7 @@ def test_a_gpu_takes_repeatable_kernels_or_none_and_fills_no_memory():
 
 @pytest.mark.usefixtures("_global_flags")
 def test_a_processor_keeps_the_kernels_that_it_has():
-    with devices.repeatable_kernels(CPU):
+    with devices.deterministic(CPU):
         assert not torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
 
 
