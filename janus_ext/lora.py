@@ -79,6 +79,7 @@ class LoRALayer(nn.Module):
         self.A.uniform_(-bound, bound)
         self.B.zero_()
         self._project_A()
+        self._effective = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m], of a fused qkv [..., 3 m]; x's dtype, under autocast that of autocast."""

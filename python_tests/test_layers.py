@@ -160,9 +160,10 @@ def test_the_rectifier_takes_the_projection_of_the_forward_pass(monkeypatch: pyt
     [
         lambda layer: layer.load_state_dict(layer_of(k=4).state_dict()),
         lambda layer: (layer.merge(), layer.protect(orthonormal(20, 9, torch.float32))),
+        lambda layer: layer.merge(),
         lambda layer: layer.double(),
     ],
-    ids=["loaded", "protected", "moved"],
+    ids=["loaded", "protected", "merged", "moved"],
 )
 def test_no_projection_outlives_what_it_was_made_from(change) -> None:
     layer = layer_of(rectify_in="step")
