@@ -311,6 +311,13 @@ def test_the_look_ahead_takes_half_of_the_free_shared_memory_at_most(tmp_path, m
     assert ("8 MiB free, too little for --workers 1" in caplog.text) == (free == 8 << 20)
 
 
+def test_a_system_that_does_not_tell_its_shared_memory_is_no_obstacle(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "SHARED_MEMORY", str(tmp_path / "nowhere"))
+    split = make_split(tmp_path, workers=1)
+    assert len(batches_of(split)) == len(batches_of(make_split(tmp_path)))
+    assert split._workers._loader.prefetch_factor == 16
+
+
 def test_take_at_and_items(tmp_path):
     split = make_split(tmp_path)
     taken = split.take(torch.tensor([4, 2])).at(16)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ class Workers:
 
     def _each_ahead(self, ahead: int, size: int) -> int:
         """Requests that each worker has at once: all together take half of the shared memory at most."""
-        room = int(free_shared_memory() / 2 // max(1, size))
+        room = free_shared_memory() // 2 // max(1, size)
         if room < self.count:
             LOG.warning(
                 "%s has %.0f MiB free, too little for --workers %d: images come through pipes, which may be "
@@ -110,13 +111,13 @@ def _unchanged(answer: Any) -> Any:
     return answer
 
 
-def free_shared_memory() -> float:
-    """Bytes that are free for what processes share; infinite on systems that do not say."""
+def free_shared_memory() -> int:
+    """Bytes that are free for what processes share; as good as endless on systems that do not say."""
     try:
         status = os.statvfs(SHARED_MEMORY)
     except OSError:
-        return float("inf")
-    return float(status.f_bavail * status.f_frsize)
+        return sys.maxsize
+    return status.f_bavail * status.f_frsize
 
 
 @contextmanager
