@@ -1,6 +1,8 @@
 """Devices, dtypes, the one table of tolerances that every numerical test uses, and small training runs."""
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,10 @@ ARCHITECTURE = {
     "patch_drop_rate": 0.5,
 }  # of the tiny backbone
 needs_native = pytest.mark.skipif(not _native.available(), reason="the compiled library is not loaded")
+needs_inductor = pytest.mark.skipif(
+    shutil.which("g++") is None or shlex.quote(torch.__file__) != torch.__file__,
+    reason="inductor needs a C++ compiler, and a torch in a folder whose name needs no quotes",
+)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 

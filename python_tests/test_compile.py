@@ -1,13 +1,12 @@
 """torch.compile with fullgraph=True: a ViT with our layers, forward and backward, observed, over many tasks."""
 
 import copy
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, orthonormal, subspace
+from conftest import assert_close, needs_inductor, orthonormal, subspace
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -92,7 +91,7 @@ def test_rectification_before_the_step_equals_eager(device: str, mode: str, k: i
 
 
 @AMP
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@needs_inductor
 def test_inductor_equals_eager_with_a_growing_basis(amp: bool) -> None:
     results, counters = [], []
     for compiling in (False, True):

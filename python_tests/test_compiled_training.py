@@ -1,13 +1,12 @@
 """--compile: the same run, from graphs that are made in the first task, under the same names."""
 
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import KeepingTrainer, assert_close, make_trainer, without_time
+from conftest import KeepingTrainer, assert_close, make_trainer, needs_inductor, without_time
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from janus_ext.checkpoint import read_tensors
@@ -64,7 +63,7 @@ def test_a_compiled_run_is_the_same_run(patterns, weights, tmp_path, monkeypatch
     assert len(set(trainer.graphs[first:])) == 1 and trainer.graphs[-1] <= torch._dynamo.config.recompile_limit
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@needs_inductor
 def test_inductor_trains(patterns, weights, tmp_path):
     runs = []
     for compile in (False, True):
