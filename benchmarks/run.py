@@ -24,6 +24,7 @@ from cases import CASES, GROUPS, Case, InPlace, Side
 from provenance import commit
 
 from janus_ext import _native
+from janus_ext.terminal import until_closed
 
 LEAST_SECONDS = 2.0  # of our side of a case: the median of a few short calls is noise
 MOST_SECONDS = 30.0  # of both sides together: one of them may be a hundred times slower
@@ -200,6 +201,7 @@ def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> bool:
     return all(new[name] >= 0.8 * old[name] for name in old.keys() & new.keys())
 
 
+@until_closed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)

@@ -26,6 +26,8 @@ from typing import Any
 
 from provenance import commit
 
+from janus_ext.terminal import until_closed
+
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent / "janus_ext" / "assets"
 TRACKED = ("--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")  # these grow with every cell
@@ -382,6 +384,7 @@ def spread(values: list[float | None], form: str) -> str:
     return mean if len(known) == 1 else f"{mean} ± {form.replace('+', '').format(statistics.stdev(known))}"
 
 
+@until_closed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["methods", *SWEEPS, "table", "differences", "trials"])

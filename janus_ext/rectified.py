@@ -130,7 +130,10 @@ def rectified_layers(layers: Any, options: dict[str, Any]) -> list[Rectified]:
     """Those that `GradientRectifier` was given; `options` are for pairs. At least one, and no factor in two of them."""
     entries = [_rectified(name, item, options) for name, item in _named(layers)]
     if not entries:
-        raise ArgumentError("GradientRectifier: layers must hold at least one LoRA layer or (A, B) pair, got none")
+        raise ArgumentError(
+            "GradientRectifier: layers must hold at least one LoRA layer or (A, B) pair, got none; of a PEFT model "
+            "pass {name: (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter], layer)}"
+        )
     owners: dict[int, str] = {}
     for entry in entries:
         for factor, tensor in (("A", entry.A), ("B", entry.B)):

@@ -304,7 +304,7 @@ def test_check_data_lists_all_that_is_wrong(tree, capsys):
         "clipart train +345 +33,525",
     ):
         assert re.search(line, out), line
-    assert "ground truth" in out and "correct the lines" in out and "1 files are not used" in out
+    assert "ground truth" in out and "correct the lines" in out and "Files that are not used: 1;" in out
     assert "1 wrong, 1 missing, 1 empty, 1 unreadable" in err
 
 

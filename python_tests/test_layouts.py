@@ -123,7 +123,7 @@ def test_image_files_that_are_not_read_are_one_warning(tree, caplog, capsys):
     load(tree)
     warnings = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
     assert len(warnings) == 1
-    assert re.search(r"tree: 3 files of images are not read, for example thing 00/x.heic; convert them", warnings[0])
+    assert re.search(r"tree: image files that are not read: 3, for example thing 00/x.heic; convert them", warnings[0])
     assert ".jpg .jpeg .png" in warnings[0] and ".gif" in warnings[0]
     assert train.main(["--benchmark", "folder", "--data-dir", str(tree), "--check-data"]) == 0
     assert re.search(r"unlisted +thing 00/x.heic +\(not the name of an image that is read\)", capsys.readouterr().out)

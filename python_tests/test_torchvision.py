@@ -50,3 +50,12 @@ def test_the_operators_are_declared_once_and_what_another_declared_stays():
 def test_as_a_start_up_file_it_serves_a_program_that_does_not_know_of_it(tmp_path):
     (tmp_path / "janus_ext_torchvision.pth").write_text("import janus_ext.torchvision_shim\n")
     run(f"import site; site.addsitedir({str(tmp_path)!r})\n{TORCHVISION}")
+
+
+def test_the_command_needs_no_preparation() -> None:
+    """A process of its own: here somebody has prepared torchvision already."""
+    call = [sys.executable, "-m", "janus_ext.train", "--backbone", "vit_smal_patch16_224", "--tasks", "2"]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("janus_ext.train: --backbone vit_smal_patch16_224: timm ")
+    assert done.stderr.count("\n") == 1 and "vit_small_patch16_224" in done.stderr

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from janus_ext.backbone.files import WeightFile, first_line, misfit
+from janus_ext.backbone.torchvision_guard import prepare_torchvision
 from janus_ext.checkpoint import read_json
 from janus_ext.errors import ArgumentError, CheckpointError
 
@@ -68,6 +69,7 @@ def find_source(name: str) -> Source:
         ArgumentError: it is none, with similar names.
         CheckpointError: the hub or the folder holds no network of timm's, or cannot be read.
     """
+    prepare_torchvision()
     import timm
 
     scheme, _, place = name.partition(":")

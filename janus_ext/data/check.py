@@ -197,7 +197,7 @@ def advise(listing: Listing, problems: Sequence[Problem], unlisted: Sequence[Pro
     if kinds & {"without images", "too small"}:
         lines.append(f"To do: put images into the class folders named above, or remove the folders. {ENDINGS}.")
     if unlisted:
-        lines.append(f"{len(unlisted):,} files are not used; remove them or leave them.")
+        lines.append(f"Files that are not used: {len(unlisted):,}; remove them or leave them.")
     if listing.unlike_official():
         lines.append("The counts are not the official ones: results cannot be compared with published ones.")
     return lines or ["Nothing to do: every image is there and can be decoded; the next start needs no check."]

@@ -83,7 +83,7 @@ def _warn_of_unread(listing: Listing) -> None:
     """Says which files of class folders seem to be images and are left out."""
     if listing.unread:
         LOG.warning(
-            "%s: %d files of images are not read, for example %s; convert them to be trained on. %s",
+            "%s: image files that are not read: %d, for example %s; convert them to be trained on. %s",
             *(listing.root, len(listing.unread), listing.unread[0], ENDINGS),
         )
 
