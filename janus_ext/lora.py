@@ -213,6 +213,8 @@ class LoRALayer(nn.Module):
         self.basis = basis.new_empty_strided((n, k), (1, n)).copy_(basis)
         if not self._needs_no_basis():
             mark_unbacked(self.basis, 1)  # no recompilation for k = 0 or 1 either
+        # an average of buffers (EMA) across protect() fails at this one, also where V's one column would be broadcast
+        self.register_buffer("_columns", basis.new_zeros(k + 2), persistent=False)
         self._open = (self.basis,)  # the same tensor, on a way where torch.compile honours the mark: not so for buffers
         self._effective: Tensor | None = None  # A_s of the last forward pass, for the rectification before the step
 

@@ -311,7 +311,7 @@ def test_export_takes_the_basis_along() -> None:
     nn.init.normal_(layer.B)
     x = torch.randn(3, 8)
     program = torch.export.export(layer, (x,), strict=False)
-    assert program.graph_signature.buffers == ("basis",)
+    assert "basis" in program.graph_signature.buffers
     assert_close(program.module()(x), layer(x), torch.float32)
 
 

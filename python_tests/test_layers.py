@@ -111,14 +111,15 @@ def test_an_orthonormal_basis_keeps_its_bits() -> None:
     assert torch.equal(layer.basis, basis)
 
 
-def test_an_average_across_protect_is_refused() -> None:
+@pytest.mark.parametrize(("before", "after"), [(5, 9), (0, 1), (1, 5), (5, 1), (1, 0)])
+def test_an_average_across_protect_is_refused(before: int, after: int) -> None:
     """A copy that goes on with the old basis would project the new factors by it."""
-    layer = layer_of()
+    layer = layer_of(k=before)
     average = torch.optim.swa_utils.AveragedModel(layer)
     average.update_parameters(layer)
     layer.merge()
-    layer.protect(orthonormal(20, 9, torch.float32))
-    with pytest.raises(RuntimeError, match="must match the size"):
+    layer.protect(orthonormal(20, after, torch.float32))
+    with pytest.raises(RuntimeError, match="size|shape"):
         average.update_parameters(layer)
 
 
