@@ -22,6 +22,25 @@ RECTIFY_IN = ("backward", "step")
 ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half precision's of a few columns even
 
 
+class _Task(Tensor):
+    """A buffer that nobody reads, k + 2 numbers: averages of buffers fail at it, before V, in words of ours.
+
+    Of V itself torch would say that sizes do not match, and nothing where one column can be broadcast.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return super().__torch_function__(function, types, args, kwargs or {})
+        except RuntimeError as error:
+            raise TaskBoundaryError(
+                "this average (EMA) was made before protect(), and belongs to that task: make a new copy of the model"
+            ) from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Task":
+        return memo.setdefault(id(self), self.as_subclass(Tensor).clone().as_subclass(_Task))
+
+
 class LoRALayer(nn.Module):
     """What `LoRALinear` and `LoRAQKV` share: a frozen linear map, factors A [..., r, n] and B [..., m, r], a basis V.
 
@@ -60,6 +79,7 @@ class LoRALayer(nn.Module):
         dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
         self.A = nn.Parameter(torch.empty(*shape_A, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.empty(*shape_B, dtype=dtype, device=device))
+        self.register_buffer("_task", None, persistent=False)
         self.register_buffer("basis", None)
         self._hold(torch.zeros(linear.in_features, 0, dtype=dtype, device=device))
         self.reset()
@@ -100,8 +120,7 @@ class LoRALayer(nn.Module):
         """Protect the span of basis [n, k], orthonormal, from now on; the layer's function does not change.
 
         A basis that was rounded (half precision) is made orthonormal again. A copy of the model that is averaged over
-        the steps of a task (EMA) belongs to that task: make a new one, for the old one's basis has another shape, and
-        updating it raises torch's error of sizes that do not match.
+        the steps of a task (EMA) belongs to that task: updating it with the next one's raises, make a new one.
 
         Raises:
             TaskBoundaryError: B is not zero: a new basis would change what the layer computes. Merge first.
@@ -213,8 +232,7 @@ class LoRALayer(nn.Module):
         self.basis = basis.new_empty_strided((n, k), (1, n)).copy_(basis)
         if not self._needs_no_basis():
             mark_unbacked(self.basis, 1)  # no recompilation for k = 0 or 1 either
-        # an average of buffers (EMA) across protect() fails at this one, also where V's one column would be broadcast
-        self.register_buffer("_columns", basis.new_zeros(k + 2), persistent=False)
+        self._task = basis.new_zeros(k + 2).as_subclass(_Task)
         self._open = (self.basis,)  # the same tensor, on a way where torch.compile honours the mark: not so for buffers
         self._effective: Tensor | None = None  # A_s of the last forward pass, for the rectification before the step
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from janus_ext import ArgumentError, GradientRectifier, LoRALinear, LoRAQKV, inject, ops
+from janus_ext.errors import TaskBoundaryError
 from janus_ext.lora import LoRALayer, violation
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -112,15 +113,17 @@ def test_an_orthonormal_basis_keeps_its_bits() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(5, 9), (0, 1), (1, 5), (5, 1), (1, 0)])
-def test_an_average_across_protect_is_refused(before: int, after: int) -> None:
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_average_across_protect_is_refused(before: int, after: int, use_buffers: bool) -> None:
     """A copy that goes on with the old basis would project the new factors by it."""
     layer = layer_of(k=before)
-    average = torch.optim.swa_utils.AveragedModel(layer)
+    average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=use_buffers)
     average.update_parameters(layer)
     layer.merge()
     layer.protect(orthonormal(20, after, torch.float32))
-    with pytest.raises(RuntimeError, match="size|shape"):
+    with pytest.raises(TaskBoundaryError, match=r"average \(EMA\) was made before protect\(\).*make a new copy"):
         average.update_parameters(layer)
+    torch.optim.swa_utils.AveragedModel(layer, use_buffers=use_buffers).update_parameters(layer)
 
 
 def test_states_without_a_basis_or_with_more_are_refused() -> None:
