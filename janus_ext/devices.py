@@ -35,7 +35,7 @@ def pick_device(name: str) -> torch.device:
 def pick_amp(name: str, device: torch.device) -> str:
     """A key of AMP_DTYPES; "auto" is bf16 where hardware multiplies it (half the time on a CPU with AMX), else off.
 
-    fp16 on a CPU without such hardware is a warning: a linear layer was measured at 15 times its float32 time.
+    fp16 on a CPU without such hardware is a warning: its products are many times slower than float32's.
     """
     if device.type == "cuda":
         best = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "off"
@@ -44,7 +44,7 @@ def pick_amp(name: str, device: torch.device) -> str:
     known = platform.machine() in ("x86_64", "AMD64")  # of others PyTorch does not tell
     if name == "fp16" and device.type == "cpu" and known and not _processor_multiplies("fp16"):
         LOG.warning(
-            "--amp fp16: this processor has no float16 arithmetic, a step takes about ten times as long as with "
+            "--amp fp16: this processor has no float16 arithmetic, a step takes many times as long as with "
             "--amp %s",
             best,
         )
