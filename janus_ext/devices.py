@@ -44,8 +44,7 @@ def pick_amp(name: str, device: torch.device) -> str:
     known = platform.machine() in ("x86_64", "AMD64")  # of others PyTorch does not tell
     if name == "fp16" and device.type == "cpu" and known and not _processor_multiplies("fp16"):
         LOG.warning(
-            "--amp fp16: this processor has no float16 arithmetic, a step takes many times as long as with "
-            "--amp %s",
+            "--amp fp16: this processor has no float16 arithmetic, a step takes many times as long as with --amp %s",
             best,
         )
     return best if name == "auto" else name
