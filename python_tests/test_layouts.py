@@ -190,8 +190,8 @@ def test_a_run_folder_whose_name_is_no_text_is_refused_before_anything_is_writte
     assert not list(tmp_path.iterdir())
 
 
-def test_the_log_takes_any_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.LOG, "propagate", False)  # pytest-xdist cannot send such a name in a report of the log
+def test_the_log_takes_any_name(tmp_path, caplog):
     with train.logging_to(tmp_path / "log.txt"):
-        train.LOG.info("caf\udce9")
+        train.LOG.info("caf%s", "\udce9")
+    assert caplog.messages == ["caf\\udce9"], "valid text, which every handler can write or send"
     assert "caf\\udce9" in (tmp_path / "log.txt").read_text()

@@ -6,6 +6,8 @@ are written back as the bytes they were, so a name of any bytes has a fingerprin
 
 from __future__ import annotations
 
+import logging
+
 from PIL import features
 
 IMAGE_SUFFIXES = (
@@ -55,3 +57,13 @@ def is_possible(name: str) -> bool:
 def printable(name: str) -> str:
     """``name`` as valid text, bytes that are none written as escapes."""
     return to_bytes(name).decode("utf-8", "backslashreplace")
+
+
+def _log_valid_text(record: logging.LogRecord) -> bool:
+    """Escapes what is no text in a message of ours, so that every handler can write or send it."""
+    message = record.getMessage()
+    record.msg, record.args = message.encode("utf-8", "backslashreplace").decode(), ()
+    return True
+
+
+logging.getLogger("janus_ext").addFilter(_log_valid_text)
