@@ -23,7 +23,7 @@ from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Task
-from janus_ext.trainer import Trainer
+from janus_ext.training.trainer import Trainer
 
 
 class WatchedTrainer(Trainer):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from janus_ext.checkpoint import read_tensors
+from janus_ext.runs.checkpoint import read_tensors
 
 CALL = [sys.executable, "-m", "janus_ext.train", "--limit-per-class", "2", "--epochs", "2", "--no-plots", "--resume"]
 

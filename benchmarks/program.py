@@ -15,8 +15,8 @@ from janus_ext.data.benchmark import Benchmark, MemorySplit
 from janus_ext.devices import AMP_DTYPES
 from janus_ext.estimator import observing
 from janus_ext.methods import METHODS
-from janus_ext.optimization import make_optimizer
-from janus_ext.trainer import Trainer
+from janus_ext.training.optimization import make_optimizer
+from janus_ext.training.trainer import Trainer
 
 
 def trainer(device: str, classes: int, tasks: int, per_class: int, folder: Path, **settings: Any) -> Trainer:

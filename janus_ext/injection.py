@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from janus_ext import ops
+from janus_ext.backbone.families import attention_layers, folded_qkv, freeze, fused_attention, left_out, replace_qkv
 from janus_ext.errors import ArgumentError
-from janus_ext.families import attention_layers, folded_qkv, freeze, fused_attention, left_out, replace_qkv
 from janus_ext.lora import LoRAQKV
 from janus_ext.lora_arguments import check_linear, check_rank
 
@@ -59,7 +59,7 @@ def inject(
 
     Args:
         model: has attention layers whose `qkv` is an nn.Linear with the rows of q, k and v on top of each other, as
-            timm's VisionTransformer and most of its relatives; `janus_ext.families` knows which.
+            timm's VisionTransformer and most of its relatives; `janus_ext.backbone.families` knows which.
         rank, targets, scale, rectify, rectify_in, damping, share, balance: see `LoRAQKV`.
 
     Returns:

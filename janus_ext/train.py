@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from janus_ext import events, opening, plots, report
 from janus_ext.backbone import load_backbone, weight_file
-from janus_ext.checkpoint import read_json, write_json
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
@@ -25,7 +23,9 @@ from janus_ext.devices import AMP_DTYPES, deterministic, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError, JanusError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method
-from janus_ext.run_folder import (
+from janus_ext.reports import plots, table
+from janus_ext.runs.checkpoint import read_json, write_json
+from janus_ext.runs.folder import (
     check_same_seeds,
     check_same_settings,
     choose_folder,
@@ -35,7 +35,8 @@ from janus_ext.run_folder import (
     settings_of,
 )
 from janus_ext.terminal import TerminalHandler, escaping, until_closed
-from janus_ext.trainer import Trainer, derive_seed
+from janus_ext.training import events, opening
+from janus_ext.training.trainer import Trainer, derive_seed
 
 LOG = logging.getLogger("janus_ext")
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(config: TrainConfig) -> list[report.Results]:
+def train(config: TrainConfig) -> list[table.Results]:
     """One run per seed; returns the results of each, in the order of the seeds."""
     config = config.resolved()
     if config.tensorboard:
@@ -71,15 +72,15 @@ def train(config: TrainConfig) -> list[report.Results]:
         return train_seeds(replace(config, device=str(device), amp=pick_amp(config.amp, device)))
 
 
-def train_seeds(config: TrainConfig) -> list[report.Results]:
+def train_seeds(config: TrainConfig) -> list[table.Results]:
     """The runs of a resolved configuration, and their summary where they are several."""
     folder = choose_folder(config)
     if len(config.seed) == 1:
         return [run_seed(config, folder)]
     check_same_seeds(folder, config.seed)
     runs = [run_seed(replace(config, seed=(seed,)), folder / f"seed-{seed}") for seed in config.seed]
-    write_json(folder / "summary.json", report.summarize_runs(runs))
-    print(report.format_summary(runs))
+    write_json(folder / "summary.json", table.summarize_runs(runs))
+    print(table.format_summary(runs))
     return runs
 
 
@@ -92,7 +93,7 @@ def check_data(config: TrainConfig) -> None:
     )
 
 
-def run_seed(config: TrainConfig, folder: Path) -> report.Results:
+def run_seed(config: TrainConfig, folder: Path) -> table.Results:
     """Trains with the one seed of ``config``, or takes what ``folder`` has of it; writes and prints the results."""
     benchmark = BENCHMARKS[config.benchmark](config)
     config = replace(config, tasks=len(benchmark.tasks))
@@ -114,13 +115,13 @@ def run_seed(config: TrainConfig, folder: Path) -> report.Results:
             with naming_lost_workers():
                 results = trainer.run()
             write_json(folder / "results.json", results)
-    print(f"\n{report.format_table(results)}\n\nrun folder: {folder}")
+    print(f"\n{table.format_table(results)}\n\nrun folder: {folder}")
     if config.plots:
         plots.save_plots(results, folder / "plots")
     return results
 
 
-def take_results(folder: Path, benchmark: Benchmark) -> report.Results:
+def take_results(folder: Path, benchmark: Benchmark) -> table.Results:
     """The results of a run that has finished; CheckpointError when they are damaged, or of other images."""
     path = folder / "results.json"
     results = read_json(path)

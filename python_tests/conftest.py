@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from janus_ext import _native, checkpoint
+from janus_ext import _native
 from janus_ext.backbone import load_backbone, prepare_torchvision
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, MemorySplit
 from janus_ext.devices import AMP_DTYPES
 from janus_ext.methods import METHODS
-from janus_ext.trainer import Trainer, derive_seed
+from janus_ext.runs import checkpoint
+from janus_ext.training.trainer import Trainer, derive_seed
 
 # Relative error |got - want| / |want| (Frobenius) against a float64 reference, inputs rounded to the dtype first.
 TOLERANCE = {

@@ -14,7 +14,7 @@ from janus_ext import OnlineEstimator
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.methods import lora
 from janus_ext.methods.base import Step
-from janus_ext.trainer import Trainer
+from janus_ext.training.trainer import Trainer
 
 METHODS = {
     "lora": {"method": "lora"},

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from janus_ext import train
-from janus_ext.annotations import fit
 from janus_ext.config import Domain, MethodName, TrainConfig
+from janus_ext.config.annotations import fit
 from janus_ext.errors import ArgumentError
 
 FIELDS = dataclasses.fields(TrainConfig)

@@ -15,49 +15,38 @@ ALLOWED = {
     "errors": set(),
     "_native": set(),
     "reference": set(),
-    "metrics": set(),
-    "presets": set(),
-    "annotations": set(),
-    "config": {"presets", "annotations"},
-    "checkpoint": set(),
-    "ops": {"_native", "reference"},
     "arguments": set(),
+    "processes": set(),
+    "versions": set(),
+    "devices": set(),
+    "terminal": set(),
+    "ops": {"_native", "reference"},
     "statistics": {"ops"},
     "estimator": {"arguments", "ops", "processes", "statistics"},
     "margin": {"arguments", "ops"},
-    "processes": set(),
     "pairs": {"arguments", "ops", "lora_arguments"},
     "rectified": {"arguments", "ops", "lora", "pairs"},
     "rectifier": {"arguments", "ops", "estimator", "lora_arguments", "pairs", "processes", "rectified"},
     "lora_arguments": {"arguments", "ops"},
     "lora": {"ops", "lora_arguments"},
-    "families": set(),
-    "injection": {"ops", "families", "lora", "lora_arguments"},
-    "backbone": {"backbone", "checkpoint"},
-    "torchvision_shim": {"backbone"},
+    "injection": {"ops", "backbone.families", "lora", "lora_arguments"},
     "classifier": set(),
-    "report": {"metrics"},
-    "plots": {"checkpoint", "metrics"},
-    "data": {"config", "data", "checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
-    "methods": {"estimator", "margin", "rectifier", "lora", "families", "injection", "methods"},
-    "events": set(),
-    "versions": set(),
-    "devices": set(),
-    "opening": {"devices", "families"},
-    "progress": set(),
-    "terminal": set(),
-    "optimization": {"config"},
-    "run_folder": {"checkpoint", "config"},
-    "trainer": {
-        "methods.base",
-        "data.benchmark",
-        "events",
-        "metrics",
-        "checkpoint",
+    "torchvision_shim": {"backbone"},
+    "config": {"config"},
+    "backbone": {"backbone", "runs.checkpoint"},
+    "data": {"config", "data", "runs.checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
+    "methods": {"estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
+    "runs": {"config", "runs"},
+    "reports": {"reports", "runs"},
+    "training": {
+        "training",
+        "backbone.families",
         "config",
+        "data.benchmark",
+        "devices",
+        "methods.base",
+        "runs",
         "versions",
-        "optimization",
-        "progress",
     },
 }
 ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info"}
@@ -102,8 +91,8 @@ def test_module_imports_only_what_it_may_know(module):
 
 def test_the_import_reader_sees_an_import(tmp_path):
     source = tmp_path / "m.py"
-    source.write_text("from janus_ext import metrics, ops\ndef f():\n    from janus_ext.methods.janus import Janus\n")
-    assert runtime_imports(source) == {"metrics", "ops", "methods.janus"}
+    source.write_text("from janus_ext import margin, ops\ndef f():\n    from janus_ext.methods.janus import Janus\n")
+    assert runtime_imports(source) == {"margin", "ops", "methods.janus"}
 
 
 def test_there_is_no_utils_module():

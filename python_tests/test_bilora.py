@@ -8,10 +8,10 @@ import torch
 from conftest import make_trainer, relative_error, weights_of
 from torch import nn
 
-from janus_ext import checkpoint
 from janus_ext.errors import ArgumentError
 from janus_ext.methods import METHODS
 from janus_ext.methods.bilora import SpectralQKV, positions
+from janus_ext.runs import checkpoint
 
 GRIDS = [(4, 4), (3, 5), (6, 4), (2, 7)]  # m, n
 

@@ -9,8 +9,8 @@ import torch
 from conftest import KeepingTrainer, assert_close, make_trainer, needs_inductor, without_time
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from janus_ext.checkpoint import read_tensors
 from janus_ext.errors import TrainingError
+from janus_ext.runs.checkpoint import read_tensors
 
 METHODS: dict[str, dict[str, Any]] = {
     "janus": {},

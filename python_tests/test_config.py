@@ -16,7 +16,7 @@ from janus_ext.data import BENCHMARKS
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError
 from janus_ext.methods import METHODS
-from janus_ext.optimization import schedule
+from janus_ext.training.optimization import schedule
 
 
 def test_a_method_fills_in_its_own_defaults():

@@ -9,7 +9,7 @@ from conftest import make_trainer
 
 from janus_ext import train
 from janus_ext.methods.base import Task
-from janus_ext.trainer import Trainer
+from janus_ext.training.trainer import Trainer
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:

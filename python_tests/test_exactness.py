@@ -8,8 +8,8 @@ from conftest import relative_error
 from torch import Tensor
 
 from janus_ext.backbone import load_backbone, prepare_torchvision
-from janus_ext.checkpoint import read_tensors
 from janus_ext.config import TrainConfig
+from janus_ext.runs.checkpoint import read_tensors
 from janus_ext.train import train
 
 prepare_torchvision()

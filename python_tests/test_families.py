@@ -11,7 +11,7 @@ from torch import nn
 
 from janus_ext import ArgumentError, inject
 from janus_ext.backbone import prepare_torchvision
-from janus_ext.families import LAYOUTS, attention_layers, declare_stacked, freeze, fused_attention
+from janus_ext.backbone.families import LAYOUTS, attention_layers, declare_stacked, freeze, fused_attention
 
 SMALL = {"depth": 1}
 STAGES = {"depths": (1, 1, 1, 1)}
@@ -220,7 +220,7 @@ class Rebel(Mine):
 
 
 def test_unknown_attention_is_refused_until_it_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("janus_ext.families.LAYOUTS", dict(LAYOUTS))
+    monkeypatch.setattr("janus_ext.backbone.families.LAYOUTS", dict(LAYOUTS))
     with pytest.raises(ArgumentError, match=r"at 0 \(Mine\): the rows of its qkv are not known .*stacked\(Mine"):
         inject(nn.Sequential(Mine()), rank=2)
     assert declare_stacked(Mine) is Mine

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from janus_ext import metrics
 from janus_ext.errors import ArgumentError
+from janus_ext.runs import metrics
 
 # Three tasks of 10, 20 and 70 test images.
 MATRIX = [[80.0], [60.0, 90.0], [70.0, 75.0, 50.0]]

@@ -12,10 +12,13 @@ import pytest
 import torch
 from conftest import make_trainer, weights_of, without_time
 
-from janus_ext import checkpoint, plots, run_folder, train
-from janus_ext import trainer as trainer_module
+from janus_ext import train
 from janus_ext.config import TrainConfig
 from janus_ext.errors import CheckpointError
+from janus_ext.reports import plots
+from janus_ext.runs import checkpoint
+from janus_ext.runs import folder as run_folder
+from janus_ext.training import trainer as trainer_module
 
 FLAGS = "--tasks 4 --limit-per-class 1 --epochs 3 --batch-size 64 --no-plots --resume"
 FLAGS += " --energy-start 0.9 --energy-end 0.9"  # the tiny backbone has room for these

@@ -9,9 +9,10 @@ import trees
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from janus_ext import checkpoint, train
-from janus_ext import trainer as trainer_module
+from janus_ext import train
 from janus_ext.backbone import EMBEDDED, prepare_torchvision, weight_file
+from janus_ext.runs import checkpoint
+from janus_ext.training import trainer as trainer_module
 
 SETTINGS = "--benchmark folder --backbone emoji --method lora --epochs 1 --tasks 2 --workers 0 --no-plots --amp off"
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from janus_ext import checkpoint, run_folder, train
+from janus_ext import train
 from janus_ext.config import TrainConfig
 from janus_ext.errors import ArgumentError
+from janus_ext.runs import checkpoint
+from janus_ext.runs import folder as run_folder
 
 
 def test_the_default_folder_is_numbered_when_it_holds_a_finished_run(tmp_path, monkeypatch):

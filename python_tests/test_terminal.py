@@ -14,10 +14,11 @@ import pytest
 from conftest import make_trainer
 from tqdm import tqdm
 
-from janus_ext import info, opening, train
-from janus_ext.checkpoint import read_json
-from janus_ext.progress import BAR
+from janus_ext import info, train
+from janus_ext.runs.checkpoint import read_json
 from janus_ext.terminal import until_closed
+from janus_ext.training import opening
+from janus_ext.training.progress import BAR
 
 FLAGS = "--method lora --tasks 3 --limit-per-class 1 --epochs 1 --batch-size 200 --no-plots".split()
 CLOSED = 128 + signal.SIGPIPE

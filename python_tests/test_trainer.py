@@ -19,7 +19,7 @@ from conftest import (
 )
 from torch import Tensor
 
-from janus_ext import checkpoint, plots, train
+from janus_ext import train
 from janus_ext.backbone import load_backbone
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import TrainConfig
@@ -27,6 +27,8 @@ from janus_ext.data import emoji
 from janus_ext.errors import ArgumentError, CheckpointError, TrainingError
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method, Step
+from janus_ext.reports import plots
+from janus_ext.runs import checkpoint
 
 ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
     "nothing": ("none", "none", 0.0),

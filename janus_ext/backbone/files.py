@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from janus_ext.checkpoint import read_tensors
 from janus_ext.errors import CheckpointError
+from janus_ext.runs.checkpoint import read_tensors
 
 TIMM_TAKES = ("state_dict_ema", "model_ema", "state_dict", "model")  # the keys that timm looks under, in its order
 AVERAGED = {"ema", "teacher"}  # words in the names of averaged weights, which are meant to be used

@@ -23,8 +23,8 @@ from janus_ext.backbone.files import (
 )
 from janus_ext.backbone.sources import HUB, Source, find_source, hub
 from janus_ext.backbone.torchvision_guard import prepare_torchvision
-from janus_ext.checkpoint import read_tensors
 from janus_ext.errors import ArgumentError, CheckpointError
+from janus_ext.runs.checkpoint import read_tensors
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "backbone.safetensors"
 DROP_RATES = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")

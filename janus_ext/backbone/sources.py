@@ -18,8 +18,8 @@ from torch import nn
 
 from janus_ext.backbone.files import WeightFile, first_line, misfit
 from janus_ext.backbone.torchvision_guard import prepare_torchvision
-from janus_ext.checkpoint import read_json
 from janus_ext.errors import ArgumentError, CheckpointError
+from janus_ext.runs.checkpoint import read_json
 
 HUB = ("hf-hub", "hf_hub")  # schemes of its names
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # as timm saves them beside config.json

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from janus_ext.backbone.families import folded_qkv, freeze, fused_attention, replace_qkv
 from janus_ext.errors import ArgumentError
-from janus_ext.families import folded_qkv, freeze, fused_attention, replace_qkv
 from janus_ext.methods.base import Method, Task, TaskReport
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from janus_ext.checkpoint import make_folder, replace_file
-from janus_ext.metrics import trajectory
+from janus_ext.runs.checkpoint import make_folder, replace_file
+from janus_ext.runs.metrics import trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

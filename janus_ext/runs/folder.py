@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from janus_ext.checkpoint import file_sha256, make_folder, read_json, remove, write_json
 from janus_ext.config import TrainConfig, flag
 from janus_ext.errors import ArgumentError, CheckpointError
+from janus_ext.runs.checkpoint import file_sha256, make_folder, read_json, remove, write_json
 
 if TYPE_CHECKING:
     from janus_ext.data.benchmark import Benchmark

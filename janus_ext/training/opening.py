@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from janus_ext.backbone.families import attention_layers, left_out
 from janus_ext.devices import device_name
-from janus_ext.families import attention_layers, left_out
 
 if TYPE_CHECKING:
     from janus_ext.methods.base import Method
-    from janus_ext.trainer import Trainer
+    from janus_ext.training.trainer import Trainer
 
 PRECISIONS = {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 

@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from janus_ext import events, metrics
-from janus_ext.checkpoint import (
+from janus_ext.config import TrainConfig
+from janus_ext.data.benchmark import Benchmark, Split
+from janus_ext.errors import ArgumentError, CheckpointError, StatisticsError, TrainingError
+from janus_ext.methods.base import Method, Step, Task, TaskReport
+from janus_ext.runs import metrics
+from janus_ext.runs.checkpoint import (
     SHA256,
     append_json_line,
     make_folder,
@@ -30,12 +34,9 @@ from janus_ext.checkpoint import (
     write_json_lines,
     write_tensors,
 )
-from janus_ext.config import TrainConfig
-from janus_ext.data.benchmark import Benchmark, Split
-from janus_ext.errors import ArgumentError, CheckpointError, StatisticsError, TrainingError
-from janus_ext.methods.base import Method, Step, Task, TaskReport
-from janus_ext.optimization import make_optimizer, schedule
-from janus_ext.progress import Progress, make_bar
+from janus_ext.training import events
+from janus_ext.training.optimization import make_optimizer, schedule
+from janus_ext.training.progress import Progress, make_bar
 from janus_ext.versions import result_versions
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from tyro.conf import arg
 
-from janus_ext import presets
-from janus_ext.annotations import fit
+from janus_ext.config import presets
+from janus_ext.config.annotations import fit
 from janus_ext.errors import ArgumentError
 
 T = TypeVar("T")

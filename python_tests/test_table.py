@@ -1,4 +1,4 @@
-"""What a finished run shows: the table fits the terminal, pictures have one size, marks and older results are right."""
+"""What a finished run shows: the text fits the terminal, pictures have one size, marks and older results are right."""
 
 import random
 import re
@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from janus_ext import metrics, plots, report
+from janus_ext.reports import plots, table
+from janus_ext.runs import metrics
 
 WIDE = 10_000
 
@@ -58,59 +59,59 @@ def made_up(tasks: int, layers: int = 3, recognition: bool = True, **changes: An
     return results | changes
 
 
-def rows_of(table: str) -> dict[str, list[str]]:
-    """The cells behind each label of the table's columns."""
-    lines = [line for line in table.splitlines() if line.startswith("  ") and len(line) > report.LABEL]
-    return {line[: report.LABEL].strip(): line[report.LABEL :].split() for line in lines}
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The cells behind each label of the text's columns."""
+    lines = [line for line in text.splitlines() if line.startswith("  ") and len(line) > table.LABEL]
+    return {line[: table.LABEL].strip(): line[table.LABEL :].split() for line in lines}
 
 
 def ends_of_words(line: str) -> list[int]:
     return [match.end() for match in re.finditer(r"\S+", line)]
 
 
-# the table -----------------------------------------------------------------------------------------------------------
+# the text -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("tasks", [1, 2, 8, 10, 20, 200])
 @pytest.mark.parametrize("width", [60, 80, 133])
 def test_no_line_is_wider_than_the_terminal_and_columns_stand_below_each_other(tasks, width):
-    table = report.format_table(made_up(tasks), width)
-    assert max(map(len, table.splitlines())) <= width
-    heading = next(line for line in table.splitlines() if line.startswith("      t"))
+    text = table.format_table(made_up(tasks), width)
+    assert max(map(len, text.splitlines())) <= width
+    heading = next(line for line in text.splitlines() if line.startswith("      t"))
     for label in ("task known", "violation", "danger", "basis rank", "seconds"):
-        line = next(line for line in table.splitlines() if line.startswith(f"  {label}"))
+        line = next(line for line in text.splitlines() if line.startswith(f"  {label}"))
         assert ends_of_words(line)[-1] == ends_of_words(heading)[-2]
-        assert set(ends_of_words(line[report.LABEL :])) < set(ends_of_words(heading[report.LABEL :]))
+        assert set(ends_of_words(line[table.LABEL :])) < set(ends_of_words(heading[table.LABEL :]))
 
 
 def test_ten_tasks_fit_into_80_columns():
-    assert report.ELLIPSIS not in report.format_table(made_up(10, seconds=[9.9] * 10), 80)
+    assert table.ELLIPSIS not in table.format_table(made_up(10, seconds=[9.9] * 10), 80)
 
 
 def test_the_first_and_the_last_tasks_are_shown_where_not_all_fit():
     results = made_up(200)
-    table = report.format_table(results, 80)
-    rows, whole = rows_of(table), rows_of(report.format_table(results, WIDE))
+    text = table.format_table(results, 80)
+    rows, whole = rows_of(text), rows_of(table.format_table(results, WIDE))
     shown = [int(cell) - 1 for cell in whole["t \\ j"][:-1]]
     assert shown == list(range(200))
     columns = rows["t \\ j"]
-    assert columns[:2] == ["1", "2"] and report.ELLIPSIS in columns and columns[-3:] == ["199", "200", "mean"]
+    assert columns[:2] == ["1", "2"] and table.ELLIPSIS in columns and columns[-3:] == ["199", "200", "mean"]
     for label in ("violation", "danger", "200"):
         everything = whole[label]
         assert rows[label][0] == everything[0] and rows[label][-1] == everything[-1]
-    assert len(table.splitlines()) <= report.MOST_ROWS + 20 and "195" in rows and "100" not in rows
+    assert len(text.splitlines()) <= table.MOST_ROWS + 20 and "195" in rows and "100" not in rows
 
 
 def test_the_width_is_the_terminals_or_80_where_there_is_none(monkeypatch):
     results = made_up(20)
     monkeypatch.setenv("COLUMNS", "100")
-    assert report.format_table(results) == report.format_table(results, 100)
+    assert table.format_table(results) == table.format_table(results, 100)
     monkeypatch.delenv("COLUMNS")
     monkeypatch.setattr(shutil.os, "get_terminal_size", lambda *_: (_ for _ in ()).throw(OSError("no terminal")))
-    assert report.format_table(results) == report.format_table(results, 80)
+    assert table.format_table(results) == table.format_table(results, 80)
 
 
 @pytest.mark.parametrize(("count", "room"), [(5, 5), (6, 5), (100, 8), (100, 1), (3, 2)])
 def test_thinned_keeps_both_ends_in_order(count, room):
-    kept = report.thinned(count, room)
+    kept = table.thinned(count, room)
     known = [index for index in kept if index is not None]
     assert known == sorted(set(known)) and known[0] == 0 and known[-1] == count - 1
     assert len(kept) <= max(room, 3) and (None in kept) == (count > room)
@@ -118,33 +119,33 @@ def test_thinned_keeps_both_ends_in_order(count, room):
 
 def test_accuracy_with_the_task_known_and_recognition_stand_beside_acc():
     results = made_up(4)
-    table = report.format_table(results, WIDE)
+    text = table.format_table(results, WIDE)
     assert (
         f"ACC {results['acc']:.2f}   ACC with the task known {results['acc_task_known']:.2f}   task recognition "
-        in table
+        in text
     )
     known = [f"{value:.1f}" for value in metrics.trajectory(results["accuracy_matrix_task_known"])]
     recognised = [f"{value:.1f}" for value in metrics.trajectory(results["task_recognition_matrix"])]
-    rows = rows_of(table)
+    rows = rows_of(text)
     assert (rows["task known"], rows["recognised"]) == (known, recognised)
 
 
 def test_what_older_results_lack_is_left_out(tmp_path):
     results = made_up(4, recognition=False)
-    table = report.format_table(results, 80)
-    assert "known" not in table and "recogni" not in table and "~" not in table
+    text = table.format_table(results, 80)
+    assert "known" not in text and "recogni" not in text and "~" not in text
     assert [path.stem for path in plots.save_plots(results, tmp_path)] == list(plots.PLOTS)
 
 
 def test_several_seeds_are_summed_up_with_what_all_of_them_have():
     runs = [made_up(3), made_up(3, acc_task_known=80.0, seed=1)]
-    summary = report.summarize_runs(runs)
+    summary = table.summarize_runs(runs)
     assert summary["acc_task_known"]["values"] == [runs[0]["acc_task_known"], 80.0]
     assert summary["task_recognition"]["std"] == 0.0
-    assert f"ACC with the task known {summary['acc_task_known']['mean']:.2f} +- " in report.format_summary(runs, WIDE)
-    assert max(map(len, report.format_summary(runs, 70).splitlines())) <= 70
+    assert f"ACC with the task known {summary['acc_task_known']['mean']:.2f} +- " in table.format_summary(runs, WIDE)
+    assert max(map(len, table.format_summary(runs, 70).splitlines())) <= 70
     mixed = [*runs, made_up(3, recognition=False)]
-    assert "acc_task_known" not in report.summarize_runs(mixed) and "known" not in report.format_summary(mixed)
+    assert "acc_task_known" not in table.summarize_runs(mixed) and "known" not in table.format_summary(mixed)
 
 
 # violations at the rounding of the weights ---------------------------------------------------------------------------
@@ -153,21 +154,21 @@ def test_only_tasks_with_every_layer_at_the_rounding_are_marked():
     rounding = [{}, {"a": 2e-2, "b": 0.0}, {"a": 1.0, "b": 1e-2}, {"a": 1.0}]
     results = made_up(4, violation_per_layer=violation, violation_rounding_per_layer=rounding)
     results["violation"] = [None, 5e-3, 3e-2, 1e-2]
-    assert report.violations_rounded(results) == [False, True, False, False]
-    table = report.format_table(results, 80)
-    assert rows_of(table)["violation"] == ["-", "~5e-3", "3e-2", "1e-2"]
-    assert "violation 1.5e-02" in table and report.ROUNDED in table, "the mean of all is marked where all are"
+    assert table.violations_rounded(results) == [False, True, False, False]
+    text = table.format_table(results, 80)
+    assert rows_of(text)["violation"] == ["-", "~5e-3", "3e-2", "1e-2"]
+    assert "violation 1.5e-02" in text and table.ROUNDED in text, "the mean of all is marked where all are"
 
 
 def test_a_tiny_update_is_marked_and_a_real_violation_is_not(patterns, weights, tmp_path):
     trial = make_trainer(patterns, weights, tmp_path / "trial", method="janus", epochs=1, lr=1e-6).run()
     assert all(v > 1e-4 for v in trial["violation"][1:])
-    assert report.violations_rounded(trial) == [False, True, True]
+    assert table.violations_rounded(trial) == [False, True, True]
     mean = sum(trial["violation"][1:]) / 2
-    assert f"violation ~{mean:.1e}" in report.format_table(trial, WIDE)
+    assert f"violation ~{mean:.1e}" in table.format_table(trial, WIDE)
     free = make_trainer(patterns, weights, tmp_path / "free", method="janus", rectify="none", epochs=1).run()
-    assert report.violations_rounded(free) == [False, False, False]
-    assert "~" not in report.format_table(free, WIDE)
+    assert table.violations_rounded(free) == [False, False, False]
+    assert "~" not in table.format_table(free, WIDE)
 
 
 # pictures ------------------------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def test_a_single_task_without_basis_can_be_reported(patterns, weights, tmp_path
     single = replace(patterns, tasks=((0, 1, 2, 3, 4, 5),))
     results = make_trainer(single, weights, tmp_path / "run", method="lora").run()
     assert results["bwt"] is None and results["forgetting"] is None
-    table = report.format_table(results, 80)
-    assert "BWT -" in table and "violation -   danger -" in table
+    text = table.format_table(results, 80)
+    assert "BWT -" in text and "violation -   danger -" in text
     written = plots.save_plots(results, tmp_path / "plots")
     assert [path.stem for path in written] == ["accuracy_matrix", "trajectory"]

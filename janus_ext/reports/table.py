@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from janus_ext.metrics import mean_and_std, trajectory
+from janus_ext.runs.metrics import mean_and_std, trajectory
 
 Results = dict[str, Any]
 HEADLINES = {

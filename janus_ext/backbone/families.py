@@ -144,7 +144,7 @@ def _misfit(layer: nn.Module) -> str:
         adapted = "an adapter has taken its place" if hasattr(kind, "merge") else "only an nn.Linear can be adapted"
         return f"its qkv is a {kind.__name__}, {adapted}"
     if test is None:
-        own = "if they are and the layer calls its qkv, say so with janus_ext.families.declare_stacked"
+        own = "if they are and the layer calls its qkv, say so with janus_ext.backbone.families.declare_stacked"
         return f"the rows of its qkv are not known to be q, k and v on top of each other; {own}({computing.__name__})"
     if layer.qkv.out_features % 3:
         return f"its qkv must have 3 m outputs, it has {layer.qkv.out_features}"
