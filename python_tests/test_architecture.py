@@ -37,6 +37,7 @@ ALLOWED = {
     "data": {"config", "data", "runs.checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
     "runs": {"config", "runs"},
+    "learner": {"backbone", "classifier", "config", "devices", "methods", "runs", "training.loop"},
     "reports": {"reports", "runs"},
     "training": {
         "training",
