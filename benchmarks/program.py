@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from janus_ext.assembly import make_learner
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, MemorySplit
 from janus_ext.estimator import observing
-from janus_ext.learner import make_learner
 from janus_ext.runs.run import Run
 from janus_ext.training.optimization import make_optimizer
 from janus_ext.training.trainer import Trainer

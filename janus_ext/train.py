@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from janus_ext.assembly import make_learner
 from janus_ext.backbone import weight_file
 from janus_ext.config import TrainConfig, command_line
 from janus_ext.data import BENCHMARKS
@@ -15,7 +16,6 @@ from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.workers import naming_lost_workers
 from janus_ext.devices import deterministic, pick_amp, pick_device
 from janus_ext.errors import CheckpointError
-from janus_ext.learner import make_learner
 from janus_ext.reports import plots, table
 from janus_ext.runs.checkpoint import write_json
 from janus_ext.runs.folder import check_same_seeds, choose_folder

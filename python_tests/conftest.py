@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from janus_ext import _native
+from janus_ext.assembly import make_learner
 from janus_ext.backbone import prepare_torchvision
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, MemorySplit
-from janus_ext.learner import make_learner
 from janus_ext.methods.base import Task
 from janus_ext.runs import checkpoint
 from janus_ext.runs.run import Run

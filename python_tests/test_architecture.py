@@ -37,7 +37,20 @@ ALLOWED = {
     "data": {"config", "data", "runs.checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
     "runs": {"config", "runs"},
-    "learner": {"backbone", "classifier", "config", "devices", "methods", "runs", "training.loop"},
+    "calibration": set(),
+    "assembly": {"backbone", "classifier", "config", "devices", "methods", "training.loop"},
+    "learner": {
+        "assembly",
+        "backbone",
+        "calibration",
+        "classifier",
+        "data",
+        "devices",
+        "exports",
+        "reports",
+        "runs",
+        "training",
+    },
     "reports": {"reports", "runs"},
     "training": {
         "training",

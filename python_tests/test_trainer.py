@@ -20,10 +20,10 @@ from conftest import (
 from torch import Tensor
 
 from janus_ext import train
+from janus_ext.assembly import make_learner
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji
 from janus_ext.errors import ArgumentError, CheckpointError, TrainingError
-from janus_ext.learner import make_learner
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method, Step
 from janus_ext.reports import plots

@@ -69,6 +69,11 @@ class Run:
         return is_run(self.folder)
 
     @property
+    def is_saved_learner(self) -> bool:
+        """Whether `ContinualLearner.save` has written it, and no training run."""
+        return self.is_begun and self.settings()["benchmark"] is None
+
+    @property
     def is_finished(self) -> bool:
         """Whether it holds results."""
         return is_finished(self.folder)
@@ -100,16 +105,26 @@ class Run:
             LOG.warning("%s was altered: it does not hold every epoch of the finished tasks once", path)
         write_json_lines(path, kept)
 
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Writes ``config.json``."""
+        write_json(self.folder / "config.json", settings)
+
+    def write_factors(self, task: int, factors: Mapping[str, Tensor] | Path, about: Mapping[str, str]) -> None:
+        """Writes what a task has added to the weights, or copies the file of another run that holds it."""
+        make_folder(self.checkpoints)
+        if isinstance(factors, Path):
+            factors, about = read_tensors(factors)
+        write_tensors(self.factors_path(task), factors, about)
+
     def write_task(
         self,
         index: int,
         state: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
-        factors: Mapping[str, Tensor],
         about: Mapping[str, str],
         tasks: Sequence[Sequence[str]],
         results: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes a task's factors before their merge, what the method keeps, and the model: ``state`` has both.
+        """Writes what the method keeps and the model, behind the factors: ``state`` has both, the model first.
 
         The model comes last and carries the results: with it the task is finished, and what the method kept before
         is not needed any more. Cut off anywhere, the files of one finished task are all there.
@@ -117,7 +132,6 @@ class Run:
         make_folder(self.checkpoints)
         model, method = state
         about = {**about, "task": str(index), TASKS: to_json(tasks)}
-        write_tensors(self.factors_path(index), factors, about)
         about["state"] = write_tensors(self._method_path(index), method, about)
         if results is not None:
             about["results"] = to_json(results)

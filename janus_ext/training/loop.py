@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -140,6 +141,35 @@ class Learner:
             scaler.scale(share).backward()
             loss, correct = loss + share.detach(), correct + step.correct
         return Step(loss, correct)
+
+    def observe(self, images: Selection) -> None:
+        """Protects the inputs of images that are not learned, as they are; between two tasks.
+
+        Raises:
+            ArgumentError: the method remembers no inputs.
+            StatisticsError: a layer's inputs are zero or not finite; nothing is protected.
+        """
+        latest = max(0, len(self.sizes) - 1)
+        clean = replace(self._task(images, 0), index=latest, augmented_batches=lambda: self.clean_batches(images))
+        self.method.observe(clean)
+
+    @torch.no_grad()
+    def scores(self, images: Selection) -> Batches:
+        """Per batch (scores [b, C] over all classes so far, the largest wins; labels int64 [b])."""
+        self.model.eval()
+        for batch, labels in self.clean_batches(images):
+            yield self.method.scores(batch), labels
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Within it, whatever ends in an error or an interrupt leaves the learner as it was."""
+        sizes, states = self.sizes, [{k: v.clone() for k, v in state.items()} for state in self.state()]
+        try:
+            yield
+        except BaseException:
+            self.method.abandon_task()
+            self.restore(sizes, *states)
+            raise
 
     @torch.no_grad()
     def count_hits(self, task: int, images: Selection) -> list[int]:
