@@ -237,7 +237,7 @@ def test_layers_that_are_guarded_in_some_tasks_only_are_drawn():
 
 def test_layers_are_named_by_all_their_numbers():
     names = ["blocks.3.attn.qkv", "layers.2.blocks.11.attn.qkv", "stages.0.1.attn.qkv2", "attn.qkv"]
-    assert [plots._short(name) for name in names] == ["4", "3.12", "1.2", "attn.qkv"]
+    assert [plots.short_name(name) for name in names] == ["4", "3.12", "1.2", "attn.qkv"]
 
 
 def test_a_single_task_without_basis_can_be_reported(patterns, weights, tmp_path):
