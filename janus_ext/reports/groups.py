@@ -56,9 +56,8 @@ def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 def _settings(run: FoundRun) -> dict[str, Any]:
     """What the run read of its configuration and what it was on, but for the seed and what no result depends on."""
     unread = NOT_COMPARED | {"seed", "class_names"} | _without_effect(run.settings)
-    if run.settings.get("shuffle_classes"):  # each seed has an order of its own
-        unread |= {"split_sha256"}
-    return {flag(name): value for name, value in run.settings.items() if name not in unread}
+    settings = {flag(name): value for name, value in run.settings.items() if name not in unread}
+    return settings | ({"--split-sha256": "of each seed"} if run.settings.get("shuffle_classes") else {})
 
 
 def _without_effect(settings: dict[str, Any]) -> set[str]:
@@ -100,7 +99,8 @@ def _method(group: Group, with_benchmark: bool) -> str:
 
 def _additions(groups: Sequence[Group]) -> list[str]:
     """One short text a group, all different: the settings in which they differ, if these are few, or where they lie."""
-    differing = [(name.removeprefix("--"), values) for name, values in differences(groups) if name.startswith("--")]
+    typed = [each for each in differences(groups) if each[0].startswith("--") and not each[0].endswith("sha256")]
+    differing = [(name.removeprefix("--"), values) for name, values in typed]
     few = differing if len(differing) <= MOST_IN_NAME else []
     by_settings = [", ".join(f"{name} {values[i]}" for name, values in few) for i in range(len(groups))]
     if len(set(by_settings)) == len(groups):
