@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PROBE = """<script>addEventListener("load", () => setTimeout(() => parent.postMessage(JSON.stringify((() => {%s})()), "*"), 500))
+PROBE = """<script>
+const found = () => {%s};
+addEventListener("load", () => setTimeout(() => parent.postMessage(JSON.stringify(found()), "*"), 500));
 </script></body>"""
 FRAME = """<!doctype html><title>nothing</title><script>onmessage = (event) => { document.title = event.data }</script>
 <iframe width="%d" height="900" style="border: 0" src="probed.html"></iframe>"""
@@ -22,7 +24,14 @@ def probe(page: str, width: int, script: str, folder: Path) -> tuple[Any, list[s
     """
     (folder / "probed.html").write_bytes(page.replace("</body>", PROBE % script).encode("utf-8", "xmlcharrefreplace"))
     (folder / "frame.html").write_text(FRAME % width)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=8000"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=8000",
+    ]
     profile = f"--user-data-dir={folder / 'profile'}"
     command = [CHROMIUM, *options, profile, "--window-size=1400,900", "--dump-dom", (folder / "frame.html").as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)

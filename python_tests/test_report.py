@@ -21,7 +21,7 @@ from janus_ext.runs.checkpoint import append_json_line, write_json
 from janus_ext.runs.metrics import trajectory
 
 MISCHIEF = """</script><script>window.ran = 1</script><img src=x onerror="window.ran = 1">&amp; <!-- ' \udcff"""
-TIMES_PER_TASK = 2  # epochs
+EPOCHS = 2  # of a task
 
 
 def write_run(folder: Path, seed: int = 0, tasks: int = 4, results: dict | None = None, **settings: Any) -> Path:
@@ -34,7 +34,7 @@ def write_run(folder: Path, seed: int = 0, tasks: int = 4, results: dict | None 
     made = made_up(tasks, seed=seed, method=config.method, benchmark=config.benchmark, versions={"torch": "2.13"})
     write_json(folder / "results.json", made if results is None else results)
     for task in range(tasks):
-        for epoch in range(TIMES_PER_TASK):
+        for epoch in range(EPOCHS):
             line = {"task": task, "epoch": epoch, "loss": 2 - epoch + seed, "accuracy": 40.0 + epoch}
             append_json_line(folder / "metrics.jsonl", line)
     return folder
@@ -292,8 +292,7 @@ def test_what_an_older_run_lacks_is_left_out(tmp_path, lacking):
     assert group["matrices"]["all"] and group["curves"]["all"]
     shown = {**group["numbers"], **group["layers"], **{spreads.MATRICES[name]: 1 for name in group["matrices"]}}
     assert not shown.keys() & set(lacking)
-    write_page = tmp_path / "page.html"
-    assert main([str(folder), "--output", str(write_page)]) == 0 and write_page.exists()
+    assert main([str(folder)]) == 0
 
 
 def test_runs_of_one_group_that_were_trained_for_other_epochs_show_no_curve_of_training(tmp_path):
@@ -325,7 +324,7 @@ def page(tmp_path: Path) -> str:
 def test_no_name_leaves_its_place(page):
     assert page.count("<script") == page.count("</script>") == 2
     assert "<img" not in page and "<!--" not in page
-    assert data_of(page)["groups"][3]["method"] == MISCHIEF
+    assert data_of(page)["groups"][-1]["method"] == MISCHIEF
     page.encode("utf-8", "xmlcharrefreplace")
 
 
@@ -367,7 +366,7 @@ def test_the_page_works_in_a_browser(page, width, tmp_path):
     facts, console = probe(page, width, FACTS, tmp_path)
     assert console == [] and facts["requests"] == [] and facts["ran"] is None
     assert facts["inner"] == facts["width"] == width, "the page is wider than its window"
-    assert facts["shown"] == SECTIONS and facts["pictures"] > 20
+    assert facts["shown"] == SECTIONS and facts["pictures"] == 7 + 1 + 2 * 4 + 3
     (up, first), (down, second) = facts["orders"]
     assert (up, down) == ("descending", "ascending")
     values = [float(text.split()[0].replace("−", "-")) for text in first]

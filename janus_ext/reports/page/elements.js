@@ -49,10 +49,10 @@ const superscript = (power) => [...String(power)].map((digit) => DIGITS[digit]).
 
 /** Seconds in the largest two units. */
 const duration = orNone((seconds) => {
-  if (seconds < 99.95) return `${seconds.toFixed(1)} s`;
+  if (seconds < 59.95) return `${seconds.toFixed(1)}\u00a0s`;
   const minutes = Math.round(seconds / 60);
-  if (seconds < 6000) return `${Math.floor(Math.round(seconds) / 60)} min ${Math.round(seconds) % 60} s`;
-  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  if (seconds < 3600) return `${Math.floor(Math.round(seconds) / 60)}\u00a0min ${Math.round(seconds) % 60}\u00a0s`;
+  return `${Math.floor(minutes / 60)}\u00a0h ${minutes % 60}\u00a0min`;
 });
 
 /** "44.4 ± 1.0"; without a deviation the mean alone. */

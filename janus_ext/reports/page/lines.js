@@ -3,9 +3,9 @@
 const MOST_SHOWN = 14; // values in the box beside the pointer
 
 /**
- * `chart`: {title, note, form, axis: values -> axis, series, epochs: true where a place is the end of an epoch}; a series is
- * {name, style, places, mean, std, rounded, bound, quiet}, where `bound` marks a method that learns all at once, whose one
- * number is a line across, and `quiet` a line without a name at its end. Returns a figure.
+ * `chart`: {title, note, form, axis: values -> axis, series, epochs: true where a place is the end of an epoch}. A
+ * series is {name, style, places, mean, std, rounded, bound, quiet}: `bound` marks a method that learns all at once,
+ * whose one number is a line across, and `quiet` a line without a name at its end. Returns a figure.
  */
 function lineChart(chart) {
   const box = make("div", { class: "plot" });

@@ -313,8 +313,9 @@ function about() {
     ? " Runs that differ only in their seed are one group: lines are means, bands one standard deviation."
     : "";
   const tasks = [...new Set(groups.map((group) => group.tasks))].sort((a, b) => a - b);
-  document.getElementById("about").textContent =
-    `${count(runs, "run", "runs")} in ${count(groups.length, "group", "groups")}, ${tasks.join(" or ")} ${mostTasks === 1 ? "task" : "tasks"}.${seeds}`;
+  const many = `${count(runs, "run", "runs")} in ${count(groups.length, "group", "groups")}`;
+  const each = `${tasks.join(" or ")} ${mostTasks === 1 ? "task" : "tasks"}`;
+  document.getElementById("about").textContent = `${many}, ${each}.${seeds}`;
   const skipped = document.getElementById("skipped");
   skipped.hidden = !page.skipped.length;
   skipped.append(...page.skipped.map((line) => make("li", {}, line)));

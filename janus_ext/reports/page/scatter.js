@@ -118,7 +118,8 @@ function drawWhiskers(svg, frame, { x, y, style }) {
 
 function pointMark(frame, point, tip) {
   const [x, y] = [frame.x(point.x.mean), frame.y(point.y.mean)];
-  const text = `plasticity ${spread(point.x.mean, point.x.std, fixed(2))}, BWT ${spread(point.y.mean, point.y.std, fixed(2))}`;
+  const [plasticity, transfer] = [point.x, point.y].map((of) => spread(of.mean, of.std, fixed(2)));
+  const text = `plasticity ${plasticity}, BWT ${transfer}`;
   const target = draw("circle", { cx: x, cy: y, r: 12, class: "target" });
   const mark = draw(
     "g",

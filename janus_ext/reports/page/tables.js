@@ -36,7 +36,9 @@ function heading(column, sort) {
 function tableRow(columns, row) {
   const cells = columns.map((column, at) => {
     const shown = column.form ? column.form(row[at], row) : (row[at] ?? NONE);
-    return at ? make("td", { class: column.number ? "number" : null }, shown) : make("th", { scope: "row" }, shown);
+    return at
+      ? make("td", { class: column.number ? "number" : null }, shown)
+      : make("th", { scope: "row" }, make("div", {}, shown));
   });
   return make("tr", {}, cells);
 }
@@ -56,15 +58,16 @@ function scrolling(content, label) {
 function matrixTable(rows, caption) {
   const dense = rows.length > DENSE;
   const tasks = rows.map((_, i) => i + 1);
-  const corner = make("td", { class: "corner" }, dense ? "" : "↓ after");
+  const number = (task) => (dense && task % 10 ? "" : String(task));
+  const corner = make("td", { class: "corner" }, "↓ after");
   const head = make(
     "tr",
     {},
     corner,
-    tasks.map((task) => make("th", { scope: "col" }, dense ? "" : String(task))),
+    tasks.map((task) => make("th", { scope: "col" }, number(task))),
   );
   const body = rows.map((row, t) =>
-    make("tr", {}, make("th", { scope: "row" }, dense ? "" : String(t + 1)), cellsOf(row, t, dense)),
+    make("tr", {}, make("th", { scope: "row" }, number(t + 1)), cellsOf(row, t, dense)),
   );
   const table = make("table", { class: dense ? "matrix dense" : "matrix" }, make("caption", {}, caption));
   table.append(make("thead", {}, head), make("tbody", {}, body));
