@@ -51,7 +51,7 @@ ALLOWED = {
         "runs",
         "training",
     },
-    "reports": {"reports", "runs"},
+    "reports": {"config", "reports", "runs"},
     "training": {
         "training",
         "backbone.families",
@@ -63,7 +63,7 @@ ALLOWED = {
         "versions",
     },
 }
-ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info"}
+ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info", "report"}
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 

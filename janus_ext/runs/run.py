@@ -86,6 +86,10 @@ class Run:
         """``results.json``; CheckpointError if it is missing or damaged."""
         return read_json(self.folder / "results.json")
 
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``, none where there is no such file."""
+        return read_json_lines(self.folder / "metrics.jsonl")
+
     # working in it ----------------------------------------------------------------------------------------------------
     def opened(self, settings: dict[str, Any], begin: bool) -> AbstractContextManager[None]:
         """Makes the folder and keeps other processes out of it; begins with ``settings``, or goes on."""
@@ -98,7 +102,7 @@ class Run:
     def keep_epochs(self, tasks: int, epochs: int) -> None:
         """Drops the lines of ``metrics.jsonl`` that belong to tasks which were not finished."""
         path = self.folder / "metrics.jsonl"
-        lines = read_json_lines(path)
+        lines = self.epochs()
         wanted = [(task, epoch) for task in range(tasks) for epoch in range(epochs)]
         kept = [line for line in lines if (line.get("task"), line.get("epoch")) in wanted]
         if [(line["task"], line["epoch"]) for line in kept] != wanted:
