@@ -24,7 +24,7 @@ from janus_ext.data.benchmark import Selection
 from janus_ext.data.collect import labelled, labelled_as, unlabelled
 from janus_ext.data.images import default_workers
 from janus_ext.devices import deterministic
-from janus_ext.errors import ArgumentError, CheckpointError
+from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.reports.evaluation import Evaluation, evaluate
 from janus_ext.runs.checkpoint import replace_folder
 from janus_ext.runs.run import Run
@@ -110,6 +110,25 @@ class ContinualLearner:
         return tuple(self._tasks)
 
     @property
+    def input_size(self) -> int:
+        """Side in pixels of the squares that the model takes; other images are brought to it."""
+        return self._core.model.input_size
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images a pass takes that learns nothing: 200, or as many as need no more memory in a ViT-B/16."""
+        return self._core.model.images_at_once
+
+    @images_at_once.setter
+    def images_at_once(self, images: int) -> None:
+        self._core.model.images_at_once = images
+
+    def workers(self, asked: int | None = None) -> int:
+        """Processes that decode images: as many as ``asked`` for here or in the settings, or what suits the device."""
+        chosen = self.config.workers if asked is None else asked
+        return default_workers(self.config.device) if chosen is None else chosen
+
+    @property
     def config(self) -> LearnConfig:
         """The resolved settings."""
         return self._core.config
@@ -132,7 +151,7 @@ class ContinualLearner:
             DataError: there are no images, a class has none, one cannot be read, a label is none of the classes'.
             TrainingError: the loss or a statistic is not finite.
         """
-        found = labelled(images, classes, self._core.model.input_size, self._workers())
+        found = labelled(images, classes, self.input_size, self.workers())
         self._check_new(found.class_names)
         self._warn_of_unprotected()
         first = len(self.classes)
@@ -155,7 +174,7 @@ class ContinualLearner:
             ArgumentError: the method protects nothing.
             DataError: there is no image, or one cannot be read.
         """
-        split = unlabelled(images, self._core.model.input_size, self._workers())
+        split = unlabelled(images, self.input_size, self.workers())
         with self._at_work(), self._core.undone_on_error():
             self._core.observe(_all_of(split, (0,)))
         self._unprotected = False
@@ -175,22 +194,22 @@ class ContinualLearner:
             Per image [(class name, score), ...], the best first.
         """
         temperature = 1.0 if calibrate is None else self.temperature(calibrate)
-        split = unlabelled(images, self._core.model.input_size, self._workers())
-        return [self._named(row, top) for batch in self.scores(split, temperature) for row in batch]
+        return list(self.classify(unlabelled(images, self.input_size, self.workers()), top, temperature))
+
+    def classify(self, split: Split, top: int = 5, temperature: float = 1.0) -> Iterator[list[tuple[str, float]]]:
+        """`predict` image by image for a split, as its images are decoded."""
+        self._require_classes()
+        with self._at_work():
+            for logits, _ in self._logits(_all_of(split, (0,))):
+                yield from (self._named(row, top) for row in probabilities(logits, temperature))
 
     def temperature(self, images: Any) -> float:
         """The T of `predict`'s ``calibrate``, fitted on labelled images."""
         self._require_classes()
-        split = labelled_as(images, self.classes, self._core.model.input_size, self._workers())
+        split = labelled_as(images, self.classes, self.input_size, self.workers())
         with self._at_work():
             batches = list(self._logits(_all_of(split, range(len(self.classes)))))
         return fit_temperature(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
-
-    def scores(self, split: Split, temperature: float = 1.0) -> Iterator[Tensor]:
-        """Batch after batch, float32 [b, C]: the scores of all classes for every image of a split."""
-        self._require_classes()
-        for logits, _ in self._logits(_all_of(split, (0,) * len(self.classes))):
-            yield probabilities(logits, temperature)
 
     def evaluate(self, images: Any) -> Evaluation:
         """Accuracy on labelled images, by task and by class, and the confusion matrix.
@@ -204,9 +223,23 @@ class ContinualLearner:
             DataError: there is no image, one cannot be read, or a label is no class that the learner knows.
         """
         self._require_classes()
-        split = labelled_as(images, self.classes, self._core.model.input_size, self._workers())
+        split = labelled_as(images, self.classes, self.input_size, self.workers())
+        return self.evaluate_split(split, self.classes)
+
+    def evaluate_split(self, split: Split, class_names: Sequence[str]) -> Evaluation:
+        """The same of a benchmark's split, whose class ids are positions in ``class_names``; unknown classes are left.
+
+        Raises:
+            DataError: it has no image of a class that the learner knows.
+        """
+        outputs = {name: output for output, name in enumerate(self.classes)}
+        known = [c for c, name in enumerate(class_names) if name in outputs]
+        rows = split.of_classes(known)
+        if not len(rows):
+            raise DataError(f"none of the images is of a class that was learned: {', '.join(self.classes[:3])}, ...")
+        positions = torch.tensor([outputs.get(name, -1) for name in class_names], dtype=torch.int64)
         with self._at_work():
-            batches = self._core.scores(_all_of(split, range(len(self.classes))))
+            batches = self._core.scores(Selection(split, rows, positions))
             return evaluate(batches, self.classes, [len(task) for task in self._tasks])
 
     # leaving ----------------------------------------------------------------------------------------------------------
@@ -263,10 +296,6 @@ class ContinualLearner:
     # details ----------------------------------------------------------------------------------------------------------
     def _at_work(self) -> Any:
         return deterministic(self._core.device)
-
-    def _workers(self) -> int:
-        asked = self.config.workers
-        return default_workers(self.config.device) if asked is None else asked
 
     def _logits(self, selection: Selection) -> Iterator[tuple[Tensor, Tensor]]:
         """What `probabilities` takes: logits, or cosines to class means as sharp as they are in the margin loss."""

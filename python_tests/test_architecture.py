@@ -63,7 +63,7 @@ ALLOWED = {
         "versions",
     },
 }
-ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info", "report"}
+ENTRY_POINTS = {"__init__", "train", "learn", "evaluate", "predict", "export", "info", "report"}
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
