@@ -36,7 +36,7 @@ class EvaluateConfig:
     benchmark: Annotated[BenchmarkName | None, arg(help_behavior_hint="")] = None
     """A benchmark's test images, of the classes that the run knows; by default the run's own benchmark."""
     data_dir: Annotated[Path | None, arg(help_behavior_hint="")] = None
-    """Where the benchmark's images lie now; alone, a folder of class folders, or of train and test with such folders."""
+    """Where the benchmark's images lie; alone, a folder of class folders, or of train and test with such folders."""
     output: Annotated[Path | None, arg(help_behavior_hint="")] = None
     """Folder of the files; by default evaluation in the folder of the run."""
     device: Annotated[str | None, arg(help_behavior_hint="")] = None

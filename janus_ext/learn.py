@@ -34,7 +34,7 @@ class LearnArguments:
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of a run of janus_ext.train, or of a learner that was saved."""
     data_dir: Path
-    """Folder of class folders, or of train and test with such folders: then the accuracy on the test images is shown."""
+    """Folder of class folders; or of train and test with such folders, which also shows the accuracy on the latter."""
     output: Annotated[Path | None, arg(help_behavior_hint="")] = None
     """Folder of what comes out; by default that of the run with a number behind it."""
     tasks: int = 1

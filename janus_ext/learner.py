@@ -9,6 +9,7 @@ learner.save("animals")                 # ContinualLearner.load("animals") goes 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -320,6 +321,14 @@ class ContinualLearner:
                 f"a task needs two classes at least, got {names[0]} alone, from which linear heads learn nothing; "
                 'wait for another, or use head="ncm"'
             )
+
+    def _warn_of_unprotected(self) -> None:
+        if self._unprotected:
+            warnings.warn(
+                "nothing of what the model knew is protected: observe() takes images of that kind, without labels",
+                stacklevel=3,
+            )
+            self._unprotected = False
 
     def _take_classifier(self, model: nn.Module, names: tuple[str, ...]) -> None:
         """Makes the model's own classifier the head of the first task."""

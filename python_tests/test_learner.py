@@ -1,0 +1,432 @@
+"""ContinualLearner: the trainer's loop behind four verbs; saved, loaded and undone to the bit; a classifier in use."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trees
+from PIL import Image
+from torch import Tensor, nn
+
+from janus_ext import ContinualLearner, train
+from janus_ext.backbone import prepare_torchvision
+from janus_ext.errors import ArgumentError, CheckpointError, DataError, JanusError
+from janus_ext.runs import checkpoint
+from janus_ext.runs.run import Run
+
+SETTINGS = {"rank": 4, "epochs": 2, "batch_size": 8, "lr": 1e-2, "energy_start": 0.6, "energy_end": 0.6, "workers": 0}
+SETTINGS |= {"amp": "off", "device": "cpu", "energy_power": 1}
+OLD_RUN = Path(__file__).parent / "old_run"
+
+
+def learner_of(weights: Path, **changes) -> ContinualLearner:
+    return ContinualLearner("emoji", weights=str(weights), **(SETTINGS | changes))
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Six class folders of five photographs each."""
+    trees.folders(tmp_path / "photos", 6, 5)
+    return tmp_path / "photos"
+
+
+FIRST, SECOND, THIRD = ([trees.wnid(c) for c in pair] for pair in ((0, 1), (2, 3), (4, 5)))
+
+
+def state_of(learner: ContinualLearner) -> dict[str, Tensor]:
+    """Copies of all tensors that make the learner what it is."""
+    model, method = learner._core.state()
+    return {name: tensor.clone() for name, tensor in (model | {f"method.{k}": v for k, v in method.items()}).items()}
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+# learning ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["janus", "inflora", "bilora"])
+def test_it_learns_what_the_trainer_learns_to_the_bit(weights, photos, tmp_path, method):
+    settings = SETTINGS | {"energy_power": 2 if method == "inflora" else 1, "workers": 0}
+    if method == "bilora":
+        settings = {k: v for k, v in settings.items() if not k.startswith("energy") and k != "rank"}
+        settings["frequencies"] = 50
+    for name in FIRST + SECOND + THIRD:
+        (tmp_path / "parts" / "test").mkdir(parents=True, exist_ok=True)
+        shutil.copytree(photos / name, tmp_path / "parts" / "test" / name)
+    shutil.copytree(photos, tmp_path / "parts" / "train")
+    flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    run = tmp_path / "run"
+    call = f"--benchmark folder --data-dir {tmp_path}/parts --backbone emoji --weights {weights} --tasks 3 --no-plots"
+    assert train.main([*call.split(), "--method", method, "--output", str(run), *flags]) == 0
+    learner = learner_of(weights, method=method, planned_tasks=3, **settings)
+    for names in (FIRST, SECOND, THIRD):
+        learner.learn(photos, names)
+    model, _ = checkpoint.read_tensors(run / "checkpoints" / "model.safetensors")
+    assert_same({k: v for k, v in state_of(learner).items() if not k.startswith("method.")}, model)
+    assert learner.tasks == (tuple(FIRST), tuple(SECOND), tuple(THIRD))
+    assert_same(state_of(ContinualLearner.load(run)), state_of(learner))
+
+
+def test_learning_on_in_another_process_gives_the_same_bits(weights, photos, tmp_path):
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    program = (
+        f"from janus_ext import ContinualLearner; l = ContinualLearner.load({str(tmp_path / 'saved')!r}); "
+        f"l.learn({str(photos)!r}, {SECOND!r}); l.save({str(tmp_path / 'later')!r})"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    learner.learn(photos, SECOND)
+    later = ContinualLearner.load(tmp_path / "later")
+    assert later.classes == learner.classes == tuple(FIRST + SECOND)
+    assert_same(state_of(later), state_of(learner))
+
+
+def test_three_forms_of_images_teach_the_same(weights, photos):
+    pairs = [(path, path.parent.name) for name in FIRST for path in sorted((photos / name).iterdir())]
+    dataset = [(Image.open(path), FIRST.index(label)) for path, label in pairs]
+    states = []
+    for images, classes in ((photos, FIRST), (pairs, FIRST), (dataset, FIRST)):
+        learner = learner_of(weights)
+        learner.learn(images, classes)
+        states.append(state_of(learner))
+    assert_same(states[1], states[0])
+    assert_same(states[2], states[0])
+
+
+@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_what_ends_in_an_error_never_was(weights, photos, monkeypatch, error, after):
+    learner, untouched = learner_of(weights), learner_of(weights)
+    for one in (learner, untouched):
+        one.learn(photos, FIRST)
+    before, steps, step = state_of(learner), [], learner._core._step
+
+    def failing(*args):
+        steps.append(None)
+        if len(steps) == after:  # the fourth is in the last epoch, which is observed
+            raise error
+        return step(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(learner._core, "_step", failing)
+        with pytest.raises(error):
+            learner.learn(photos, SECOND)
+    assert_same(state_of(learner), before)
+    assert learner.tasks == (tuple(FIRST),)
+    for one in (learner, untouched):
+        one.learn(photos, SECOND)
+    assert_same(state_of(learner), state_of(untouched))
+
+
+def broken(photos: Path) -> Path:
+    (photos / SECOND[0] / "x.jpg").write_bytes(b"no image")
+    return photos
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "message"),
+    [
+        (lambda photos: photos, [FIRST[0], SECOND[0]], f"classes must be new, got {FIRST[0]}"),
+        (lambda photos: photos, [SECOND[0]], "a task needs two classes at least"),
+        (broken, SECOND, "x.jpg"),
+        (lambda photos: photos, ["unheard of", SECOND[0]], "unheard of"),
+        (lambda photos: [(photos / SECOND[0] / f"{SECOND[0]}_0.jpg", 7)], SECOND, "7"),
+        (lambda photos: [], SECOND, "empty"),
+        (lambda photos: 5, SECOND, "images must be"),
+        (lambda photos: photos / "nowhere", None, "nowhere"),
+    ],
+)
+def test_mistakes_are_one_clear_error_and_change_nothing(weights, photos, images, classes, message):
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    before = state_of(learner)
+    with pytest.raises(JanusError, match=message) as caught:
+        learner.learn(images(photos), classes)
+    assert "\n" not in str(caught.value)
+    assert_same(state_of(learner), before)
+    assert learner.classes == tuple(FIRST)
+
+
+def test_an_empty_class_and_one_image_a_class(weights, photos):
+    learner = learner_of(weights)
+    (photos / "nothing").mkdir()
+    with pytest.raises(DataError, match="nothing"):
+        learner.learn(photos, [*FIRST, "nothing"])
+    single = [(photos / name / f"{name}_0.jpg", name) for name in FIRST]
+    learner.learn(single)
+    assert learner.classes == tuple(FIRST)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 0.1}, "no setting 'learning_rate'"),
+        ({"method": "joint"}, "joint learns all classes at once"),
+        ({"lr": -1.0}, "--lr must be a positive number"),
+        ({"method": "lora", "margin": 0.3}, "--margin would do nothing here"),
+        ({"backbone": nn.Linear(2, 2)}, "backbone must be a name or a model of timm's"),
+        ({"backbone": "vit_of_nobody"}, "has no such model"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(settings, message):
+    with pytest.raises(ArgumentError, match=message):
+        ContinualLearner(**({"backbone": "emoji", "device": "cpu"} | settings))
+
+
+# using ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def learned(weights, tmp_path_factory) -> tuple[ContinualLearner, Path]:
+    """A learner of six classes, and their photographs."""
+    photos = tmp_path_factory.mktemp("learned") / "photos"
+    trees.folders(photos, 6, 5)
+    learner = learner_of(weights, epochs=8)
+    for names in (FIRST, SECOND, THIRD):
+        learner.learn(photos, names)
+    return learner, photos
+
+
+@pytest.mark.parametrize("head", ["linear", "ncm"])
+def test_scores_are_the_softmax_of_what_the_method_says(weights, photos, head):
+    learner = learner_of(weights, head=head)
+    learner.learn(photos, FIRST)
+    paths = sorted((photos / FIRST[0]).iterdir())
+    predicted = learner.predict(paths, top=9)
+    assert [len(classes) for classes in predicted] == [2] * len(paths)
+    images = torch.stack([torch.from_numpy(pixels) for pixels in map(squares(32), paths)])
+    with torch.no_grad():
+        scores = learner._core.method.scores(images).double() * (16 if head == "ncm" else 1)
+    for classes, want in zip(predicted, scores.softmax(-1), strict=True):
+        assert [name for name, _ in classes] == [FIRST[i] for i in want.argsort(descending=True)]
+        assert [score for _, score in classes] == pytest.approx(want.sort(descending=True).values.tolist(), abs=1e-6)
+
+
+def squares(size: int):
+    """uint8 [3, size, size] of a file, as `folder` prepares images for evaluation."""
+    from janus_ext.data.images import View, read_image, transform
+
+    return lambda path: transform(View(size), False)(read_image(path)).numpy()
+
+
+def test_one_image_in_every_form(learned):
+    learner, photos = learned
+    path = photos / FIRST[0] / f"{FIRST[0]}_1.jpg"
+    image = Image.open(path)
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    wanted = learner.predict(path, top=2)
+    assert len(wanted) == 1 and len(wanted[0]) == 2
+    for form in (str(path), [path], image, [image], pixels, [pixels]):
+        assert learner.predict(form, top=2) == wanted
+    assert len(learner.predict(photos)) == 30 and len(learner.predict(str(photos / "*" / "*_0.jpg"))) == 6
+
+
+def test_calibration_finds_the_temperature_of_the_largest_likelihood(learned):
+    learner, photos = learned
+    found = learner.temperature(photos)
+    batches = [*learner._logits(_selection(learner, photos))]
+    logits, labels = (torch.cat(parts).double() for parts in zip(*batches, strict=True))
+    losses = {
+        t: float(nn.functional.cross_entropy(logits / t, labels.long())) for t in (found, found * 1.01, found / 1.01)
+    }
+    assert min(losses, key=losses.get) == found and split is not None
+    plain, honest = learner.predict(photos), learner.predict(photos, calibrate=photos)
+    assert [image[0][0] for image in plain] == [image[0][0] for image in honest]
+    assert plain[0][0][1] != honest[0][0][1]
+
+
+def _selection(learner, photos):
+    from janus_ext.data.collect import labelled_as
+
+    from janus_ext.learner import _all_of
+
+    return _all_of(labelled_as(photos, learner.classes, learner.input_size), range(len(learner.classes)))
+
+
+def test_evaluation_counts_what_predict_says(learned):
+    learner, photos = learned
+    evaluation = learner.evaluate(photos)
+    paths = sorted(photos.glob("*/*.jpg"))
+    right = [classes[0][0] == path.parent.name for path, classes in zip(paths, learner.predict(paths, 1), strict=True)]
+    assert evaluation.images == 30 and evaluation.right == sum(right)
+    assert evaluation.accuracy == pytest.approx(100 * sum(right) / 30)
+    with pytest.raises(DataError, match="strange"):
+        learner.evaluate([(paths[0], "strange")])
+
+
+def test_before_anything_was_learned(weights, photos, tmp_path):
+    learner = learner_of(weights)
+    for call in (
+        lambda: learner.predict(photos),
+        lambda: learner.evaluate(photos),
+        lambda: learner.save(tmp_path / "x"),
+    ):
+        with pytest.raises(ArgumentError, match="nothing was learned yet"):
+            call()
+    assert not (tmp_path / "x").exists()
+
+
+# saving --------------------------------------------------------------------------------------------------------------
+def test_saving_replaces_the_same_and_nothing_else(learned, weights, photos, tmp_path):
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    learner.learn(photos, SECOND)
+    learner.save(tmp_path / "saved")
+    assert ContinualLearner.load(tmp_path / "saved").classes == tuple(FIRST + SECOND)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    with pytest.raises(ArgumentError, match="no saved learner"):
+        learner.save(tmp_path / "notes")
+    assert [p.name for p in (tmp_path / "notes").iterdir()] == ["a.txt"]
+
+
+def test_a_save_that_fails_leaves_the_last_one(weights, photos, tmp_path, monkeypatch):
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    before = {p: p.read_bytes() for p in (tmp_path / "saved").rglob("*") if p.is_file()}
+    learner.learn(photos, SECOND)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        learner.save(tmp_path / "saved")
+    assert {p: p.read_bytes() for p in (tmp_path / "saved").rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_learner_leaves_what_it_was_saved_from_readable(weights, photos, tmp_path):
+    """Factors of earlier tasks are in the folder that it was loaded from; another save copies them."""
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "a")
+    second = ContinualLearner.load(tmp_path / "a")
+    second.learn(photos, SECOND)
+    second.save(tmp_path / "a")
+    third = ContinualLearner.load(tmp_path / "a")
+    for task in range(2):
+        factors, about = checkpoint.read_tensors(Run(tmp_path / "a").factors_path(task))
+        assert factors and about["task"] == str(task)
+    assert len(third.tasks) == 2
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoints/model.safetensors", "checkpoints/method-0.safetensors"])
+def test_damaged_files_are_named(weights, photos, tmp_path, name):
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    path = tmp_path / "saved" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match=Path(name).name):
+        ContinualLearner.load(tmp_path / "saved")
+    with pytest.raises(ArgumentError, match="holds no run of this program|is no folder"):
+        ContinualLearner.load(tmp_path / "saved" / "checkpoints")
+
+
+def test_a_run_of_the_version_before_still_opens(tmp_path, monkeypatch):
+    """python_tests/old_run is what that version wrote of four classes in two tasks."""
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    shutil.copy(OLD_RUN / "backbone.safetensors", tmp_path / "tiny.safetensors")
+    trees.folders(tmp_path / "images", 4, 6)
+    monkeypatch.chdir(tmp_path)
+    learner = ContinualLearner.load("run", device="cpu")
+    results = checkpoint.read_json(Path("run/results.json"))
+    assert learner.classes == tuple(results["class_names"]) and [len(t) for t in learner.tasks] == [2, 2]
+    learner.learn(more_photos(tmp_path), [trees.wnid(4), trees.wnid(5)])
+    learner.save("saved")
+    assert len(ContinualLearner.load("saved").classes) == 6
+
+
+def more_photos(folder: Path) -> Path:
+    trees.folders(folder / "more", 6, 3)
+    return folder / "more"
+
+
+# a classifier in use -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def deployed(photos) -> nn.Module:
+    """timm's smallest vision transformer with a classifier for two classes of the photographs."""
+    prepare_torchvision()
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
+    pixels = torch.stack([torch.from_numpy(squares(32)(p)) for n in FIRST for p in sorted((photos / n).iterdir())])
+    labels = torch.arange(2).repeat_interleave(5)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(model((pixels / 255 - mean) / std), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model
+
+
+def test_a_classifier_in_use_keeps_its_answers_and_learns_more(deployed, photos, tmp_path):
+    before = {name: tensor.clone() for name, tensor in deployed.state_dict().items()}
+    settings = {k: v for k, v in SETTINGS.items()}
+    learner = ContinualLearner.from_classifier(deployed, FIRST, **settings)
+    old = [(path, name) for name in FIRST for path in sorted((photos / name).iterdir())]
+    assert learner.evaluate(old).accuracy == 100, "what it knew"
+    learner.observe([path for path, _ in old])
+    assert all(layer.basis.shape[1] for layer in learner._core.method.layers.values())
+    report = learner.learn(photos, SECOND)
+    assert max(report.violation.values()) <= 1e-5
+    assert learner.classes == tuple(FIRST + SECOND)
+    known = learner.evaluate(old).per_task[0]
+    assert known.accuracy_task_known == 100
+    learner.save(tmp_path / "saved")
+    assert_same(state_of(ContinualLearner.load(tmp_path / "saved")), state_of(learner))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in deployed.state_dict().items()), "it was copied"
+
+
+def test_what_was_observed_moves_less(deployed, photos):
+    """The logits of the old classes for old images, after other classes were learned."""
+    old = [path for name in FIRST for path in sorted((photos / name).iterdir())]
+    settings = SETTINGS | {"energy_start": 0.999, "energy_end": 0.999, "epochs": 6}
+    moved = {}
+    for observing in (True, False):
+        learner = ContinualLearner.from_classifier(deployed, FIRST, **settings)
+        before = logits_of(learner, old)
+        if observing:
+            learner.observe(old)
+            learner.learn(photos, SECOND)
+        else:
+            with pytest.warns(UserWarning, match="nothing of what the model knew is protected"):
+                learner.learn(photos, SECOND)
+        moved[observing] = float((logits_of(learner, old)[:, :2] - before).norm())
+    assert moved[True] < 0.5 * moved[False]
+
+
+def logits_of(learner: ContinualLearner, paths: list[Path]) -> Tensor:
+    images = torch.stack([torch.from_numpy(squares(learner.input_size)(path)) for path in paths])
+    learner._core.model.eval()
+    with torch.no_grad():
+        return learner._core.model(images)
+
+
+def test_classifiers_that_cannot_be_taken_are_named(deployed):
+    with pytest.raises(ArgumentError, match="class_names must name the model's outputs"):
+        ContinualLearner.from_classifier(deployed, ["one"], **SETTINGS)
+    with pytest.raises(ArgumentError, match="needs the means of all classes"):
+        ContinualLearner.from_classifier(deployed, FIRST, **SETTINGS, head="ncm")
+    learner = ContinualLearner.from_classifier(deployed, FIRST, method="lora", device="cpu", epochs=1)
+    with pytest.raises(ArgumentError, match="method lora remembers no inputs"):
+        learner.observe(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_the_import_of_the_package_does_not_bring_it_along():
+    program = (
+        "import sys, janus_ext; print(sorted({'timm', 'tyro', 'PIL', 'matplotlib', 'torchvision'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == "[]"
