@@ -36,7 +36,7 @@ ALLOWED = {
     "backbone": {"backbone", "runs.checkpoint"},
     "data": {"config", "data", "runs.checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
-    "runs": {"config", "runs"},
+    "runs": {"arguments", "config", "runs"},
     "calibration": set(),
     "assembly": {"backbone", "classifier", "config", "devices", "methods", "training.loop"},
     "learner": {
@@ -51,7 +51,7 @@ ALLOWED = {
         "runs",
         "training",
     },
-    "reports": {"config", "reports", "runs"},
+    "reports": {"arguments", "config", "reports", "runs"},
     "training": {
         "training",
         "backbone.families",

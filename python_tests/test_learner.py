@@ -230,10 +230,9 @@ def test_calibration_finds_the_temperature_of_the_largest_likelihood(learned):
     found = learner.temperature(photos)
     batches = [*learner._logits(_selection(learner, photos))]
     logits, labels = (torch.cat(parts).double() for parts in zip(*batches, strict=True))
-    losses = {
-        t: float(nn.functional.cross_entropy(logits / t, labels.long())) for t in (found, found * 1.01, found / 1.01)
-    }
-    assert min(losses, key=losses.get) == found and split is not None
+    temperatures = (found, found * 1.01, found / 1.01)
+    losses = [float(nn.functional.cross_entropy(logits / t, labels.long())) for t in temperatures]
+    assert min(losses) == losses[0]
     plain, honest = learner.predict(photos), learner.predict(photos, calibrate=photos)
     assert [image[0][0] for image in plain] == [image[0][0] for image in honest]
     assert plain[0][0][1] != honest[0][0][1]
@@ -260,13 +259,9 @@ def test_evaluation_counts_what_predict_says(learned):
 
 def test_before_anything_was_learned(weights, photos, tmp_path):
     learner = learner_of(weights)
-    for call in (
-        lambda: learner.predict(photos),
-        lambda: learner.evaluate(photos),
-        lambda: learner.save(tmp_path / "x"),
-    ):
+    for call, argument in ((learner.predict, photos), (learner.evaluate, photos), (learner.save, tmp_path / "x")):
         with pytest.raises(ArgumentError, match="nothing was learned yet"):
-            call()
+            call(argument)
     assert not (tmp_path / "x").exists()
 
 
@@ -425,8 +420,7 @@ def test_classifiers_that_cannot_be_taken_are_named(deployed):
 
 
 def test_the_import_of_the_package_does_not_bring_it_along():
-    program = (
-        "import sys, janus_ext; print(sorted({'timm', 'tyro', 'PIL', 'matplotlib', 'torchvision'} & set(sys.modules)))"
-    )
+    unwanted = {"timm", "tyro", "PIL", "matplotlib", "torchvision"}
+    program = f"import sys, janus_ext; print(sorted({unwanted} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert found.strip() == "[]"

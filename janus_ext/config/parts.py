@@ -54,6 +54,8 @@ class DataConfig(Settings):
     """Folder of the images, for all benchmarks but emoji; left out, the exact files wanted are shown."""
     tasks: Maybe[int] = None
     """Number of tasks the classes are divided into; by default the benchmark's own (domainnet 5, else 10 at most)."""
+    task_list: Maybe[Path] = None
+    """File that says which classes form which task: one class a line, a blank line between tasks, all of them named."""
     shuffle_classes: bool = False
     """Draw the order of the classes from the seed instead of the benchmark's fixed order."""
     limit_per_class: Maybe[int] = None

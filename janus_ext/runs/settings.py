@@ -5,19 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from janus_ext.config import flag
+from janus_ext.config import TrainConfig, flag
 from janus_ext.errors import ArgumentError
 from janus_ext.runs.checkpoint import file_sha256
 from janus_ext.runs.folder import OTHER
 
 if TYPE_CHECKING:
-    from janus_ext.config import TrainConfig
     from janus_ext.data.benchmark import Benchmark
 
 NOT_COMPARED = {"output", "resume", "plots", "tensorboard", "workers", "cache_images"}  # results do not depend on them
 # What a run is on, beside its settings; and the settings that only say where it lies, which may be spelled otherwise.
 CONTENTS = {
-    "split_sha256": ("other image files, or another order of classes", ("data_dir", "split_files", "class_list")),
+    "split_sha256": (
+        "other image files, or another order of classes",
+        ("data_dir", "split_files", "class_list", "task_list"),
+    ),
     "class_names": ("classes of other names", ()),
     "weights_sha256": ("backbone weights of other contents", ("weights",)),
 }
@@ -44,7 +46,7 @@ def check_same_settings(asked: dict[str, Any], stored: dict[str, Any], folder: P
     same = {key for key in CONTENTS if asked[key] is not None and asked[key] == stored.get(key, MISSING)}
     elsewhere = {name for key in same for name in CONTENTS[key][1]}
     compared = asked.keys() - NOT_COMPARED - CONTENTS.keys() - elsewhere
-    others = sorted(name for name in compared if _comparable(name, stored) != _comparable(name, asked))
+    others = sorted(name for name in compared if _differs(name, stored, asked))
     if others:
         values = ", ".join(f"{flag(n)} {_typed(stored.get(n, MISSING))} (asked: {_typed(asked[n])})" for n in others)
         kind = "with other settings" if stored.keys() >= compared else "of another version of this program"
@@ -54,6 +56,13 @@ def check_same_settings(asked: dict[str, Any], stored: dict[str, Any], folder: P
             found, wanted = (str(value)[:12] for value in (stored.get(key, MISSING), asked[key]))
             digests = f": {key} {found} (asked: {wanted})" if key.endswith("sha256") else ""
             raise ArgumentError(f"{folder} holds a run on {CONTENTS[key][0]}{digests}; {OTHER}")
+
+
+def _differs(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a setting is another one; what a run lacks that its version did not know was what it is by default."""
+    if name not in stored and asked[name] == TrainConfig.__dataclass_fields__[name].default:
+        return False
+    return _comparable(name, stored) != _comparable(name, asked)
 
 
 def _comparable(name: str, settings: dict[str, Any]) -> Any:
