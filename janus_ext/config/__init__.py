@@ -65,6 +65,8 @@ class TrainConfig:
     """Sharpness (tau) of the margin loss."""
     tasks: Maybe[int] = None
     """Number of tasks the classes are divided into; by default the benchmark's own (domainnet 5, else 10 at most)."""
+    task_list: Maybe[Path] = None
+    """File that says which classes form which task: one class a line, a blank line between tasks, all of them named."""
     class_list: Maybe[str] = None
     """Classes, which imagenet-100 needs: a file with one wnid a line, or first100 (the first of all sorted wnids)."""
     shuffle_classes: bool = False
@@ -212,6 +214,8 @@ class TrainConfig:
                 raise ArgumentError(
                     f"--benchmark {self.benchmark} has no {flag(name)}; it belongs to {', '.join(benchmarks)}"
                 )
+        if self.task_list is not None and self.shuffle_classes:
+            raise ArgumentError("--task-list fixes the order of the classes, --shuffle-classes draws it: leave one out")
         if self.split_files and (self.split != "coda" or len(self.split_files) != 2):
             raise ArgumentError(
                 f"--split-files are the training and the test file of --split coda, got {len(self.split_files)} files "

@@ -33,7 +33,10 @@ LEFTOVERS = (f".*.json.{TEMPORARY}", f".metrics.jsonl.{TEMPORARY}", f"*/.*.{TEMP
 NOT_COMPARED = {"output", "resume", "plots", "tensorboard", "workers", "cache_images"}  # results do not depend on them
 # What a run is on, beside its settings; and the settings that only say where it lies, which may be spelled otherwise.
 CONTENTS = {
-    "split_sha256": ("other image files, or another order of classes", ("data_dir", "split_files", "class_list")),
+    "split_sha256": (
+        "other image files, or another order of classes",
+        ("data_dir", "split_files", "class_list", "task_list"),
+    ),
     "class_names": ("classes of other names", ()),
     "weights_sha256": ("backbone weights of other contents", ("weights",)),
 }
