@@ -36,8 +36,8 @@ ALLOWED = {
     "backbone": {"backbone", "runs.checkpoint"},
     "data": {"config", "data", "runs.checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
-    "runs": {"config", "runs"},
-    "reports": {"reports", "runs"},
+    "runs": {"arguments", "config", "runs"},
+    "reports": {"arguments", "reports", "runs"},
     "training": {
         "training",
         "backbone.families",
