@@ -110,6 +110,10 @@ def test_every_field_is_explained_to_the_user():
         ({"schedule": "step", "milestones": (4, 12)}, "--milestones would do nothing here: it needs epochs"),
         ({"workers": 2}, "--benchmark emoji has no --workers"),
         ({"cache_images": True, "benchmark": "cifar100"}, "--benchmark cifar100 has no --cache-images"),
+        (
+            {"task_list": "tasks.txt", "shuffle_classes": True},
+            "--task-list fixes the order of the classes, --shuffle-classes draws it: leave one out",
+        ),
         ({"preset": "paper"}, "--preset paper is a published protocol, and --benchmark emoji has none"),
     ],
 )
@@ -160,7 +164,7 @@ def test_another_schedule_leaves_the_presets_milestones():
 def test_every_method_has_values_on_every_benchmark(method, name):
     config = TrainConfig(method=method, benchmark=name).resolved()
     left_open = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
-    by_benchmark = {"data_dir", "split", "tasks", "class_list", "workers", "image_size"}
+    by_benchmark = {"data_dir", "split", "tasks", "task_list", "class_list", "workers", "image_size"}
     assert left_open <= by_benchmark | {"estimator_rank", "limit_per_class", "milestones", "clip_norm", "device"} | {
         "amp",
         "output",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from janus_ext.data.benchmark import Benchmark, MemorySplit
-from janus_ext.data.tasks import class_order, split_classes
+from janus_ext.data.tasks import make_tasks
 from janus_ext.errors import DataError
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ def load(config: TrainConfig, assets: Path = ASSETS) -> Benchmark:
         part: [(label, style) for label, c in enumerate(concepts) for style in table["styles"] if _is(part, c, style)]
         for part in ("train", "test")
     }
-    order = class_order(len(concepts), config.seed[0] if config.shuffle_classes else ORDER_SEED)
+    names = tuple(concept["name"] for concept in concepts)
     benchmark = Benchmark(
         name="emoji",
-        class_names=tuple(concept["name"] for concept in concepts),
+        class_names=names,
         train=_build_split(parts["train"], concepts, images, RandomAffine()),
         test=_build_split(parts["test"], concepts, images, None),
-        tasks=split_classes(order, config.tasks or DEFAULT_TASKS, config.head),
+        tasks=make_tasks(config, names, DEFAULT_TASKS, ORDER_SEED),
     )
     return benchmark if config.limit_per_class is None else benchmark.limited(config.limit_per_class)
 

@@ -14,7 +14,7 @@ from janus_ext.data.images import Files, ImageSplit, default_workers
 from janus_ext.data.layout import shorten
 from janus_ext.data.listing import Listing, Sample, count
 from janus_ext.data.names import ENDINGS
-from janus_ext.data.tasks import class_order, split_classes
+from janus_ext.data.tasks import make_tasks
 from janus_ext.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,10 +57,8 @@ def assemble(
     default_tasks: int,
     config: TrainConfig,
 ) -> Benchmark:
-    """Class order (of the ids, or drawn from the seed), tasks, and at most --limit-per-class images a class."""
-    order = class_order(len(class_names), config.seed[0] if config.shuffle_classes else None)
-    tasks = split_classes(order, config.tasks or default_tasks, config.head)
-    benchmark = Benchmark(name, tuple(class_names), train, test, tasks)
+    """The tasks that the configuration wants, and at most --limit-per-class images a class."""
+    benchmark = Benchmark(name, tuple(class_names), train, test, make_tasks(config, class_names, default_tasks))
     return benchmark if config.limit_per_class is None else benchmark.limited(config.limit_per_class)
 
 

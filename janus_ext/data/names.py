@@ -6,7 +6,9 @@ are written back as the bytes they were, so a name of any bytes has a fingerprin
 
 from __future__ import annotations
 
+import difflib
 import logging
+from collections.abc import Iterable
 
 from PIL import features
 
@@ -57,6 +59,12 @@ def is_possible(name: str) -> bool:
 def printable(name: str) -> str:
     """``name`` as valid text, bytes that are none written as escapes."""
     return to_bytes(name).decode("utf-8", "backslashreplace")
+
+
+def similar(name: str, names: Iterable[str]) -> str:
+    """The end of a message about a name that is none of ``names``: those it may have meant, or nothing."""
+    close = difflib.get_close_matches(name, names)
+    return f" (similar: {', '.join(close)})" if close else ""
 
 
 def _log_valid_text(record: logging.LogRecord) -> bool:

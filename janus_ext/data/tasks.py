@@ -1,16 +1,52 @@
-"""Class order, division of classes into tasks, and the fingerprint of a split: pure functions, no images."""
+"""Class order, division of classes into tasks, and the fingerprint of a split: no images."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from janus_ext.data.names import to_bytes
+from janus_ext.data.task_list import read_task_list
 from janus_ext.errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    from janus_ext.config import TrainConfig
 
 LOG = logging.getLogger("janus_ext")
 LINEAR = ("auto", "linear")  # heads that learn a task by telling its classes apart
+
+
+def make_tasks(
+    config: TrainConfig, class_names: Sequence[str], default: int, order_seed: int | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """Class ids of each task, as --task-list says or else cut from an order of the classes.
+
+    The order is that of the ids, or drawn from the seed with --shuffle-classes, or else from ``order_seed``; it is cut
+    into --tasks, or ``default``.
+
+    Raises:
+        DataError: see :func:`~janus_ext.data.task_list.read_task_list`.
+        ArgumentError: the list has another number of tasks than --tasks, or see :func:`split_classes`.
+    """
+    if config.task_list is None:
+        order = class_order(len(class_names), config.seed[0] if config.shuffle_classes else order_seed)
+        return split_classes(order, config.tasks or default, config.head)
+    tasks = read_task_list(config.task_list, class_names)
+    if config.tasks not in (None, len(tasks)):
+        raise ArgumentError(
+            f"--task-list {config.task_list} has {len(tasks)} tasks, --tasks {config.tasks} asks for others: leave one "
+            "out (--method joint has one task)"
+        )
+    single = [number for number, classes in enumerate(tasks, start=1) if len(classes) == 1]
+    if single:
+        _take_single_classes(
+            config.head,
+            f"--task-list {config.task_list}: task {single[0]} has one class, from which linear heads learn nothing; "
+            "name two or more, or --head ncm",
+        )
+    return tasks
 
 
 def class_order(classes: int, seed: int | None = None) -> tuple[int, ...]:
@@ -40,16 +76,22 @@ def split_classes(order: Sequence[int], tasks: int, head: str = "linear") -> tup
         raise DataError(f"a benchmark needs at least two classes, got {len(order)}")
     if not 1 <= tasks <= len(order):
         raise ArgumentError(f"--tasks must lie in 1..{len(order)} (the number of classes), got {tasks}")
-    if 2 * tasks > len(order) and head not in LINEAR:
-        LOG.warning("tasks of one class teach --head %s alone: their cross entropy is 0, the backbone rests", head)
-    elif 2 * tasks > len(order):
-        raise ArgumentError(
+    if 2 * tasks > len(order):
+        _take_single_classes(
+            head,
             f"--tasks {tasks} of {len(order)} classes makes tasks of one class, from which linear heads learn nothing; "
-            f"--tasks 1 to {len(order) // 2} fit, or --head ncm"
+            f"--tasks 1 to {len(order) // 2} fit, or --head ncm",
         )
     size, larger = divmod(len(order), tasks)
     starts = [t * size + min(t, larger) for t in range(tasks + 1)]
     return tuple(tuple(order[a:b]) for a, b in zip(starts, starts[1:], strict=False))
+
+
+def _take_single_classes(head: str, complaint: str) -> None:
+    """Raises ArgumentError with ``complaint`` unless ``head`` can learn a task of one class; then it is a warning."""
+    if head in LINEAR:
+        raise ArgumentError(complaint)
+    LOG.warning("tasks of one class teach --head %s alone: their cross entropy is 0, the backbone rests", head)
 
 
 def split_sha256(train: Iterable[str], test: Iterable[str], tasks: Sequence[Sequence[int]]) -> str:

@@ -59,10 +59,10 @@ def save_plots(results: Results, folder: Path) -> list[Path]:
     written = []
     with style.context(STYLE):
         for name, draw in PLOTS.items():
-            with _figure() as figure:
+            with blank_figure() as figure:
                 if draw(figure, results):
                     path = folder / f"{name}.png"
-                    _save(figure, path)
+                    save_figure(figure, path)
                     written.append(path)
     return written
 
@@ -262,7 +262,7 @@ def _task_bar(figure: Figure, axes: Axes, dots: PathCollection, tasks: int) -> N
 
 
 @contextmanager
-def _figure() -> Iterator[Figure]:
+def blank_figure() -> Iterator[Figure]:
     """A figure on the Agg canvas, independent of any window system or global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -273,5 +273,6 @@ def _figure() -> Iterator[Figure]:
     figure.clear()
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes the picture as PNG."""
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))

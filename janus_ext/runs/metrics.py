@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from janus_ext.arguments import check_integer
 from janus_ext.errors import ArgumentError
 
 Matrix = Sequence[Sequence[float]]
@@ -29,6 +30,51 @@ def hits(scores: Tensor, labels: Tensor, first: int, classes: int) -> Tensor:
     known = scores[:, first : first + classes].argmax(-1) + first
     recognised = (winners >= first) & (winners < first + classes)
     return torch.stack([(winners == labels).sum(), (known == labels).sum(), recognised.sum()])
+
+
+class Confusion:
+    """Counts of what the classes of images were taken for, batch after batch; no score is kept.
+
+    ``classes`` is the number C of outputs, ``task_sizes`` how many of them, from the first on, belong to each task;
+    with it the `hits` of every task are counted, too. ``counts`` is int64 [C, C], a row per true class and a column per
+    predicted one; ``hits`` is int64 [T, 3]. Both are on the CPU.
+    """
+
+    def __init__(self, classes: int, task_sizes: Sequence[int] = ()) -> None:
+        check_integer("classes", classes, lambda n: n >= 1, "at least 1")
+        if task_sizes and (sum(task_sizes) != classes or min(task_sizes) < 1):
+            raise ArgumentError(f"task_sizes must be positive and add up to {classes} classes, got {list(task_sizes)}")
+        self.classes = classes
+        self.task_sizes = tuple(task_sizes)
+        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
+        self.hits = torch.zeros(len(self.task_sizes), 3, dtype=torch.int64)
+
+    def add(self, scores: Tensor, labels: Tensor) -> None:
+        """Counts a batch: ``scores`` [b, C], the largest wins; ``labels`` int64 [b], the columns of the true classes.
+
+        Raises:
+            ArgumentError: a shape does not fit, a label is no column, or a score is NaN; nothing is counted then.
+        """
+        self._check(scores, labels)
+        cells = labels * self.classes + scores.argmax(-1)
+        self.counts += torch.bincount(cells, minlength=self.classes**2).view_as(self.counts).cpu()
+        first = 0
+        for task, size in enumerate(self.task_sizes):
+            rows = (labels >= first) & (labels < first + size)
+            self.hits[task] += hits(scores[rows], labels[rows], first, size).cpu()
+            first += size
+
+    def _check(self, scores: Tensor, labels: Tensor) -> None:
+        if scores.shape != (len(labels), self.classes) or labels.dtype != torch.int64 or labels.ndim != 1:
+            raise ArgumentError(
+                f"scores must be [b, {self.classes}] and labels int64 [b], got {list(scores.shape)} and {labels.dtype} "
+                f"{list(labels.shape)}"
+            )
+        strange = labels[(labels < 0) | (labels >= self.classes)]
+        if len(strange):
+            raise ArgumentError(f"labels must lie in 0..{self.classes - 1}, got {int(strange[0])}")
+        if scores.isnan().any():
+            raise ArgumentError("scores must be numbers, got NaN")
 
 
 def accuracy(matrix: Matrix) -> float:
