@@ -63,7 +63,7 @@ def test_it_learns_what_the_trainer_learns_to_the_bit(weights, photos, tmp_path,
     run = tmp_path / "run"
     call = f"--benchmark folder --data-dir {tmp_path}/parts --backbone emoji --weights {weights} --tasks 3 --no-plots"
     assert train.main([*call.split(), "--method", method, "--output", str(run), *flags]) == 0
-    learner = learner_of(weights, method=method, planned_tasks=3, **settings)
+    learner = ContinualLearner("emoji", method, weights=str(weights), planned_tasks=3, **settings)
     for names in (FIRST, SECOND, THIRD):
         learner.learn(photos, names)
     model, _ = checkpoint.read_tensors(run / "checkpoints" / "model.safetensors")
@@ -240,7 +240,6 @@ def test_calibration_finds_the_temperature_of_the_largest_likelihood(learned):
 
 def _selection(learner, photos):
     from janus_ext.data.collect import labelled_as
-
     from janus_ext.learner import _all_of
 
     return _all_of(labelled_as(photos, learner.classes, learner.input_size), range(len(learner.classes)))

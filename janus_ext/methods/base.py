@@ -33,6 +33,8 @@ class Task:
     total: int
     first: int
     classes: int
+    seed: int
+    """Of the learner: for random choices that hold for all tasks; torch's own generator is seeded for each."""
     clean_batches: Batches
     """Makes a fresh pass over the training images, unaugmented, on the model's device: (uint8 images, labels)."""
     augmented_batches: Batches

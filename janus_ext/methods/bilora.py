@@ -40,7 +40,7 @@ class BiLoRA(Method):
     def begin_task(self, task: Task) -> None:
         super().begin_task(task)
         for layer in self.layers.values():
-            layer.place(positions(task.index, layer.grid, self.config.frequencies, self.config.seed[0]))
+            layer.place(positions(task.index, layer.grid, self.config.frequencies, task.seed))
 
     def trainable(self) -> list[nn.Parameter]:
         return [layer.coefficients for layer in self.layers.values()]

@@ -208,6 +208,7 @@ class Learner:
             total=self.planned,
             first=sum(self.sizes),
             classes=classes,
+            seed=self.seed,
             clean_batches=lambda: self.clean_batches(images),
             augmented_batches=lambda: self._training_batches(images, index, self.config.epochs),
         )
