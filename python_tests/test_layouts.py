@@ -48,7 +48,7 @@ def test_a_first_level_of_splits_or_domains_is_no_level_of_classes(parts, tree):
     (parts / "test").rename(parts / "fold2")
     with pytest.raises(
         DataError,
-        match=r"^--data-dir: the 2 folders of .*parts \(fold1, fold2\) all hold the same folders \(thing 00, thing 01, "
+        match=r"^the 2 folders of .*parts \(fold1, fold2\) all hold the same folders \(thing 00, thing 01, "
         r"thing 02, \.\.\.\), so they look like splits or domains and not like classes: .*, or say --split random",
     ):
         load(parts)

@@ -18,6 +18,8 @@ from janus_ext.data.tasks import make_tasks
 from janus_ext.errors import DataError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from janus_ext.config import TrainConfig
 
 LOG = logging.getLogger("janus_ext")
@@ -32,7 +34,7 @@ def build(listing: Listing, config: TrainConfig) -> Benchmark:
     if config.check_data:
         check.report(listing)
     _require_sound(listing)
-    _warn_of_unread(listing)
+    warn_of_unread(listing.root, listing.unread)
     workers = default_workers(config.device) if config.workers is None else config.workers
     benchmark = assemble(
         listing.name,
@@ -77,12 +79,12 @@ def _require_sound(listing: Listing) -> None:
             LOG.warning(message)
 
 
-def _warn_of_unread(listing: Listing) -> None:
+def warn_of_unread(root: Path, unread: Sequence[str]) -> None:
     """Says which files of class folders seem to be images and are left out."""
-    if listing.unread:
+    if unread:
         LOG.warning(
             "%s: image files that are not read: %d, for example %s; convert them to be trained on. %s",
-            *(listing.root, len(listing.unread), listing.unread[0], ENDINGS),
+            *(root, len(unread), unread[0], ENDINGS),
         )
 
 

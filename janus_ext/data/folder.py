@@ -34,6 +34,7 @@ or one tree, of which every fifth image of each class is taken for the test:
 """
 PAGE = "https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.ImageFolder.html"
 ADVICE = "A file that cannot be had again may be deleted."
+CLASS_LEVEL = "call splits train and test, name one domain as --data-dir, or say"
 MOST_TASKS = 10
 TEST_SHARE = 5  # one image in so many, rounded, one at least
 
@@ -59,7 +60,7 @@ def read(config: TrainConfig) -> Listing:
 def _read_parts(root: Path, parts: tuple[str, str], config: TrainConfig) -> Listing:
     classes = shared_classes(root, *parts)
     if config.split == "auto":
-        require_class_level(root / parts[0], classes, "--split folders")
+        require_class_level(root / parts[0], classes, f"{CLASS_LEVEL} --split folders if they are classes")
     train, test = list_parts(root, parts, classes)
     problems, unread = train.problems + test.problems, train.unread + test.unread
     return _listing(root, classes, (train.samples, test.samples), parts, problems, unread)
@@ -71,7 +72,7 @@ def _read_tree(root: Path, config: TrainConfig) -> Listing:
         raise DataError(f"--data-dir {root} has no class folders; wanted:\n\n{LAYOUT.rstrip()}")
     require_several(root, classes)
     if config.split == "auto":
-        require_class_level(root, classes, "--split random")
+        require_class_level(root, classes, f"{CLASS_LEVEL} --split random if they are classes")
     found = class_samples(root, "", classes)
     train, test = split_each_class(found.samples, len(classes))
     lonely = sorted({s.label for s in test} - {s.label for s in train})

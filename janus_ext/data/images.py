@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -170,6 +171,14 @@ Request = list[tuple[Any, int | None]]
 """Images as a worker is asked for them: of each the key, and the seed of its augmentation or None."""
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it torch's global random state on the CPU begins at ``seed``; afterwards it is as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 class Reader(Dataset):
     """What a worker does with a request: uint8 [b, 3, size, size], tensor or array, or in words what stopped it."""
 
@@ -184,13 +193,12 @@ class Reader(Dataset):
             return str(error)  # raised in a worker, its one line would arrive as a page of tracebacks
 
     def read(self, key: Any, seed: int | None) -> Tensor:
-        """uint8 [3, size, size]; augmented if there is a seed. torch's global random state is left as it was."""
-        image = self.source.open(key)
-        if seed is None:
-            return transform(self.view, False)(image)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return transform(self.view, True)(image)
+        """uint8 [3, size, size]; augmented if there is a seed. torch's global random state is left as it was.
+
+        A source that draws from it (a data set of somebody's with random transforms) gives the same image for a seed.
+        """
+        with seeded(seed or 0):
+            return transform(self.view, seed is not None)(self.source.open(key))
 
 
 class ImageSplit(Split):

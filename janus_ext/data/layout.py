@@ -44,11 +44,11 @@ def shared_classes(root: Path, first: str, second: str) -> list[str]:
     return classes
 
 
-def require_class_level(root: Path, folders: Sequence[str], unless: str) -> None:
+def require_class_level(root: Path, folders: Sequence[str], advice: str) -> None:
     """DataError if the ``folders`` of ``root`` all hold the same folders: splits or domains, whose classes lie below.
 
     At least half of all that they hold must be common to all. One common folder is no sign: many data sets have
-    <class>/images/. ``unless`` is the flag by which the user says that they are classes all the same.
+    <class>/images/. ``advice`` says what to do, and how to say that they are classes all the same.
     """
     if len(folders) < 2:
         return
@@ -60,9 +60,8 @@ def require_class_level(root: Path, folders: Sequence[str], unless: str) -> None
         every, common = every | held, common & held
     if len(common) >= 2 and 2 * len(common) >= len(every):
         raise DataError(
-            f"--data-dir: the {len(folders)} folders of {root} ({shorten(folders)}) all hold the same folders "
-            f"({shorten(sorted(common))}), so they look like splits or domains and not like classes: call splits train "
-            f"and test, name one domain as --data-dir, or say {unless} if they are classes"
+            f"the {len(folders)} folders of {root} ({shorten(folders)}) all hold the same folders "
+            f"({shorten(sorted(common))}), so they look like splits or domains and not like classes: {advice}"
         )
 
 

@@ -77,20 +77,21 @@ def subfolders(folder: Path) -> list[str]:
         with os.scandir(folder) as entries:
             return sorted((e.name for e in entries if e.is_dir() and not is_clutter(e.name)), key=to_bytes)
     except OSError as error:
-        raise DataError(f"--data-dir: {folder} cannot be read: {error.strerror}") from error
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
 
 
 def files_below(root: Path, folder: str) -> list[str]:
     """Sorted paths, relative to ``root``, of all files below ``root / folder`` but clutter; links are followed.
 
+    ``folder`` is below ``root``, or "" for all that is.
     DataError names a folder that cannot be read and a link to a folder that it lies in.
     """
     start = os.path.join(root, folder)
     try:
-        above = frozenset(map(_identity, [root, os.path.dirname(start)]))
+        above = frozenset(map(_identity, [root, os.path.dirname(start)] if folder else ()))
         found = list(_walk(start, above))
     except OSError as error:
-        raise DataError(f"--data-dir: {error.filename} cannot be read: {error.strerror}") from error
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
     found.sort(key=lambda path: os.path.split(to_bytes(path)))  # folder by folder, as torchvision's ImageFolder sorts
     skipped = len(os.path.join(root, ""))
     return [path[skipped:].replace(os.sep, "/") for path in found]
@@ -106,7 +107,7 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
     """Paths of all files below ``folder``, in no order; ``above`` are the folders it lies in."""
     identity = _identity(folder)
     if identity in above:
-        raise DataError(f"--data-dir: {folder} is a symbolic link to a folder it lies in; remove the link")
+        raise DataError(f"{folder} is a symbolic link to a folder it lies in; remove the link")
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_clutter(entry.name):

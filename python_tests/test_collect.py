@@ -1,0 +1,450 @@
+"""Images handed over in any form: the same bits whatever the form, and one clear error before anything is learned."""
+
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_trainer
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from trees import drawing, folders, odd_images, save_jpeg
+
+from janus_ext.backbone import prepare_torchvision
+from janus_ext.config import MethodName, TrainConfig
+from janus_ext.data import check, collect, folder
+from janus_ext.data.benchmark import Benchmark
+from janus_ext.data.collect import find_images, labelled, labelled_as, readable, require_readable, unlabelled
+from janus_ext.data.items import to_image
+from janus_ext.errors import ArgumentError, DataError
+
+NAMES = ("cat", "dog, small", "eel")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three classes of four images, one of which a camera held upright, and one lies deeper."""
+    root = tmp_path / "tree"
+    folders(root, 3, 4, NAMES.__getitem__)
+    turned = Image.fromarray(np.concatenate([drawing(5, 0), drawing(6, 0)]))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(root / "cat" / "turned.jpg", exif=exif)
+    save_jpeg(root / "eel" / "deep" / "er.JPG", drawing(2, 5))
+    (root / "cat" / "notes.txt").write_text("no image")
+    return root
+
+
+class Listed(Dataset):
+    """A data set of (whatever, label) with or without names of its own."""
+
+    def __init__(self, items, classes=None):
+        self.items = items
+        if classes is not None:
+            self.classes = classes
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        item = self.items[index]
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+def pixels(label, style=0):
+    return torch.from_numpy(drawing(label, style).copy()).permute(2, 0, 1)
+
+
+def image_folder(root):
+    prepare_torchvision()
+    from torchvision.datasets import ImageFolder
+
+    return ImageFolder(str(root))
+
+
+def bits(split, seed=None):
+    """What a pass over the split gives: two batches, augmented if there is a seed."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    batches = list(split.stream(torch.arange(len(split)).split(7), generator))
+    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+
+
+def assert_same(one, other):
+    for seed in (None, 3):
+        for a, b in zip(bits(one, seed), bits(other, seed), strict=True):
+            assert torch.equal(a, b)
+
+
+def plain(path, label):
+    """As somebody reads an image who does not look at what the camera noted."""
+    with Image.open(path) as image:
+        return image.copy(), label
+
+
+# the same images in every form ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("form", ["torchvision", "paths and names", "paths and ids", "pillow", "in memory", "relative"])
+def test_every_form_gives_the_bits_of_the_folder(tree, form, monkeypatch):
+    found = labelled(tree, size=32)
+    assert found.class_names == NAMES and found.split.samples[-1] == "eel/deep/er.JPG"
+    assert torch.bincount(found.split.labels).tolist() == [5, 4, 5]
+    labels = found.split.labels.tolist()
+    paths = [tree / name for name in found.split.samples]
+    monkeypatch.chdir(tree.parent)
+    other = {
+        "torchvision": lambda: labelled(image_folder(tree), size=32),
+        "paths and names": lambda: labelled(list(zip(paths, map(NAMES.__getitem__, labels), strict=True)), size=32),
+        "paths and ids": lambda: labelled(list(zip(map(str, paths), labels, strict=True)), NAMES, size=32),
+        "pillow": lambda: labelled(Listed([plain(p, c) for p, c in zip(paths, labels, strict=True)], NAMES), size=32),
+        "in memory": lambda: labelled([plain(p, NAMES[c]) for p, c in zip(paths, labels, strict=True)], size=32),
+        "relative": lambda: labelled([(f"tree/./{n}", NAMES[n > "d"]) for n in found.split.samples[:9]], size=32),
+    }[form]()
+    if form == "relative":
+        assert other.split.samples == found.split.samples[:9] and other.class_names == NAMES[:2]
+        assert_same(other.split, found.split.take(torch.arange(9)))
+    else:
+        assert other.class_names == NAMES
+        assert_same(other.split, found.split)
+
+
+def test_training_sees_what_the_benchmark_folder_sees(tree):
+    shutil.copytree(tree, tree.parent / "parts" / "train")
+    shutil.copytree(tree, tree.parent / "parts" / "test")
+    settings = {"benchmark": "folder", "data_dir": tree.parent / "parts", "workers": 0}
+    assert_same(labelled(tree).split, folder.load(TrainConfig(**settings).resolved()).train)
+
+
+@pytest.mark.parametrize("mode", ["tensors", "random"])
+def test_the_bits_do_not_depend_on_workers(tree, mode):
+    """Also where a data set draws from torch's random numbers itself, as torchvision's transforms do."""
+
+    class Noisy(Listed):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return (image + torch.randint(50, image.shape)).to(torch.uint8), label
+
+    items = [(pixels(c, n) // 2, c) for n in range(12) for c in range(3)]
+    held = (Listed if mode == "tensors" else Noisy)(items, NAMES)
+    state = torch.get_rng_state()
+    here, there = labelled(held, size=32), labelled(held, size=32, workers=2)
+    assert_same(here.split, there.split)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(bits(here.split, 3)[0], bits(here.split, 4)[0])
+
+
+def test_a_grey_tensor_is_that_grey_and_an_odd_image_is_laid_on_white(tmp_path):
+    assert np.asarray(to_image(torch.full((1, 5, 6), 77, dtype=torch.uint8))).tolist() == [[[77] * 3] * 6] * 5
+    for name in odd_images(tmp_path):
+        with Image.open(tmp_path / name) as image:
+            assert np.array_equal(to_image(image), to_image(tmp_path / name)), name
+
+
+def test_a_picture_in_memory_is_left_as_it_is(tree):
+    image, _ = plain(tree / "cat" / "turned.jpg", 0)
+    before = image.tobytes(), image.size, image.mode, dict(image.getexif())
+    assert to_image(image).size == image.size[::-1]
+    assert (image.tobytes(), image.size, image.mode, dict(image.getexif())) == before
+
+
+# classes -------------------------------------------------------------------------------------------------------------
+def test_classes_choose_and_order_those_that_images_bring(tree):
+    wanted = ["eel", "cat"]
+    for images in (tree, str(tree), image_folder(tree)):
+        found = labelled(images, wanted)
+        assert found.class_names == ("eel", "cat") and torch.bincount(found.split.labels).tolist() == [5, 5]
+    whole, part = labelled(tree, size=32).split, labelled(image_folder(tree), wanted, size=32).split
+    assert torch.equal(bits(part)[0], bits(whole.take(whole.of_classes([0, 2])))[0])
+    assert part.labels.tolist() == [1] * 5 + [0] * 5
+
+
+def test_of_a_subset_the_classes_with_images_are_taken():
+    held = Listed([(pixels(c), c) for c in (4, 0, 2, 2)], ["a", "b", "c", "d", "e"])
+    found = labelled(Subset(Subset(held, [0, 2, 3]), [0, 2]))
+    assert found.class_names == ("c", "e") and found.split.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("label", [2, np.int64(2), torch.tensor(2), torch.tensor(2, dtype=torch.uint8), "eel"])
+def test_labels_of_every_integer_kind(label):
+    held = Listed([(pixels(0), 0), (pixels(1), "dog, small"), (pixels(2), label)])
+    assert labelled(held, NAMES).split.labels.tolist() == [0, 1, 2]
+
+
+def test_names_that_only_the_labels_have_are_sorted():
+    held = Listed([(pixels(c), name) for c, name in enumerate(["z", "A", "\u00e4", "z"])])
+    assert labelled(held).class_names == ("A", "z", "\u00e4")
+
+
+def test_for_an_evaluation_classes_may_lack_images_and_no_class_may_be_unknown(tree):
+    known = ("x", "eel", "y", "dog, small", "cat")
+    for images in (tree, image_folder(tree), Listed([(pixels(0), 4), (pixels(0), 1)]), [(tree / "cat/cat_0.jpg", 4)]):
+        assert set(labelled_as(images, known).labels.tolist()) <= {1, 3, 4}
+    message = r"^5 of 14 labels are none of the 3 classes: cat/cat_0.jpg has 'cat' \(similar: cats\); cat/cat_1.jpg has"
+    with pytest.raises(DataError, match=message):
+        labelled_as(tree, ["cats", "eel", "dog, small"])
+
+
+@pytest.mark.parametrize("method", MethodName.__args__)
+def test_one_image_is_enough_for_a_class(tmp_path, weights, method):
+    """Every method learns from it, and remembers, without a number that is not finite."""
+    folders(tmp_path / "tree", 4, 1, "class {}".format)
+    found = labelled(tmp_path / "tree", size=32)
+    tasks = ((0, 1, 2, 3),) if method == "joint" else ((0, 1), (2, 3))
+    benchmark = Benchmark("ones", found.class_names, found.split, found.split, tasks)
+    changes = {"frequencies": 100} if method == "bilora" else {}
+    trainer = make_trainer(benchmark, weights, tmp_path / "run", method=method, **changes)
+    trainer.run()
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values() if value.is_floating_point())
+
+
+# refusals of what images are -----------------------------------------------------------------------------------------
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (np.zeros((4, 32, 32, 3), np.uint8), "an object of type ndarray"),
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "an object of type Tensor"),
+        (Endless(), "an object of type Endless"),
+        (DataLoader(Listed([1])), "an object of type DataLoader"),
+        ({"image": 1}, "an object of type dict"),
+        ((pair for pair in ()), "an object of type generator"),
+        (None, "None"),
+        (7, "7"),
+    ],
+)
+def test_what_holds_no_labelled_images(images, found):
+    with pytest.raises(ArgumentError, match=f"^images must be {re.escape(collect.LABELLED)}, got {found}$"):
+        labelled(images)
+    if not isinstance(images, torch.Tensor):
+        with pytest.raises(ArgumentError, match=f"^images must be {re.escape(collect.UNLABELLED)}, got {found}$"):
+            unlabelled(images)
+
+
+@pytest.mark.parametrize("images", [[], (), Listed([])])
+def test_nothing_is_said_to_be_nothing(images):
+    with pytest.raises(DataError, match="images is empty; wanted a folder of class folders"):
+        labelled(images)
+    with pytest.raises(DataError, match="images is empty; wanted a folder, a pattern"):
+        unlabelled(images)
+
+
+def test_folders_without_classes_or_with_them_a_level_deeper(tmp_path):
+    with pytest.raises(DataError, match="none does not exist; wanted a folder of class folders"):
+        labelled(tmp_path / "none")
+    save_jpeg(tmp_path / "flat" / "1.jpg", drawing(0, 0))
+    with pytest.raises(DataError, match=r"flat has no class folders; wanted .*flat/<class>/\*.jpg. Endings that count"):
+        labelled(tmp_path / "flat")
+    with pytest.raises(DataError, match="1.jpg is no folder"):
+        labelled(tmp_path / "flat" / "1.jpg")
+    for part in ("train", "test"):
+        folders(tmp_path / "parts" / part, 3, 1)
+    with pytest.raises(
+        DataError, match=r"the 2 folders of .*parts \(test, train\) all hold the same .*: hand over one"
+    ):
+        labelled(tmp_path / "parts")
+    assert labelled(tmp_path / "parts", ["train", "test"]).class_names == ("train", "test")
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([], "classes must be a list of class names, got an object of type list"),
+        ("cat", "classes must be a list of class names, got 'cat'"),
+        (["cat", 3], "classes must be names, got 3 at position 1"),
+        (["cat", ""], "classes must be names, got '' at position 1"),
+        (["cat", "eel", "cat"], "classes must be different names, got several times: cat"),
+    ],
+)
+def test_class_names_that_are_none(tree, classes, message):
+    for take in (labelled, labelled_as):
+        with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
+            take(tree, classes)
+
+
+# refusals of what is in them -----------------------------------------------------------------------------------------
+def test_a_class_without_images(tree):
+    (tree / "empty").mkdir()
+    (tree / "phone").mkdir()
+    (tree / "phone" / "1.heic").write_bytes(b"x")
+    message = (
+        r"empty is without images: a class folder .*; phone is without images: its 1 files like phone/1.heic are not"
+    )
+    with pytest.raises(DataError, match=message):
+        labelled(tree)
+    assert labelled(tree, NAMES).class_names == NAMES
+    with pytest.raises(DataError, match="^2 of 4 classes have no image: cow, ape$"):
+        labelled([(tree / "cat" / "cat_0.jpg", "cat"), (tree / "eel" / "eel_0.jpg", 3)], ["cat", "cow", "ape", "eel"])
+    held = Listed([(pixels(0), 0)], ["a", "b"])
+    with pytest.raises(DataError, match="^1 of 2 classes have no image: b$"):
+        labelled(held, ["a", "b"])
+
+
+def test_classes_that_images_do_not_have(tree):
+    with pytest.raises(
+        DataError, match=r"classes: 1 of 2 names are none of the 3 classes below .*tree: 'cta' \(similar: cat\)$"
+    ):
+        labelled(tree, ["cta", "eel"])
+    with pytest.raises(DataError, match="classes: 1 of 2 names are none of the 3 classes of the data set: 'cow'$"):
+        labelled(image_folder(tree), ["cow", "eel"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            [0, 3, -1],
+            "2 of 3 labels are none of the 3 classes: images[1] has 3 (wanted 0..2); images[2] has -1 (wanted",
+        ),
+        (
+            ["cat", "cats", "x"],
+            "2 of 3 labels are none of the 3 classes: images[1] has 'cats' (similar: cat); images[2]",
+        ),
+        ([0, 1.0, 2], "images[1]: a label is a class name or an integer, got the number 1.0"),
+        ([0, True, 2], "images[1]: a label is a class name or an integer, got True"),
+        ([0, None, 2], "images[1]: a label is a class name or an integer, got None"),
+        ([torch.tensor(1.0), 1, 2], "images[0]: a label is a class name or an integer, got the number 1.0"),
+        ([torch.tensor([1]), 1, 2], "images[0]: a label is a class name or an integer, got an object of type Tensor"),
+    ],
+)
+def test_labels_that_are_not_the_classes(tree, labels, message):
+    files = [tree / "cat" / f"cat_{n}.jpg" for n in range(3)]
+    for values in ([pixels(c) for c in range(3)], files):
+        held = list(zip(values, labels, strict=True))
+        held = held if values is files else Listed(held)
+        want = message.replace("images[1] has", "cat_1.jpg has").replace("images[2]", "cat_2.jpg")
+        for take in (labelled, labelled_as):
+            with pytest.raises(DataError, match=re.escape(want if values is files else message)):
+                take(held, NAMES)
+
+
+def test_numbers_need_names(tree):
+    with pytest.raises(DataError, match="the labels are numbers, and nothing names the classes: pass classes="):
+        labelled([(tree / "cat" / "cat_0.jpg", 0)])
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ((torch.zeros(3, 8, 8), 0), "got a float32 tensor [3, 8, 8]: colours are whole numbers from 0 to 255"),
+        ((torch.zeros(8, 8, 3, dtype=torch.uint8), 0), "got a uint8 tensor [8, 8, 3]"),
+        ((torch.zeros(8, 8, dtype=torch.uint8), 0), "got a uint8 tensor [8, 8]"),
+        ((torch.zeros(3, 0, 8, dtype=torch.uint8), 0), "got a uint8 tensor [3, 0, 8]"),
+        ((np.zeros((8, 8, 3), np.uint8), 0), "got a numpy array: PIL.Image.fromarray makes an image"),
+        ((None, 0), "an image is a path, a PIL image, or a uint8 tensor [3, H, W] or [1, H, W], got None"),
+        ((Image.new("F", (4, 4)), 0), "ValueError: pixels are floating point numbers"),
+        (pixels(0), "wanted (image, label), got an object of type Tensor"),
+        (("no/such.jpg", 0), "no/such.jpg cannot be read: no such file"),
+        (KeyError("gone\nfor ever"), "KeyError: 'gone\\nfor ever'"),
+        (OSError(5, "the disk is old"), "OSError: [Errno 5] the disk is old"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_item_that_is_no_image_is_named_by_its_position(item, reason, workers):
+    held = Listed([(pixels(0), 0)] * 20 + [item])
+    with pytest.raises(DataError, match=f"^images\\[20\\]: [^\n]*{re.escape(reason)}[^\n]*$"):
+        labelled(held, ["a"], workers=workers)
+    if isinstance(item, tuple):
+        split = unlabelled(held, size=32, workers=workers)
+        for look in (require_readable, bits):
+            with pytest.raises(DataError, match=f"^images\\[20\\]: [^\n]*{re.escape(reason)}[^\n]*$"):
+                look(split)
+
+
+def test_an_item_that_fails_later_is_named_too():
+    held = Listed([(pixels(c), c) for c in range(3)], NAMES)
+    split = labelled(held, size=32).split
+    held.items[1] = RuntimeError("out of shelf space")
+    with pytest.raises(DataError, match=r"^images\[1\]: RuntimeError: out of shelf space$"):
+        bits(split, 0)
+
+
+def test_files_that_cannot_be_read_are_named_before(tree):
+    for n in range(4):
+        (tree / "eel" / f"eel_{n}.jpg").write_bytes(b"no image" * (n > 0))
+    (tree / "cat" / "cat_0.jpg").unlink()
+    pairs = [(path, path.parent.name) for path in sorted(tree.glob("[ce]*/*.jpg"))]
+    message = "images below .*tree: eel/eel_0.jpg is empty: 0 bytes; eel/eel_1.jpg is unreadable: .*; and 1 more$"
+    for images in (tree, pairs):
+        with pytest.raises(DataError, match=message):
+            labelled(images)
+    assert labelled(tree, ["cat"]).class_names == ("cat",)  # what is left alone is not looked at
+    missing = [(tree / "cat" / "cat_0.jpg", 0), (tree / "cat" / "cat_1.jpg", 0)]
+    with pytest.raises(DataError, match="cat_0.jpg is missing: No such file or directory$"):
+        labelled(missing, ["cat"])
+
+
+def test_files_are_decoded_once_and_then_remembered(tree, monkeypatch):
+    labelled(tree)
+    monkeypatch.setattr(check, "_decode_one", lambda files, name: pytest.fail(f"{name} is decoded again"))
+    labelled(tree)
+
+
+# without labels ------------------------------------------------------------------------------------------------------
+def test_every_form_without_labels(tree, monkeypatch):
+    monkeypatch.chdir(tree)
+    folder_bits = bits(unlabelled(tree / "cat", size=32))[0]
+    assert len(folder_bits) == 5
+    paths = sorted((tree / "cat").glob("*.jpg"))
+    forms = ["cat", "cat/*.jpg", "**/cat/*", paths, list(map(str, paths)), [plain(path, 0)[0] for path in paths]]
+    lazy = [Image.open(path) for path in paths]  # nothing read yet
+    for images in (*forms, Listed([plain(path, 0)[0] for path in paths]), Listed([(p, "x") for p in paths]), lazy):
+        split = unlabelled(images, size=32, workers=2 if images is lazy else 0)
+        require_readable(split)
+        assert torch.equal(bits(split)[0], folder_bits) and split.labels.tolist() == [-1] * 5
+    assert unlabelled("cat").samples[0] == "cat/cat_0.jpg" and unlabelled(lazy).samples[4] == "images[4]"
+    one = bits(unlabelled(paths[0], size=32))[0]
+    assert torch.equal(one[0], folder_bits[0])
+    assert torch.equal(bits(unlabelled(Image.open(paths[0]), size=32))[0], one)
+    stack = torch.stack([pixels(0), pixels(1)])
+    assert torch.equal(bits(unlabelled(stack, size=32))[0], bits(unlabelled(list(stack), size=32))[0])
+    assert torch.equal(bits(unlabelled(stack[1], size=32))[0], bits(unlabelled(stack, size=32))[0][1:])
+
+
+def test_a_list_of_paths_is_taken_one_by_one(tree):
+    """A folder or pattern within it is no image: answers stand where the paths stand."""
+    split = unlabelled([tree / "cat" / "cat_0.jpg", tree / "cat"])
+    with pytest.raises(DataError, match=r"^images: .*cat is unreadable: Is a directory$"):
+        require_readable(split)
+
+
+def test_images_of_a_command_line(tree, monkeypatch):
+    monkeypatch.chdir(tree)
+    (tree / "eel" / "bad.png").write_bytes(b"no image")
+    os.symlink("nowhere", tree / "eel" / "lost.jpg")
+    places = ["cat/cat_1.jpg", "cat", "[e]*", "cat/notes.txt", "eel/*.png", "none.jpg", "*.nothing"]
+    found = find_images(places)
+    assert found[:4] == ["cat/cat_1.jpg", "cat/cat_0.jpg", "cat/cat_2.jpg", "cat/cat_3.jpg"]
+    assert len(found) == len(set(found)) == 5 + 7 + 3
+    good, problems = readable(found)
+    assert good == [name for name in found if name not in {problem.where for problem in problems}]
+    assert [(problem.where, problem.kind) for problem in problems] == [
+        ("eel/bad.png", "unreadable"),
+        ("eel/lost.jpg", "missing"),
+        ("cat/notes.txt", "unreadable"),
+        ("none.jpg", "missing"),
+        ("*.nothing", "missing"),
+    ]
+    assert len(unlabelled(good)) == 10
+    (tree / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no image. Endings that count as images"):
+        find_images(["cat", "empty"])
+    with pytest.raises(DataError, match="empty holds no image"):
+        unlabelled("empty")
+
+
+def test_a_name_that_looks_like_a_pattern_is_a_name_first(tmp_path):
+    save_jpeg(tmp_path / "a[1].jpg", drawing(0, 0))
+    save_jpeg(tmp_path / "a1.jpg", drawing(0, 0))
+    assert find_images([tmp_path / "a[1].jpg"]) == [str(tmp_path / "a[1].jpg")]
+
+
+def test_looking_for_what_can_be_read_leaves_no_trace(tree):
+    readable(find_images([tree]))
+    require_readable(unlabelled(tree))
+    assert not os.listdir(os.environ["XDG_CACHE_HOME"])
