@@ -34,10 +34,16 @@ ALLOWED = {
     "torchvision_shim": {"backbone"},
     "config": {"config"},
     "backbone": {"backbone", "runs.checkpoint"},
-    "data": {"config", "data", "runs.checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
+    "data": {
+        "arguments",
+        "config",
+        "data",
+        "runs.checkpoint",
+        "backbone",
+    },  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
     "runs": {"arguments", "config", "runs"},
-    "reports": {"arguments", "reports", "runs"},
+    "reports": {"reports", "runs"},
     "training": {
         "training",
         "backbone.families",
