@@ -22,7 +22,7 @@ from janus_ext.backbone import adopt
 from janus_ext.calibration import fit_temperature, probabilities
 from janus_ext.classifier import COSINES
 from janus_ext.data.benchmark import Selection
-from janus_ext.data.collect import labelled, labelled_as, unlabelled
+from janus_ext.data.collect import labelled, labelled_as, require_readable, unlabelled
 from janus_ext.data.images import default_workers
 from janus_ext.devices import deterministic
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
@@ -176,6 +176,7 @@ class ContinualLearner:
             DataError: there is no image, or one cannot be read.
         """
         split = unlabelled(images, self.input_size, self.workers())
+        require_readable(split)
         with self._at_work(), self._core.undone_on_error():
             self._core.observe(_all_of(split, (0,)))
         self._unprotected = False

@@ -406,6 +406,18 @@ def test_every_form_without_labels(tree, monkeypatch):
     assert torch.equal(bits(unlabelled(stack[1], size=32))[0], bits(unlabelled(stack, size=32))[0][1:])
 
 
+def test_workers_do_not_read_one_open_file_at_once(tmp_path):
+    """Pillow reads a file when its pixels are first asked for; two processes would move each other's place in it."""
+    noise = torch.randint(256, (1000, 1000, 3), dtype=torch.uint8).numpy()
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    with Image.open(tmp_path / "noise.png") as image:
+        split = unlabelled([image] * 64, size=32, workers=2)
+        assert (bits(split)[0] == bits(unlabelled(tmp_path / "noise.png", size=32))[0]).all()
+    with Image.open(tmp_path / "noise.png") as image:
+        split = labelled([(image, "noise")] * 64, size=32, workers=2).split
+        assert (bits(split)[0] == bits(unlabelled(tmp_path / "noise.png", size=32))[0]).all()
+
+
 def test_a_list_of_paths_is_taken_one_by_one(tree):
     """A folder or pattern within it is no image: answers stand where the paths stand."""
     split = unlabelled([tree / "cat" / "cat_0.jpg", tree / "cat"])

@@ -98,7 +98,12 @@ def _read(folder: Path) -> FoundRun:
     """CheckpointError where the run has not finished, or a file of it is damaged."""
     run = Run(folder)
     if not run.is_finished:
-        raise CheckpointError("it has not finished (no results.json)")
+        learner = run.is_begun and run.is_saved_learner
+        raise CheckpointError(
+            "it is a saved learner, which has no accuracy matrix"
+            if learner
+            else "it has not finished (no results.json)"
+        )
     results = run.results()
     reason = fault(results)
     if reason:
