@@ -14,28 +14,40 @@ CSRC = ROOT / "csrc"
 ALLOWED = {
     "errors": set(),
     "_native": set(),
-    "reference": set(),
     "arguments": set(),
+    "rectification": {"arguments"},
+    "reference": {"rectification", "reference"},
     "processes": set(),
     "versions": set(),
     "devices": set(),
     "terminal": set(),
-    "ops": {"_native", "reference"},
+    "ops": {"_native", "ops", "rectification", "reference"},
+    "protection": {"ops"},
     "statistics": {"ops"},
     "estimator": {"arguments", "ops", "processes", "statistics"},
     "margin": {"arguments", "ops"},
     "pairs": {"arguments", "ops", "lora_arguments"},
-    "rectified": {"arguments", "ops", "lora", "pairs"},
-    "rectifier": {"arguments", "ops", "estimator", "lora_arguments", "pairs", "processes", "rectified"},
-    "lora_arguments": {"arguments", "ops"},
-    "lora": {"ops", "lora_arguments"},
-    "injection": {"ops", "backbone.families", "lora", "lora_arguments"},
+    "rectified": {"arguments", "ops", "lora", "pairs", "protection", "rectification"},
+    "rectifier": {"arguments", "estimator", "pairs", "processes", "rectification", "rectified"},
+    "lora_arguments": {"arguments"},
+    "lora": {"ops", "lora_arguments", "protection", "rectification"},
+    "injection": {"backbone.families", "lora", "lora_arguments", "rectification"},
     "classifier": set(),
     "torchvision_shim": {"backbone"},
     "config": {"config"},
     "backbone": {"backbone", "runs.checkpoint"},
     "data": {"config", "data", "runs.checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
-    "methods": {"estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
+    "methods": {
+        "backbone.families",
+        "estimator",
+        "injection",
+        "lora",
+        "margin",
+        "methods",
+        "protection",
+        "rectification",
+        "rectifier",
+    },
     "runs": {"config", "runs"},
     "reports": {"reports", "runs"},
     "training": {
@@ -50,7 +62,10 @@ ALLOWED = {
     },
 }
 ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info"}
-MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 
 
 def runtime_imports(path: Path) -> set[str]:

@@ -10,7 +10,7 @@ from torch import nn
 from janus_ext import ArgumentError, LoRALinear, LoRAQKV, TaskBoundaryError, inject, ops
 from janus_ext.backbone import prepare_torchvision
 from janus_ext.backbone.families import declare_stacked
-from janus_ext.lora import violation, violation_rounding
+from janus_ext.protection import violation, violation_rounding
 
 MODES = ["none", "project", "tangent", "exact"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
