@@ -69,11 +69,12 @@ def inject(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"inject: model must be an nn.Module, got {type(model).__name__}")
+    how = Rectification.of("inject", rectify, options)
     owners = fused_attention(model)
     for name, owner in owners.items():  # all of them, before the first is touched
         check_linear(f"inject: {name}.qkv", owner.qkv)
         check_rank(owner.qkv, rank)
-    settings = (rank, targets, scale, Rectification.of("inject", rectify, options), rectify_in)
+    settings = (rank, targets, scale, how, rectify_in)
     made = {name: LoRAQKV(folded_qkv(owner), *settings) for name, owner in owners.items()}
     freeze(model)
     for name, owner in owners.items():
