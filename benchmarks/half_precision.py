@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from janus_ext import LoRALinear
-from janus_ext.lora import violation
+from janus_ext.protection import violation
 
 WIDTH, RANK = 768, 10
 SIZES = (0.3, 0.05, 0.01, 0.003)  # |dW| / |W|

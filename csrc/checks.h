@@ -1,4 +1,4 @@
-// Argument checks shared by CPU and CUDA. The texts equal those of janus_ext/reference.py: a test compares them.
+// Argument checks shared by CPU and CUDA. The texts equal those of janus_ext/reference: a test compares them.
 // Wrong shapes and values raise ValueError, wrong dtypes TypeError; nothing has been written when a check fails.
 #pragma once
 

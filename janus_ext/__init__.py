@@ -22,6 +22,7 @@ from janus_ext.injection import Injection, inject
 from janus_ext.lora import LoRALinear, LoRAQKV
 from janus_ext.margin import ClassPrototypes, DecoupledMarginLoss
 from janus_ext.pairs import LoRAPair
+from janus_ext.rectification import Rectification
 from janus_ext.rectifier import GradientRectifier
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "LoRAQKV",
     "NativeError",
     "OnlineEstimator",
+    "Rectification",
     "StatisticsError",
     "TaskBoundaryError",
     "TrainingError",

@@ -1,7 +1,7 @@
 """Loads the compiled ops, once, and keeps the reason if it cannot.
 
-``janus_ext/ops.py`` defines the op schemas with their plain-torch kernels inside :func:`loading`; the libraries put
-their C++ and CUDA kernels over them. Without the libraries everything works, only slower, so a missing library is one
+``janus_ext/ops`` defines the op schemas with their plain-torch kernels inside :func:`loading`; the libraries put their
+C++ and CUDA kernels over them. Without the libraries everything works, only slower, so a missing library is one
 warning with the reason, and an error where ``JANUS_EXT_REQUIRE_NATIVE=1`` forbids the fallback (CI does).
 
 The libraries lie beside this file in an installed package. When the package runs from a source checkout or is installed

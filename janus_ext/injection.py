@@ -1,14 +1,15 @@
 """LoRA into every attention layer of a Vision Transformer, in one call."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
-from janus_ext import ops
 from janus_ext.backbone.families import attention_layers, folded_qkv, freeze, fused_attention, left_out, replace_qkv
 from janus_ext.errors import ArgumentError
 from janus_ext.lora import LoRAQKV
 from janus_ext.lora_arguments import check_linear, check_rank
+from janus_ext.rectification import Rectification
 
 
 class Injection(dict[str, LoRAQKV]):
@@ -43,12 +44,9 @@ def inject(
     rank: int,
     targets: Sequence[str] = ("k", "v"),
     scale: float = 1.0,
-    rectify: str = "exact",
+    rectify: str | Rectification = "exact",
     rectify_in: str = "backward",
-    *,
-    damping: float = ops.DAMPING,
-    share: float = ops.SHARE,
-    balance: bool = True,
+    **options: Any,
 ) -> Injection:
     """Put LoRA on the fused qkv of every attention layer of a timm ViT, in place, and freeze everything else.
 
@@ -60,7 +58,7 @@ def inject(
     Args:
         model: has attention layers whose `qkv` is an nn.Linear with the rows of q, k and v on top of each other, as
             timm's VisionTransformer and most of its relatives; `janus_ext.backbone.families` knows which.
-        rank, targets, scale, rectify, rectify_in, damping, share, balance: see `LoRAQKV`.
+        rank, targets, scale, rectify, rectify_in, options: see `LoRAQKV`.
 
     Returns:
         The layers by the name of the module they took the place of, e.g. "blocks.0.attn.qkv", in the model's order; a
@@ -71,12 +69,13 @@ def inject(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"inject: model must be an nn.Module, got {type(model).__name__}")
+    how = Rectification.of("inject", rectify, options)
     owners = fused_attention(model)
     for name, owner in owners.items():  # all of them, before the first is touched
         check_linear(f"inject: {name}.qkv", owner.qkv)
         check_rank(owner.qkv, rank)
-    options = {"rectify": rectify, "rectify_in": rectify_in, "damping": damping, "share": share, "balance": balance}
-    made = {name: LoRAQKV(folded_qkv(owner), rank, targets, scale, **options) for name, owner in owners.items()}
+    settings = (rank, targets, scale, how, rectify_in)
+    made = {name: LoRAQKV(folded_qkv(owner), *settings) for name, owner in owners.items()}
     freeze(model)
     for name, owner in owners.items():
         replace_qkv(owner, made[name])

@@ -7,7 +7,7 @@ of the first task serves all of them.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from janus_ext import ops
 from janus_ext.errors import ArgumentError, TaskBoundaryError
-from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_linear, check_rank, check_rectification
+from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_linear, check_rank, check_scale
 from janus_ext.ops import WORKING_DTYPES
+from janus_ext.protection import orthonormal, project_rows_, violation
+from janus_ext.rectification import Rectification
 
 RECTIFY_IN = ("backward", "step")
-ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half precision's of a few columns even
 
 
 class _Task(Tensor):
@@ -49,6 +50,7 @@ class LoRALayer(nn.Module):
     Attributes:
         A, B: the factors.
         basis: V [n, k], k = 0 where nothing is protected.
+        rectification: how the gradients of A and B are rectified.
         linear: the frozen map; its weight is what `merge` changes.
         has_master: whether `linear` is float32 in a model of half precision, see `merge`.
     """
@@ -61,20 +63,19 @@ class LoRALayer(nn.Module):
         shape_A: Sequence[int],
         shape_B: Sequence[int],
         scale: float,
-        rectify: str,
+        rectify: str | Rectification,
         rectify_in: str,
-        damping: float,
-        share: float,
-        balance: bool,
+        options: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        check_rectification(type(self).__name__, scale, rectify, damping, share)
+        who = type(self).__name__
+        check_scale(who, scale)
+        self.rectification = Rectification.of(who, rectify, options)
         if rectify_in not in RECTIFY_IN:
             raise ArgumentError(f"rectify_in must be one of {', '.join(RECTIFY_IN)}, got {rectify_in!r}")
         self.linear = linear.requires_grad_(False)
         self.has_master = False
-        self.scale, self.rectify, self.rectify_in = scale, rectify, rectify_in
-        self.damping, self.share, self.balance = damping, share, balance
+        self.scale, self.rectify_in = scale, rectify_in
         device = linear.weight.device
         dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
         self.A = nn.Parameter(torch.empty(*shape_A, dtype=dtype, device=device))
@@ -106,13 +107,13 @@ class LoRALayer(nn.Module):
         x = ops.autocast(x)
         widened = self.has_master and not torch.is_autocast_enabled(x.device.type)
         entering = x.to(self.linear.weight.dtype) if widened else x
-        y, effective = self._multiply(entering, self.linear.weight, self.linear.bias, **self._call_options())
+        y, effective = self._multiply(entering, self.linear.weight, self.linear.bias, *self._settings())
         if self.rectify_in == "step":
             self._effective = effective
         return y.to(x.dtype) if widened else y
 
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
-        """W x + b + s B (A_s x) and A_s [..., r, n]."""
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+        """W x + b + s B (A_s x) and A_s [..., r, n]; `settings` are the op's arguments from the basis on."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -133,7 +134,7 @@ class LoRALayer(nn.Module):
             raise ArgumentError(
                 f"basis must be [n, k] with n = {self.in_features} and k <= n - r = {room}, got {list(basis.shape)}"
             )
-        self._hold(_orthonormal(basis, self.A.dtype).to(self.A))
+        self._hold(orthonormal(basis, self.A.dtype).to(self.A))
         self._project_A()
 
     @torch.no_grad()
@@ -183,7 +184,7 @@ class LoRALayer(nn.Module):
     @torch.no_grad()
     def effective_A(self) -> Tensor:
         """A_s [..., r, n]: A P for "exact", A otherwise."""
-        return ops.project(self.A, self.basis) if self.rectify == "exact" else self.A.detach()
+        return ops.project(self.A, self.basis) if self._is_exact() else self.A.detach()
 
     def forward_A(self) -> Tensor:
         """`effective_A` as the last forward pass has computed it, with which the present gradients were taken."""
@@ -192,37 +193,37 @@ class LoRALayer(nn.Module):
             return self.effective_A()
         return kept.view_as(self.A)
 
-    def options(self) -> dict[str, float | str | bool]:
-        """How this layer's gradients are rectified: keyword arguments of the ops."""
-        return {"rectify": self.rectify, "damping": self.damping, "share": self.share, "balance": self.balance}
-
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, scale={self.scale:g}, rectify={self.rectify}, rectify_in={self.rectify_in}"
+        how = f"rectify={self.rectification.rectify}, rectify_in={self.rectify_in}"
+        return f"rank={self.rank}, scale={self.scale:g}, {how}"
 
     @torch.no_grad()
     def _delta64(self) -> Tensor:
         A = self.A.double()
-        A = ops.project(A, self.basis.double()) if self.rectify == "exact" else A
+        A = ops.project(A, self.basis.double()) if self._is_exact() else A
         return self.scale * self.B.double() @ A
 
     def _project_A(self) -> None:
         """A <- A P with the rows' norms kept, so that "exact" starts with A V = 0."""
-        if self.rectify == "exact" and self.basis.shape[1] > 0:
+        if self._is_exact() and self.basis.shape[1] > 0:
             project_rows_(self.A, self.basis)
 
     def target_weights(self) -> list[Tensor]:
         """The slices of W that the factors adapt, as views [m, n]: what `merge` changes."""
         raise NotImplementedError
 
-    def _call_options(self) -> dict[str, float | str | bool | Tensor]:
-        defer = self.rectify_in == "step"
+    def _settings(self) -> tuple[Any, ...]:
+        """Basis, scale, rectification and defer, as the raw ops take them."""
         if self._needs_no_basis() and self.basis.shape[1] > 0:
             raise ArgumentError("rectify='tangent' with a basis needs G V: make the layer with rectify_in='backward'")
-        return {"basis": self._open[0], "scale": self.scale, "defer": defer, **self.options()}
+        return self._open[0], self.scale, *self.rectification.values, self.rectify_in == "step"
+
+    def _is_exact(self) -> bool:
+        return self.rectification.rectify == "exact"
 
     def _needs_no_basis(self) -> bool:
         """Whether the layer works only while k = 0: deferred factor gradients do not hold the G V that it needs."""
-        return self.rectify_in == "step" and self.rectify == "tangent"
+        return self.rectify_in == "step" and self.rectification.rectify == "tangent"
 
     def _hold(self, basis: Tensor) -> None:
         """Keep a copy of V that one compiled graph serves whatever k is: k is left open, no stride depends on it."""
@@ -273,45 +274,6 @@ class LoRALayer(nn.Module):
         return super().__getattr__(name)
 
 
-def violation(change: Tensor, basis: Tensor) -> float:
-    """|dW V|_F / |dW|_F of a change dW [..., m, n] and a basis V [n, k]; 0 without either."""
-    change = change.double()
-    whole = change.norm()
-    return float((change @ basis.double()).norm() / whole) if whole > 0 else 0.0
-
-
-def violation_rounding(change: Tensor, weights: Sequence[Tensor]) -> float:
-    """What rounding alone can make of the violation of a merged change dW: eps/2 |W|_F / |dW|_F, 0 without a change.
-
-    ``weights`` are the parts of W that were changed, each entry of which was rounded by at most eps/2 of itself. A
-    violation that is no larger says nothing of the update that was merged.
-    """
-    whole = float(change.double().norm())
-    errors = [torch.finfo(weight.dtype).eps / 2 * float(weight.double().norm()) for weight in weights]
-    return math.hypot(*errors) / whole if whole > 0 else 0.0
-
-
-@torch.no_grad()
-def project_rows_(A: Tensor, basis: Tensor) -> None:
-    """A <- A P in place for A [..., r, n], each row rescaled to its old norm; in float64, rounded once."""
-    safe = ops.project(A.double(), basis.double())
-    before, after = A.double().norm(dim=-1, keepdim=True), safe.norm(dim=-1, keepdim=True)
-    A.copy_(safe * (before / after.clamp_min(torch.finfo(torch.float64).tiny)))
-
-
-def _orthonormal(basis: Tensor, dtype: torch.dtype) -> Tensor:
-    """The orthonormal matrix nearest to `basis`, which is that itself up to rounding of `dtype`."""
-    V = basis.double()
-    k = V.shape[1]
-    defect = float((V.mT @ V - torch.eye(k, dtype=V.dtype, device=V.device)).norm())
-    if not defect <= ORTHONORMALITY:
-        raise ArgumentError(f"basis must be orthonormal, |V^T V - I| <= {ORTHONORMALITY:g}, got {defect:g}")
-    if defect <= k * torch.finfo(dtype).eps:
-        return basis
-    U, _, Vh = torch.linalg.svd(V, full_matrices=False)
-    return U @ Vh
-
-
 class LoRALinear(LoRALayer):
     """An nn.Linear with LoRA factors A [r, n] and B [m, r], rectified: any training loop, any optimizer.
 
@@ -319,9 +281,9 @@ class LoRALinear(LoRALayer):
         linear: the layer to wrap; it is frozen, and `merge` changes its weight.
         rank: r.
         scale: s in W + s B A.
-        rectify: "none", "project", "tangent" or "exact", see `janus_ext.ops.lora_linear`.
+        rectify: a `Rectification`, or the name of one: "none", "project", "tangent" or "exact".
         rectify_in: "backward": `.grad` holds rectified gradients; "step": plain ones, for `GradientRectifier`.
-        damping, share, balance: see `janus_ext.ops.lora_linear`.
+        options: damping, share and balance of a `Rectification` that is given by name.
 
     Raises:
         ArgumentError: a value outside these.
@@ -332,21 +294,18 @@ class LoRALinear(LoRALayer):
         linear: nn.Linear,
         rank: int,
         scale: float = 1.0,
-        rectify: str = "exact",
+        rectify: str | Rectification = "exact",
         rectify_in: str = "backward",
-        *,
-        damping: float = ops.DAMPING,
-        share: float = ops.SHARE,
-        balance: bool = True,
+        **options: Any,
     ) -> None:
         check_linear("LoRALinear", linear)
         check_rank(linear, rank)
         shapes = (rank, linear.in_features), (linear.out_features, rank)
-        super().__init__(linear, *shapes, scale, rectify, rectify_in, damping, share, balance)
+        super().__init__(linear, *shapes, scale, rectify, rectify_in, options)
 
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
         ops.check_differentiation("lora_linear", x, weight, bias, self.A, self.B)
-        y, _, effective = torch.ops.janus_ext.lora_linear(x, weight, bias, self.A, self.B, **options)
+        y, _, effective = torch.ops.janus_ext.lora_linear(x, weight, bias, self.A, self.B, *settings)
         return y, effective
 
     def target_weights(self) -> list[Tensor]:
@@ -359,7 +318,7 @@ class LoRAQKV(LoRALayer):
     Args:
         linear: timm's `attn.qkv`, q, k and v on top of each other; it is frozen, and `merge` changes its weight.
         targets: distinct names of "q", "k", "v".
-        rank, scale, rectify, rectify_in, damping, share, balance: as in `LoRALinear`.
+        rank, scale, rectify, rectify_in, options: as in `LoRALinear`.
 
     Raises:
         ArgumentError: a value outside these.
@@ -371,12 +330,9 @@ class LoRAQKV(LoRALayer):
         rank: int,
         targets: Sequence[str] = ("k", "v"),
         scale: float = 1.0,
-        rectify: str = "exact",
+        rectify: str | Rectification = "exact",
         rectify_in: str = "backward",
-        *,
-        damping: float = ops.DAMPING,
-        share: float = ops.SHARE,
-        balance: bool = True,
+        **options: Any,
     ) -> None:
         check_linear("LoRAQKV", linear)
         if not isinstance(targets, Sequence) or not targets or not set(targets) <= set(ops.TARGETS):
@@ -388,13 +344,13 @@ class LoRAQKV(LoRALayer):
         check_rank(linear, rank)
         self.width = linear.out_features // 3
         shapes = (len(targets), rank, linear.in_features), (len(targets), self.width, rank)
-        super().__init__(linear, *shapes, scale, rectify, rectify_in, damping, share, balance)
+        super().__init__(linear, *shapes, scale, rectify, rectify_in, options)
         self.targets = tuple(targets)
 
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
         ops.check_differentiation("lora_qkv", x, weight, bias, self.A, self.B)
         targets = [ops.TARGETS.index(target) for target in self.targets]
-        y, _, effective = torch.ops.janus_ext.lora_qkv(x, weight, bias, self.A, self.B, targets=targets, **options)
+        y, _, effective = torch.ops.janus_ext.lora_qkv(x, weight, bias, self.A, self.B, *settings, targets)
         return y, effective
 
     def target_weights(self) -> list[Tensor]:

@@ -1,8 +1,9 @@
 """Checks of what layers and plug-ins are made from: ArgumentError there, and not in the first forward."""
 
+import math
+
 from torch import nn
 
-from janus_ext import ops
 from janus_ext.arguments import check_integer, check_number
 from janus_ext.errors import ArgumentError
 
@@ -12,15 +13,9 @@ ROUNDED_WEIGHTS = (
 )
 
 
-def check_rectification(who: str, scale: float, rectify: str, damping: float, share: float) -> None:
-    """ArgumentError unless the ops take these options."""
-    wanted = {"scale": "finite and not zero", "damping": "positive and finite", "share": "in [0, 1]"}
-    for (name, meaning), value in zip(wanted.items(), (scale, damping, share), strict=True):
-        check_number(f"{who}: {name}", value, lambda _: True, meaning)
-    try:
-        ops.check_rectify(who, scale, rectify, damping, share)
-    except ValueError as error:
-        raise ArgumentError(str(error)) from error
+def check_scale(who: str, scale: object) -> None:
+    """ArgumentError unless s in W + s B A is a number that the ops take."""
+    check_number(f"{who}: scale", scale, lambda s: s != 0 and math.isfinite(s), "finite and not zero")
 
 
 def check_linear(who: str, linear: object) -> None:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from janus_ext.arguments import check_number, check_tensor, shown
+from janus_ext.arguments import check_tensor, shown
 from janus_ext.errors import ArgumentError
-from janus_ext.lora_arguments import ROUNDED_WEIGHTS
+from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_scale
 from janus_ext.ops import WORKING_DTYPES
 
 
@@ -48,7 +48,7 @@ def checked_pair(name: str, item: Any) -> LoRAPair:
                 "half precision cannot keep A V = 0; hold the adapter in float32"
             )
     _check_shapes(name, pair.A, pair.B)
-    check_number(f"{name}: scale", pair.scale, lambda s: s != 0 and math.isfinite(s), "finite and not zero")
+    check_scale(name, pair.scale)
     if pair.module is not None and not isinstance(pair.module, nn.Module):
         raise ArgumentError(f"{name}: module must be a torch.nn.Module or None, got {shown(pair.module)}")
     _check_adapter(name, pair)

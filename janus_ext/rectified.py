@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from janus_ext import ops
 from janus_ext.arguments import shown
 from janus_ext.errors import ArgumentError, TaskBoundaryError
-from janus_ext.lora import LoRALayer, project_rows_
+from janus_ext.lora import LoRALayer
 from janus_ext.pairs import checked_pair, is_merged
+from janus_ext.protection import project_rows_
+from janus_ext.rectification import Rectification
 
 SAFE = 1e-5  # |A V| / |A| that is rounding
 
@@ -26,7 +28,7 @@ class Rectified:
     B: nn.Parameter
     scale: float
     module: nn.Module | None
-    options: dict[str, Any]
+    rectification: Rectification
     layer: LoRALayer | None = None
     pair_basis: Tensor | None = None
     optimizer: torch.optim.Optimizer | None = None
@@ -114,21 +116,21 @@ class Rectified:
         """Whether the present update leaves span(basis) alone: an own layer's by the basis it has, a pair's by A."""
         if self.layer is None:
             off = (self.A.double() @ basis.double()).norm() <= SAFE * self.A.double().norm()
-            return self.options["rectify"] != "exact" or bool(off)
+            return self.rectification.rectify != "exact" or bool(off)
         V, held = basis.double(), self.layer.basis.double()
         return V.shape == held.shape and bool((V - held @ (held.mT @ V)).norm() <= SAFE * max(1.0, V.norm()))
 
     def _plain_exact(self) -> bool:
-        return self.layer is None and self.options["rectify"] == "exact" and not ops.is_empty(self.pair_basis)
+        return self.layer is None and self.rectification.rectify == "exact" and not ops.is_empty(self.pair_basis)
 
     def _moved(self) -> bool:
         """Whether A V = 0 is asked of A, and A has been written since it was last made so."""
         return self._plain_exact() and self.A._version != self.projected
 
 
-def rectified_layers(layers: Any, options: dict[str, Any]) -> list[Rectified]:
-    """Those that `GradientRectifier` was given; `options` are for pairs. At least one, and no factor in two of them."""
-    entries = [_rectified(name, item, options) for name, item in _named(layers)]
+def rectified_layers(layers: Any, rectification: Rectification) -> list[Rectified]:
+    """Those that `GradientRectifier` was given, no factor in two of them; `rectification` is that of pairs."""
+    entries = [_rectified(name, item, rectification) for name, item in _named(layers)]
     if not entries:
         raise ArgumentError(
             "GradientRectifier: layers must hold at least one LoRA layer or (A, B) pair, got none; of a PEFT model "
@@ -155,20 +157,20 @@ def _named(layers: Any) -> list[tuple[str, Any]]:
     return [(f"layer {i}", item) for i, item in enumerate(layers)]
 
 
-def _rectified(name: str, item: Any, options: dict[str, Any]) -> Rectified:
+def _rectified(name: str, item: Any, rectification: Rectification) -> Rectified:
     if isinstance(item, LoRALayer):
         if item.rectify_in != "step":
             raise ArgumentError(f"{name}: the layer rectifies in its backward; make it with rectify_in='step'")
-        return Rectified(name, item.A, item.B, item.scale, item, item.options(), layer=item)
+        return Rectified(name, item.A, item.B, item.scale, item, item.rectification, layer=item)
     pair = checked_pair(name, item)
-    return Rectified(name, pair.A, pair.B, pair.scale, pair.module, options)
+    return Rectified(name, pair.A, pair.B, pair.scale, pair.module, rectification)
 
 
 def rectify_group(group: list[Rectified]) -> None:
-    """One call for layers with the same options; a layer that the op complains of gets its name."""
+    """One call for layers that are rectified alike; a layer that the op complains of gets its name."""
     lists = zip(*((e.effective_A(), e.B, e.A.grad, e.B.grad, e.basis(), e.scale) for e in group), strict=True)
     try:
-        ops.rectify_(*map(list, lists), **group[0].options)
+        ops.rectify_(*map(list, lists), group[0].rectification)
     except ValueError as error:
         message = re.sub(r"layer (\d+)", lambda found: group[int(found[1])].name, str(error))
         raise ArgumentError(message) from error

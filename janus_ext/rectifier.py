@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from janus_ext import ops
-from janus_ext.arguments import check_flag, check_integer, check_number, shown
+from janus_ext.arguments import check_integer, check_number, shown
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.estimator import OnlineEstimator, observing
-from janus_ext.lora_arguments import check_rectification
 from janus_ext.pairs import warn_of_rounded_weights
 from janus_ext.processes import refuse_together
+from janus_ext.rectification import Rectification
 from janus_ext.rectified import Rectified, rectified_layers, rectify_group
 
 
@@ -37,13 +36,13 @@ class GradientRectifier:
         layers: a model with layers of `janus_ext.lora`; or such layers or (A, B) pairs (`LoRAPair`, or plain tuples of
             its fields), as a mapping from names or as a sequence.
         energy: share of the observed input energy that `commit` protects, in [0, 1].
-        rectify: for pairs: "none", "project", "tangent" (only while nothing is protected) or "exact". Own layers have
-            their own, and must be made with rectify_in="step".
-        damping, share, balance: for pairs; see `janus_ext.ops.lora_linear`.
+        rectify: for pairs: a `Rectification`, or the name of one; "tangent" only while nothing is protected. Own layers
+            have their own, and must be made with rectify_in="step".
         estimator, estimator_rank: "gram" or "isvd" and its rank, see `OnlineEstimator`.
         energy_power: see `janus_ext.ops.extend_basis`.
         distributed: where torch.distributed runs several processes, `commit` protects what all of them observed, see
             `OnlineEstimator`.
+        options: damping, share and balance of a `Rectification` that is given by name.
 
     Raises:
         ArgumentError: no layer, factors in half precision or of shapes that do not fit, layers that rectify in their
@@ -55,23 +54,19 @@ class GradientRectifier:
         layers: nn.Module | Mapping[str, Any] | Iterable[Any],
         energy: float = 0.9,
         *,
-        rectify: str = "exact",
-        damping: float = ops.DAMPING,
-        share: float = ops.SHARE,
-        balance: bool = True,
+        rectify: str | Rectification = "exact",
         estimator: str = "gram",
         estimator_rank: int | None = None,
         energy_power: int = 1,
         distributed: bool = True,
+        **options: Any,
     ) -> None:
         check_number("GradientRectifier: energy", energy, lambda e: 0 <= e <= 1, "in [0, 1]")
-        check_flag("GradientRectifier: balance", balance)
-        check_rectification("GradientRectifier", 1.0, rectify, damping, share)
+        rectification = Rectification.of("GradientRectifier", rectify, options)
         if estimator_rank is not None:
             check_integer("GradientRectifier: estimator_rank", estimator_rank, lambda r: r >= 1, "positive")
-        options = {"rectify": rectify, "damping": damping, "share": share, "balance": balance}
         self.energy, self.distributed = energy, distributed
-        self._entries = rectified_layers(layers, options)
+        self._entries = rectified_layers(layers, rectification)
         self.estimators = self._make_estimators(
             estimator=estimator, rank=estimator_rank, energy_power=energy_power, distributed=distributed
         )
@@ -165,13 +160,13 @@ class GradientRectifier:
         self._rectify(self._entries)
 
     def _rectify(self, entries: list[Rectified]) -> None:
-        groups: dict[tuple[Any, ...], list[Rectified]] = {}
+        groups: dict[Rectification, list[Rectified]] = {}
         for entry in entries:
             if (entry.A.grad is None) != (entry.B.grad is None):
                 without = "A" if entry.A.grad is None else "B"
                 raise ArgumentError(f"{entry.name}: rectification needs both gradients, {without}.grad is None")
             if entry.A.grad is not None:
-                groups.setdefault(tuple(entry.options.values()), []).append(entry)
+                groups.setdefault(entry.rectification, []).append(entry)
         for group in groups.values():
             rectify_group(group)
 

@@ -191,7 +191,7 @@ def test_float32_sums_cut_off_pass_and_a_bfloat16_result_does_not(module) -> Non
 
 
 def test_a_sweep_goes_on_beside_a_cell_that_fails(module, monkeypatch, tmp_path, capsys) -> None:
-    sweep = module("sweep")
+    cells = module("sweep_cells")
 
     class Pool:
         def __init__(self, *_: Any, **__: Any) -> None:
@@ -208,12 +208,12 @@ def test_a_sweep_goes_on_beside_a_cell_that_fails(module, monkeypatch, tmp_path,
             raise RuntimeError("out of memory")
         return {"row": cell[0], "seed": cell[2], "acc": 50.0}
 
-    monkeypatch.setattr(sweep, "run_cell", cell)
-    monkeypatch.setattr(sweep.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=Pool))
-    cells = [("janus", {"method": "janus"}, seed) for seed in (0, 1, 2)]
+    monkeypatch.setattr(cells, "run_cell", cell)
+    monkeypatch.setattr(cells.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=Pool))
+    wanted = [("janus", {"method": "janus"}, seed) for seed in (0, 1, 2)]
     with pytest.raises(SystemExit, match="failed: janus, seed 1"):
-        sweep.run_cells(cells, 1, 1, tmp_path / "a.jsonl")
-    assert [line["seed"] for line in sweep.read_lines(tmp_path / "a.jsonl")] == [0, 2]
+        cells.run_cells(wanted, 1, 1, tmp_path / "a.jsonl")
+    assert [line["seed"] for line in cells.read_lines(tmp_path / "a.jsonl")] == [0, 2]
     assert "janus, seed 1: RuntimeError: out of memory" in capsys.readouterr().out
 
 
@@ -251,15 +251,15 @@ def test_a_sweep_refuses_what_it_cannot_report(arguments: str, said: str) -> Non
 
 
 def test_a_finished_cell_is_told_by_its_configuration(module) -> None:
-    sweep = module("sweep")
+    cells = module("sweep_cells")
 
     def config(seed: int = 0, **changes: Any) -> dict[str, Any]:
-        return sweep.cell_config({"method": "janus"} | changes, seed)
+        return cells.cell_config({"method": "janus"} | changes, seed)
 
     line = {"row": "janus", "seed": 0, "assets": "a", "config": config()}
-    assert sweep.is_done(line, "janus", config(), "a")
+    assert cells.is_done(line, "janus", config(), "a")
     others = [("lora", config(), "a"), ("janus", config(seed=1), "a"), ("janus", config(), "b")]
-    assert not any(sweep.is_done(line, *other) for other in [*others, ("janus", config(lr=1e-3), "a")])
+    assert not any(cells.is_done(line, *other) for other in [*others, ("janus", config(lr=1e-3), "a")])
     del line["config"]["clip_norm"]  # as if the option had come later
-    assert sweep.is_done(line, "janus", config(), "a")
-    assert not sweep.is_done(line, "janus", config(clip_norm=1.0), "a")
+    assert cells.is_done(line, "janus", config(), "a")
+    assert not cells.is_done(line, "janus", config(clip_norm=1.0), "a")

@@ -9,10 +9,10 @@ from conftest import make_trainer, relative_error, subspace, task_of
 from torch import Tensor
 
 from janus_ext.errors import StatisticsError, TrainingError
-from janus_ext.lora import violation
 from janus_ext.methods import METHODS
 from janus_ext.methods.dual_gpm import DualGPM
 from janus_ext.methods.protected import energy
+from janus_ext.protection import violation
 
 
 # DualGPM -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from janus_ext import ArgumentError, GradientRectifier, LoRALinear, LoRAQKV, inject, ops
 from janus_ext.errors import TaskBoundaryError
-from janus_ext.lora import LoRALayer, violation
+from janus_ext.lora import LoRALayer
+from janus_ext.protection import violation
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -152,7 +153,7 @@ def test_the_rectifier_takes_the_projection_of_the_forward_pass(monkeypatch: pyt
     layer(x).square().sum().backward()
     plain = [p.grad.clone() for p in (layer.A, layer.B)]
     want = [g.clone() for g in plain]
-    ops.rectify_([layer.effective_A()], [layer.B], want[:1], want[1:], [layer.basis], **layer.options())
+    ops.rectify_([layer.effective_A()], [layer.B], want[:1], want[1:], [layer.basis], rectify=layer.rectification)
     monkeypatch.setattr(LoRALayer, "effective_A", lambda self: pytest.fail("projected once more"))
     rectifier.rectify()
     for got, expected in zip((layer.A.grad, layer.B.grad), want, strict=True):

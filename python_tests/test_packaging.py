@@ -85,7 +85,7 @@ def test_a_checkout_uses_the_installed_library_and_says_when_its_version_differs
     assert f"compiled CPU ops: loaded from {_native.folder()}" in result.stdout
 
     result = run("-c", "import janus_ext.ops; print(janus_ext.ops.__file__)", cwd=checkout)
-    assert result.stdout.strip() == str(checkout / "janus_ext" / "ops.py")
+    assert result.stdout.strip() == str(checkout / "janus_ext" / "ops" / "__init__.py")
     installed = _native.build_info()["version"]
     assert f"the compiled library is janus-ext {installed}, this checkout is 9.9.9: pip install" in result.stderr
 

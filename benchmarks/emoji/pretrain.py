@@ -26,33 +26,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from drawings import MEAN, STD, Drawings, augment
+from networks import ARCHITECTURE, MarginSoftmax, Refinement, Student, Teacher
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from janus_ext.backbone import EMBEDDED, prepare_torchvision
-
-prepare_torchvision()
-from timm.models.vision_transformer import VisionTransformer  # noqa: E402
+from janus_ext.backbone import EMBEDDED
 
 LOG = Path(__file__).with_suffix(".log")
 SEED = 2026
-WIDTH = 256  # of the teacher's feature
-ARCHITECTURE = {
-    "img_size": 64,
-    "patch_size": 8,
-    "embed_dim": 192,
-    "depth": 6,
-    "num_heads": 3,
-    "num_classes": 0,
-    "class_token": True,
-    "qkv_bias": True,
-}
-MEAN, STD = 0.75, 0.35  # of all channels: the images are mostly white
 STATE_EVERY = 50
 PROCESSES = 2
 
@@ -83,235 +69,11 @@ class Stage:
 TEACHER = Stage(steps=900, concepts=48, rate=2e-3, warm_up=100, average=0.995, decay=1.0, stream=900)
 IMITATION = Stage(steps=2000, concepts=32, rate=1e-3, warm_up=200, average=0.998, decay=0.0, stream=1)
 REFINEMENT = Stage(steps=2200, concepts=32, rate=1e-3, warm_up=100, average=0.998, decay=0.4, stream=2)
-SCALE, MARGIN, SMOOTHING = 20.0, 0.2, 0.05
+MARGIN = 0.2  # of the softmax, in the end
 HALF_TOKENS_UNTIL = 0.7  # share of the refinement's steps on a random half of the patches, like all of the imitation
 MARGIN_SHARE = 0.05  # weight of the margin softmax in the refinement
-MAPS = {7: 128, 8: 256}  # teacher's blocks (index in its body) whose maps are imitated, and their channels
 WEIGHT_DECAY = 0.05
 MUON_RATE = 2e-3
-
-
-class Drawings:
-    """The pretraining images and how batches are drawn from them.
-
-    A batch has ``concepts`` concepts, each with ``drawings`` images of different styles where the concept has so many;
-    of the skin-tone variants within one style one is drawn.
-    """
-
-    def __init__(self, path: Path) -> None:
-        data = np.load(path)
-        self.images = torch.from_numpy(data["images"]).permute(0, 3, 1, 2).contiguous()
-        self.count = len(data["codes"])
-        cells: list[dict[int, list[int]]] = [{} for _ in range(self.count)]
-        labels = zip(data["concept"].tolist(), data["style"].tolist(), strict=True)
-        for row, (concept, style) in enumerate(labels):
-            cells[concept].setdefault(style, []).append(row)
-        self._cells = [list(styles.values()) for styles in cells]
-        groups = [str(data["groups"][group]) for group in data["group"]]
-        self._weight = torch.tensor([self._share(g, len(c)) for g, c in zip(groups, self._cells, strict=True)])
-
-    @staticmethod
-    def _share(group: str, styles: int) -> float:
-        """Weight of a concept in sampling: flags and extra art count less, and so do concepts in few styles."""
-        return (0.35 if group.startswith(("Flags", "extras")) else 1.0) * math.sqrt(styles / 8)
-
-    def batch(self, concepts: int, drawings: int) -> tuple[Tensor, Tensor]:
-        """Images uint8 [B, 3, 64, 64] and concept labels int64 [B], B = concepts * drawings."""
-        labels = torch.multinomial(self._weight, concepts)
-        rows = [row for concept in labels.tolist() for row in self._draw(self._cells[concept], drawings)]
-        return self.images[rows], labels.repeat_interleave(drawings)
-
-    @staticmethod
-    def _draw(styles: list[list[int]], count: int) -> list[int]:
-        order = torch.randperm(len(styles)).tolist()
-        variants = [styles[order[i % len(styles)]] for i in range(count)]
-        return [rows[int(torch.randint(len(rows), ()))] for rows in variants]
-
-
-def uniform(count: int, low: float, high: float) -> Tensor:
-    """Random float32 [count] in [low, high)."""
-    return torch.rand(count) * (high - low) + low
-
-
-def pick(count: int, probability: float) -> Tensor:
-    """Random mask bool [count]."""
-    return torch.rand(count) < probability
-
-
-def warp(x: Tensor) -> Tensor:
-    """Random rotation, scale, aspect, shear, shift and mirror of x [B, 3, H, W] in [0, 1], white outside."""
-    n = len(x)
-    angle, scale, aspect = uniform(n, -0.35, 0.35), uniform(n, -0.3, 0.3).exp(), uniform(n, -0.2, 0.2).exp()
-    cos, sin, mirror = angle.cos() * scale, angle.sin() * scale, 1 - 2 * pick(n, 0.25).float()
-    top = torch.stack([mirror * cos * aspect, uniform(n, -0.2, 0.2) - sin, uniform(n, -0.2, 0.2)], 1)
-    bottom = torch.stack([mirror * sin, cos / aspect, uniform(n, -0.2, 0.2)], 1)
-    grid = F.affine_grid(torch.stack([top, bottom], 1), list(x.shape), align_corners=False)
-    return 1 - F.grid_sample(1 - x, grid, align_corners=False)
-
-
-def line_art(x: Tensor) -> Tensor:
-    """x [B, 3, H, W] as dark outlines on white (Sobel magnitude of the grey image)."""
-    sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
-    grey = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    gradient = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None])
-    return (1 - 3 * gradient.norm(dim=1, keepdim=True)).clamp(0, 1).expand_as(x)
-
-
-def mix_colours(x: Tensor) -> Tensor:
-    """Random linear map of the channels of x [B, 3, H, W]: jitter, exchanged channels, part or all of the colour gone.
-
-    Rows of the map sum to one, so that white stays white.
-    """
-    n = len(x)
-    matrix = torch.eye(3) + 0.2 * torch.randn(n, 3, 3) * pick(n, 0.8)[:, None, None]
-    permuted = matrix.gather(1, torch.rand(n, 3).argsort(1)[:, :, None].expand(-1, -1, 3))
-    matrix = torch.where(pick(n, 0.3)[:, None, None], permuted, matrix)
-    matrix = matrix / matrix.sum(2, keepdim=True).clamp_min(0.3)
-    grey = (torch.rand(n) * pick(n, 0.25))[:, None, None]
-    matrix = (1 - grey) * matrix + grey * torch.tensor([0.30, 0.59, 0.11])
-    return torch.einsum("bij,bjhw->bihw", matrix, x)
-
-
-def change_sharpness(x: Tensor) -> Tensor:
-    """x [B, 3, H, W] blurred or sharpened by a random amount."""
-    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
-    weight = (kernel[:, None] * kernel).expand(3, 1, 3, 3)
-    blurred = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), weight, groups=3)
-    return torch.lerp(x, blurred, uniform(len(x), -1.0, 1.5)[:, None, None, None])
-
-
-def erase(x: Tensor) -> Tensor:
-    """A random rectangle of x [B, 3, H, W] filled with a random colour, in two images of five."""
-    n, side = len(x), x.shape[-1]
-    at = torch.arange(side) / side
-    across, down = ((at - torch.rand(n, 1)).abs() < uniform(n, 0.08, 0.23)[:, None] for _ in range(2))
-    mask = down[:, None, :, None] & across[:, None, None, :] & pick(n, 0.4)[:, None, None, None]
-    return torch.where(mask, torch.rand(n, 3, 1, 1), x)
-
-
-def normalise(x: Tensor) -> Tensor:
-    """x in [0, 1] as the networks see it."""
-    return (x - MEAN) / STD
-
-
-def augment(images: Tensor) -> Tensor:
-    """Images uint8 [B, 3, 64, 64] as normalised float32 of the same shape, changed per image in form and colour."""
-    x = warp(images.float() / 255)
-    n = len(x)
-    outlined = pick(n, 0.1)
-    x[outlined] = line_art(x[outlined])
-    x = mix_colours(x).clamp(0, 1).add(1e-4).pow(uniform(n, -0.5, 0.5).exp()[:, None, None, None])
-    x = torch.where(pick(n, 0.06)[:, None, None, None], 1 - x, x)
-    soft = pick(n, 0.3)
-    x[soft] = change_sharpness(x[soft])
-    return normalise(erase(x))
-
-
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with a shortcut; the shortcut averages before a stride."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(*convolution(inputs, outputs, stride), nn.ReLU(), *convolution(outputs, outputs, 1))
-        shortcut = (nn.AvgPool2d(stride), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
-        self.shortcut = nn.Identity() if stride == 1 and inputs == outputs else nn.Sequential(*shortcut)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
-        return F.relu(self.body(x) + self.shortcut(x))
-
-
-def convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, nn.Module]:
-    """3 x 3 convolution and its normalisation."""
-    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-
-
-class Teacher(nn.Module):
-    """Residual network for 64 x 64 images with a feature of WIDTH numbers."""
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        plan = [(1, 1, 1), (1, 2, 2), (2, 2, 1), (2, 4, 2), (4, 4, 1), (4, 8, 2)]
-        blocks = [ResidualBlock(width * i, width * o, stride) for i, o, stride in plan]
-        self.body = nn.Sequential(*convolution(3, width, 2), nn.ReLU(), *blocks)
-        self.head = nn.Linear(8 * width, WIDTH, bias=False)
-        self.norm = nn.BatchNorm1d(WIDTH)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, 3, 64, 64] -> float32 [B, WIDTH]."""
-        pooled = self.body(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
-        return self.norm(self.head(pooled).float())
-
-    def describe(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, 3, 64, 64] -> feature float32 [B, WIDTH] and standardised 2 x 2 maps float32 [B, 4 * channels]."""
-        x, maps = x.contiguous(memory_format=torch.channels_last), []
-        for index, block in enumerate(self.body):
-            x = block(x)
-            if index in MAPS:
-                quarters = F.adaptive_avg_pool2d(x, 2).flatten(1).float()
-                maps.append(F.normalize(F.batch_norm(quarters, None, None, training=True), dim=1))
-        return self.norm(self.head(x.mean((2, 3))).float()), torch.cat(maps, 1)
-
-
-class MarginSoftmax(nn.Module):
-    """Softmax over cosines with an additive margin on the true class (CosFace)."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(0.05 * torch.randn(classes, WIDTH))
-
-    def forward(self, feature: Tensor, labels: Tensor, margin: float) -> Tensor:
-        """Mean loss of features [B, WIDTH] with labels int64 [B]."""
-        cosine = F.linear(F.normalize(feature, dim=1), F.normalize(self.weight, dim=1))
-        cosine = cosine - margin * F.one_hot(labels, len(self.weight))
-        return F.cross_entropy(SCALE * cosine, labels, label_smoothing=SMOOTHING)
-
-
-class Student(nn.Module):
-    """The backbone with the linear map from its CLS feature to the teacher's feature."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = VisionTransformer(**ARCHITECTURE, patch_drop_rate=0.5)
-        side = ARCHITECTURE["img_size"] // ARCHITECTURE["patch_size"]
-        self.backbone.pos_embed.data[:, 1:] = 0.1 * sine_positions(side, ARCHITECTURE["embed_dim"])
-        self.head = nn.Linear(ARCHITECTURE["embed_dim"], WIDTH, bias=False)
-        nn.init.normal_(self.head.weight, std=0.05)
-
-    def keep_patches(self, share: float) -> None:
-        """Set the share of the patches that training steps look at."""
-        self.backbone.patch_drop.prob = 1 - share
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, 3, 64, 64] -> CLS feature float32 [B, D] and its image under the map [B, WIDTH]."""
-        with torch.autocast("cpu", torch.bfloat16):
-            feature = self.backbone.forward_features(x)[:, 0]
-        return feature.float(), self.head(feature.float())
-
-
-class Refinement(nn.Module):
-    """What the refinement adds to the student: a map from its feature to the teacher's maps, and the class centres."""
-
-    def __init__(self, margin: MarginSoftmax) -> None:
-        super().__init__()
-        self.maps = nn.Linear(ARCHITECTURE["embed_dim"], 4 * sum(MAPS.values()), bias=False)
-        nn.init.normal_(self.maps.weight, std=0.05)
-        self.margin = copy.deepcopy(margin)
-
-    def forward(self, feature: Tensor, target: Tensor) -> Tensor:
-        """Sum of one minus the cosine to each of the target maps, mean over the batch: [B, D], [B, M] -> scalar."""
-        sizes = [4 * channels for channels in MAPS.values()]
-        pairs = zip(self.maps(feature).split(sizes, 1), target.split(sizes, 1), strict=True)
-        return sum(1 - F.cosine_similarity(own, other, dim=1).mean() for own, other in pairs)
-
-
-def sine_positions(side: int, width: int) -> Tensor:
-    """Two-dimensional sine and cosine positions float32 [side * side, width]."""
-    rates = 100 ** -(torch.arange(width // 4) / (width // 4))
-    down, across = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = torch.cat([across.reshape(-1, 1) * rates, down.reshape(-1, 1) * rates], 1)
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def log(message: str) -> None:

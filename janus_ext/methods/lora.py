@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from janus_ext.errors import StatisticsError
 from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.injection import inject
-from janus_ext.lora import violation, violation_rounding
 from janus_ext.methods.base import Method, Task, TaskReport
+from janus_ext.protection import violation, violation_rounding
+from janus_ext.rectification import Rectification
 from janus_ext.rectifier import GradientRectifier
 
 if TYPE_CHECKING:
@@ -34,11 +35,8 @@ class SequentialLoRA(Method):
             model.backbone,
             config.rank,
             scale=config.scale,
-            rectify=config.rectify,
+            rectify=Rectification(config.rectify, config.damping, config.share, config.balance),
             rectify_in="backward" if in_backward else "step",
-            damping=config.damping,
-            share=config.share,
-            balance=config.balance,
         )
         rectified = config.rectify != "none" and not in_backward
         self.rectifier = GradientRectifier(self.layers) if rectified else None

@@ -98,12 +98,8 @@ def _read(folder: Path) -> FoundRun:
     """CheckpointError where the run has not finished, or a file of it is damaged."""
     run = Run(folder)
     if not run.is_finished:
-        learner = run.is_begun and run.is_saved_learner
-        raise CheckpointError(
-            "it is a saved learner, which has no accuracy matrix"
-            if learner
-            else "it has not finished (no results.json)"
-        )
+        kind = "is a saved learner" if run.is_begun and run.is_saved_learner else "has not finished"
+        raise CheckpointError(f"it {kind} (no results.json)")
     results = run.results()
     reason = fault(results)
     if reason:

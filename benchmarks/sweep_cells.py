@@ -1,0 +1,119 @@
+"""Cells of a sweep, one row at one seed: trained, written as a line of JSON, and told apart."""
+
+import hashlib
+import json
+import multiprocessing
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from provenance import commit
+
+ASSETS = Path(__file__).resolve().parent.parent / "janus_ext" / "assets"
+TRACKED = ("--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")  # these grow with every cell
+METRICS = ("acc", "maa", "bwt", "plasticity", "violation", "danger", "seconds")
+Cell = tuple[str, dict[str, Any], int]
+
+
+def resolved(change: dict[str, Any], seed: int) -> Any:
+    """The resolved configuration of one cell."""
+    from janus_ext.config import TrainConfig
+
+    return TrainConfig(**change, seed=(seed,), shuffle_classes=True, plots=False).resolved()
+
+
+def cell_config(change: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The resolved configuration of one cell as JSON, without what does not touch the result."""
+    config = resolved(change, seed)
+    return {key: value for key, value in config.to_json().items() if key not in {"output", *config.without_effect()}}
+
+
+def assets_sha256() -> str:
+    """Fingerprint of the embedded images, classes and backbone."""
+    digest = hashlib.sha256()
+    for name in ("backbone.safetensors", "emoji.json", "emoji.zip"):
+        digest.update((ASSETS / name).read_bytes())
+    return digest.hexdigest()
+
+
+def run_cell(cell: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
+    """Trains one cell (row, change, seed, threads) in this process and returns its line."""
+    import torch
+
+    from janus_ext.config import TrainConfig
+    from janus_ext.train import train
+
+    row, change, seed, threads = cell
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(**change, seed=(seed,), shuffle_classes=True, plots=False, output=Path(folder) / "run")
+        results = train(config)[0]
+    line = {"row": row, "seed": seed, "config": cell_config(change, seed), "assets": assets_sha256()}
+    line |= {metric: total_of(metric, results[metric]) for metric in METRICS}
+    return line | {
+        "split_sha256": results["split_sha256"],
+        "versions": results["versions"],
+        "commit": commit(*TRACKED),
+    }
+
+
+def try_cell(cell: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
+    """`run_cell`, or what it failed with: the cells beside it go on."""
+    try:
+        return run_cell(cell)
+    except Exception as error:
+        return {"row": cell[0], "seed": cell[2], "error": f"{type(error).__name__}: {error}"}
+
+
+def total_of(metric: str, value: Any) -> float | None:
+    """One number of a metric: the sum of the seconds, the mean over the tasks that have one, or the number itself."""
+    if not isinstance(value, list):
+        return value
+    known = [v for v in value if v is not None]
+    if metric == "seconds":
+        return sum(known)
+    return statistics.fmean(known) if known else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All finished cells in the file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def is_done(line: dict[str, Any], row: str, config: dict[str, Any], assets: str) -> bool:
+    """Whether a finished cell is this one, under this configuration and these assets.
+
+    Settings that came into the program after the cell had run must stand at their defaults.
+    """
+    if line["row"] != row or line["assets"] != assets or line["seed"] != config["seed"][0]:
+        return False
+    if all(config.get(name) == value for name, value in line["config"].items() if name in config):
+        defaults = resolved({"method": config["method"]}, line["seed"]).to_json()
+        return all(value == defaults[name] for name, value in config.items() if name not in line["config"])
+    return False
+
+
+def run_cells(cells: list[Cell], jobs: int, threads: int, path: Path) -> None:
+    """Runs those of `cells` that `path` lacks, `jobs` at a time, appending each as it ends."""
+    path.parent.mkdir(exist_ok=True)
+    assets, finished = assets_sha256(), read_lines(path)
+    wanted = [
+        (row, change, seed)
+        for row, change, seed in cells
+        if not any(is_done(line, row, cell_config(change, seed), assets) for line in finished)
+    ]
+    print(f"{path.stem}: {len(wanted)} of {len(cells)} cells to run, {jobs} at a time")
+    failed = []
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        finishing = pool.imap_unordered(try_cell, [(*cell, threads) for cell in wanted])
+        for count, line in enumerate(finishing, 1):
+            name = f"{line['row']}, seed {line['seed']}"
+            if "error" in line:
+                failed.append(name)
+            else:
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            print(f"[{count}/{len(wanted)}] {name}: {line.get('error') or format(line['acc'], '.2f')}", flush=True)
+    if failed:
+        raise SystemExit(f"failed: {'; '.join(failed)}")

@@ -1,0 +1,56 @@
+"""Gradient Rectification of the factor gradients of all layers at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from janus_ext import reference
+from janus_ext.ops.registry import RECTIFICATION, define
+from janus_ext.rectification import Rectification
+
+
+def rectify_(
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    grad_A: Sequence[Tensor],
+    grad_B: Sequence[Tensor],
+    basis: Sequence[Tensor | None],
+    scale: float | Sequence[float] = 1.0,
+    rectify: str | Rectification = "exact",
+    **options: Any,
+) -> None:
+    """Rectify the factor gradients of all layers in place, in one call before the optimizer's step.
+
+    The gradients that `lora_linear` and `lora_qkv` return in their backward, from plain ones: g_A = s B^T G and
+    g_B = s G A^T. Linear in the gradients for fixed A, B, V: accumulation, averaging and loss scaling commute with it.
+
+    Args:
+        A, B: lists, one entry a layer, [r, n] and [m, r] ([g, r, n] and [g, m, r] for layers with several targets).
+        grad_A, grad_B: lists of the same shapes, float32 or float64 like A; rewritten.
+        basis: list of V [n, k]; None or k = 0 protects nothing.
+        scale: a number, or one a layer.
+        rectify: a `Rectification`, or the name of one. "exact" presumes A V = 0 (checked: |A V| <= 1e-3 |A|);
+            "tangent" with a basis raises, since factor gradients do not hold G V: use it in the backward. On a GPU the
+            check of A V = 0 costs no wait, and so cannot raise: where it fails, the kernel prints the layer and ends
+            the process's use of it.
+        options: as in `lora_linear`.
+    """
+    how = Rectification.of("rectify_", rectify, options, balance=False)
+    scales = [float(scale)] * len(A) if isinstance(scale, (int, float)) else [float(s) for s in scale]
+    bases = [a.new_empty(a.shape[-1], 0) if v is None else v for a, v in zip(A, basis, strict=True)]
+    with torch.no_grad():
+        torch.ops.janus_ext.rectify_(list(A), list(B), list(grad_A), list(grad_B), bases, scales, *how.values)
+
+
+def _fake(*_: Any, **__: Any) -> None:
+    return None
+
+
+define(
+    "rectify_(Tensor[] A, Tensor[] B, Tensor(a!)[] grad_A, Tensor(b!)[] grad_B, Tensor[] basis, float[] scale, "
+    f"{RECTIFICATION}) -> ()",
+    reference.rectify_,
+    _fake,
+)

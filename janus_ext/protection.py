@@ -1,0 +1,51 @@
+"""The protected subspace span(V): what a basis must be, factors that leave it alone, and how far an update does not."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from janus_ext import ops
+from janus_ext.errors import ArgumentError
+
+ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half precision's of a few columns even
+
+
+def orthonormal(basis: Tensor, dtype: torch.dtype) -> Tensor:
+    """The orthonormal matrix nearest to `basis`, which is that itself up to rounding of `dtype`."""
+    V = basis.double()
+    k = V.shape[1]
+    defect = float((V.mT @ V - torch.eye(k, dtype=V.dtype, device=V.device)).norm())
+    if not defect <= ORTHONORMALITY:
+        raise ArgumentError(f"basis must be orthonormal, |V^T V - I| <= {ORTHONORMALITY:g}, got {defect:g}")
+    if defect <= k * torch.finfo(dtype).eps:
+        return basis
+    U, _, Vh = torch.linalg.svd(V, full_matrices=False)
+    return U @ Vh
+
+
+@torch.no_grad()
+def project_rows_(A: Tensor, basis: Tensor) -> None:
+    """A <- A P in place for A [..., r, n], each row rescaled to its old norm; in float64, rounded once."""
+    safe = ops.project(A.double(), basis.double())
+    before, after = A.double().norm(dim=-1, keepdim=True), safe.norm(dim=-1, keepdim=True)
+    A.copy_(safe * (before / after.clamp_min(torch.finfo(torch.float64).tiny)))
+
+
+def violation(change: Tensor, basis: Tensor) -> float:
+    """|dW V|_F / |dW|_F of a change dW [..., m, n] and a basis V [n, k]; 0 without either."""
+    change = change.double()
+    whole = change.norm()
+    return float((change @ basis.double()).norm() / whole) if whole > 0 else 0.0
+
+
+def violation_rounding(change: Tensor, weights: Sequence[Tensor]) -> float:
+    """What rounding alone can make of the violation of a merged change dW: eps/2 |W|_F / |dW|_F, 0 without a change.
+
+    ``weights`` are the parts of W that were changed, each entry of which was rounded by at most eps/2 of itself. A
+    violation that is no larger says nothing of the update that was merged.
+    """
+    whole = float(change.double().norm())
+    errors = [torch.finfo(weight.dtype).eps / 2 * float(weight.double().norm()) for weight in weights]
+    return math.hypot(*errors) / whole if whole > 0 else 0.0

@@ -1,0 +1,92 @@
+"""Checks of arguments. The texts equal those of csrc/checks.h: a test compares them."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from janus_ext.rectification import Rectification
+
+WORKING_DTYPES = (torch.float32, torch.float64)
+INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_dtype(op: str, name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    found = None if tensor is None else tensor.dtype  # the dispatcher lets None pass for a tensor
+    if found not in allowed:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{op}: {name} must be {wanted}, got {str(found).removeprefix('torch.')}")
+
+
+def require_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    require(list(tensor.shape) == list(shape), f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def require_device(op: str, like: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None:
+            require(tensor.device == like.device, f"{op}: {name} must be on {like.device}, got {tensor.device}")
+
+
+def require_last(op: str, name: str, tensor: Tensor, n: int) -> None:
+    require(
+        tensor.dim() >= 1 and tensor.shape[-1] == n,
+        f"{op}: {name} must be [..., n] with n = {n}, got {list(tensor.shape)}",
+    )
+
+
+def require_writable(op: str, name: str, tensor: Tensor) -> None:
+    """What is rewritten in place must hold each element once; an expanded tensor does not."""
+    require(
+        all(stride != 0 or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)),
+        f"{op}: {name} must hold every element once, got an expanded tensor of strides {list(tensor.stride())}",
+    )
+
+
+def check_rectify(op: str, scale: float, rectify: str | Rectification, **options: Any) -> Rectification:
+    """The options that `lora_linear`, `lora_qkv` and `rectify_` share, as one; without balance unless it is asked."""
+    how = Rectification.of(op, rectify, options, balance=False)
+    check_scale(op, scale)
+    return how
+
+
+def check_scale(op: str, scale: float) -> None:
+    """s of W + s B A."""
+    require(scale != 0 and math.isfinite(scale), f"{op}: scale must be finite and not zero, got {scale:g}")
+
+
+def check_factor(op: str, name_U: str, U: Tensor, name_S: str, S: Tensor) -> None:
+    """U [n, l] and S [l] of an incremental SVD, alike: float32 or float64, on one device, 1 <= l <= n."""
+    require_dtype(op, name_U, U, WORKING_DTYPES)
+    require(
+        U.dim() == 2 and 0 < U.shape[1] <= U.shape[0],
+        f"{op}: {name_U} must be [n, l] with 0 < l <= n, got {list(U.shape)}",
+    )
+    require_dtype(op, name_S, S, (U.dtype,))
+    require_shape(op, name_S, S, (U.shape[1],))
+    require_device(op, U, **{name_S: S})
+
+
+def check_factors(op: str, A: Tensor, B: Tensor, basis: Tensor | None) -> None:
+    """A [g, r, n], B [g, m, r] and V [n, k]: float32 or float64, alike, on one device, k <= n."""
+    require_dtype(op, "A", A, WORKING_DTYPES)
+    require_dtype(op, "B", B, (A.dtype,))
+    require(A.dim() == 3, f"{op}: A must be [r, n] for each target, got {A.dim() - 1} dimensions")
+    require(B.dim() == 3, f"{op}: B must be [m, r] for each target, got {B.dim() - 1} dimensions")
+    g, r, n = A.shape
+    require(r > 0 and n > 0, f"{op}: A must be [r, n] with r > 0 and n > 0, got {list(A.shape[1:])}")
+    require_shape(op, "B", B, (g, B.shape[1], r))
+    if basis is not None:
+        require_dtype(op, "basis", basis, (A.dtype,))
+        require(
+            basis.dim() == 2 and basis.shape[0] == n and basis.shape[1] <= n,
+            f"{op}: basis must be [n, k] with n = {n} and k <= n, got {list(basis.shape)}",
+        )
+    require_device(op, A, B=B, basis=basis)

@@ -1,0 +1,46 @@
+"""Products in full float32, whatever the process has set."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import torch
+
+
+class _FullFloat32:
+    """The process-wide setting behind `full_float32`: the first thread in changes it, the last one out restores it."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = Lock(), 0
+        self.saved: list[tuple[Any, str]] = []
+
+    def enter(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+                settings = [(backend, backend.fp32_precision) for backend in backends]
+                self.saved = [(b, precision) for b, precision in settings if precision not in ("ieee", "none")]
+                for backend, _ in self.saved:
+                    backend.fp32_precision = "ieee"
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                for backend, precision in self.saved:
+                    backend.fp32_precision = precision
+
+
+_full_float32 = _FullFloat32()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products inside are IEEE float32, whatever TF32 or `set_float32_matmul_precision` settings say."""
+    _full_float32.enter()
+    try:
+        yield
+    finally:
+        _full_float32.leave()
