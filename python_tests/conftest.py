@@ -6,8 +6,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import trees
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -108,6 +111,27 @@ def orthonormal(n: int, k: int, dtype: torch.dtype = torch.float64, device: str 
 def subspace(V: torch.Tensor) -> torch.Tensor:
     """The projector V V^T: what two bases of one subspace agree on."""
     return V.double() @ V.double().mT
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Six class folders of five photographs each."""
+    trees.folders(tmp_path / "photos", 6, 5)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three classes of four images, one of which a camera held upright, and one lies deeper."""
+    root = tmp_path / "tree"
+    trees.folders(root, 3, 4, ("cat", "dog, small", "eel").__getitem__)
+    turned = Image.fromarray(np.concatenate([trees.drawing(5, 0), trees.drawing(6, 0)]))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(root / "cat" / "turned.jpg", exif=exif)
+    trees.save_jpeg(root / "eel" / "deep" / "er.JPG", trees.drawing(2, 5))
+    (root / "cat" / "notes.txt").write_text("no image")
+    return root
 
 
 # small training runs --------------------------------------------------------------------------------------------------

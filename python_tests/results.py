@@ -1,9 +1,18 @@
 """Results of runs that never were, of the size and shape of real ones."""
 
+import json
 import random
+import re
+from pathlib import Path
 from typing import Any
 
+from janus_ext.config import TrainConfig
+from janus_ext.reports import html
+from janus_ext.reports.found import find_runs
 from janus_ext.runs import metrics
+from janus_ext.runs.checkpoint import append_json_line, write_json
+
+EPOCHS = 2  # of a task
 
 
 def made_up(tasks: int, layers: int = 3, recognition: bool = True, **changes: Any) -> dict[str, Any]:
@@ -45,3 +54,33 @@ def made_up(tasks: int, layers: int = 3, recognition: bool = True, **changes: An
         results |= {"acc_task_known": metrics.accuracy(known), "task_recognition": metrics.accuracy(recognised)}
         results["violation_rounding_per_layer"] = per_layer(-9, -8)
     return results | changes
+
+
+def write_run(folder: Path, seed: int = 0, tasks: int = 4, results: dict | None = None, **settings: Any) -> Path:
+    """A run folder as the trainer leaves it; what is not said is a method's default on emoji."""
+    typed = {name: value for name, value in settings.items() if name in TrainConfig.__dataclass_fields__}
+    config = TrainConfig(seed=seed, **typed).resolved()
+    stored = {"split_sha256": "a" * 64, "weights_sha256": "b" * 64, "class_names": ["x", "y"], "output": str(folder)}
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config.to_json() | stored | settings | {"seed": [seed]})
+    made = made_up(tasks, seed=seed, method=config.method, benchmark=config.benchmark, versions={"torch": "2.13"})
+    write_json(folder / "results.json", made if results is None else results)
+    for task in range(tasks):
+        for epoch in range(EPOCHS):
+            line = {"task": task, "epoch": epoch, "loss": 2 - epoch + seed, "accuracy": 40.0 + epoch}
+            append_json_line(folder / "metrics.jsonl", line)
+    return folder
+
+
+def read(*folders: Path) -> dict[str, Any]:
+    """The data in the page of these runs."""
+    runs, skipped = find_runs(folders)
+    return data_of(html.render(html.page_data(runs, skipped)))
+
+
+def data_of(page: str) -> dict[str, Any]:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())

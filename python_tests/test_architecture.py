@@ -162,7 +162,6 @@ OWN_FILES = [  # CI's copy of the checkout has no git to ask
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h")
 ]
-TOO_LONG = {"python_tests/test_trainer.py"}  # for the time being: it is cut up with the trainer
 
 
 def function_lengths(source: str) -> dict[str, int]:
@@ -176,7 +175,7 @@ def function_lengths(source: str) -> dict[str, int]:
 def test_no_file_and_no_function_is_too_long(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     lines = len(text.splitlines())
-    assert lines <= MOST_LINES or name in TOO_LONG, f"{name} has {lines} lines: cut it along a seam"
+    assert lines <= MOST_LINES, f"{name} has {lines} lines: cut it along a seam"
     lengths = function_lengths(text) if name.endswith(".py") else {}
     long = {function: n for function, n in lengths.items() if n > MOST_LINES_OF_A_FUNCTION}
     assert not long, f"{name}: functions of more than {MOST_LINES_OF_A_FUNCTION} lines: {long}"
@@ -187,10 +186,6 @@ def test_the_measure_counts_signature_and_body():
         "f, line 2": 5,
         "g, line 5": 2,
     }
-
-
-def test_the_exemptions_are_needed():
-    assert all(len((ROOT / name).read_text().splitlines()) > MOST_LINES for name in TOO_LONG)
 
 
 PLUGINS = {"benchmark", "benchmark_weave", "worker_id", "testrun_uid"}  # fixtures of pytest-benchmark and pytest-xdist

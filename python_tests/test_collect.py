@@ -1,88 +1,23 @@
 """Images handed over in any form: the same bits whatever the form, and one clear error before anything is learned."""
 
-import os
 import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from collected import NAMES, Listed, assert_same, bits, image_folder, pixels, plain
 from conftest import make_trainer
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from trees import drawing, folders, odd_images, save_jpeg
 
-from janus_ext.backbone import prepare_torchvision
 from janus_ext.config import MethodName, TrainConfig
 from janus_ext.data import check, collect, folder
 from janus_ext.data.benchmark import Benchmark
-from janus_ext.data.collect import find_images, labelled, labelled_as, readable, require_readable, unlabelled
+from janus_ext.data.collect import labelled, labelled_as, require_readable, unlabelled
 from janus_ext.data.items import to_image
 from janus_ext.errors import ArgumentError, DataError
-
-NAMES = ("cat", "dog, small", "eel")
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """Three classes of four images, one of which a camera held upright, and one lies deeper."""
-    root = tmp_path / "tree"
-    folders(root, 3, 4, NAMES.__getitem__)
-    turned = Image.fromarray(np.concatenate([drawing(5, 0), drawing(6, 0)]))
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    turned.save(root / "cat" / "turned.jpg", exif=exif)
-    save_jpeg(root / "eel" / "deep" / "er.JPG", drawing(2, 5))
-    (root / "cat" / "notes.txt").write_text("no image")
-    return root
-
-
-class Listed(Dataset):
-    """A data set of (whatever, label) with or without names of its own."""
-
-    def __init__(self, items, classes=None):
-        self.items = items
-        if classes is not None:
-            self.classes = classes
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        item = self.items[index]
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-
-def pixels(label, style=0):
-    return torch.from_numpy(drawing(label, style).copy()).permute(2, 0, 1)
-
-
-def image_folder(root):
-    prepare_torchvision()
-    from torchvision.datasets import ImageFolder
-
-    return ImageFolder(str(root))
-
-
-def bits(split, seed=None):
-    """What a pass over the split gives: two batches, augmented if there is a seed."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    batches = list(split.stream(torch.arange(len(split)).split(7), generator))
-    return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
-
-
-def assert_same(one, other):
-    for seed in (None, 3):
-        for a, b in zip(bits(one, seed), bits(other, seed), strict=True):
-            assert torch.equal(a, b)
-
-
-def plain(path, label):
-    """As somebody reads an image who does not look at what the camera noted."""
-    with Image.open(path) as image:
-        return image.copy(), label
 
 
 # the same images in every form ---------------------------------------------------------------------------------------
@@ -196,7 +131,9 @@ def test_one_image_is_enough_for_a_class(tmp_path, weights, method):
     changes = {"frequencies": 100} if method == "bilora" else {}
     trainer = make_trainer(benchmark, weights, tmp_path / "run", method=method, **changes)
     trainer.run()
-    assert all(value.isfinite().all() for value in trainer.model.state_dict().values() if value.is_floating_point())
+    assert all(
+        value.isfinite().all() for value in trainer.learner.model.state_dict().values() if value.is_floating_point()
+    )
 
 
 # refusals of what images are -----------------------------------------------------------------------------------------
@@ -383,80 +320,3 @@ def test_files_are_decoded_once_and_then_remembered(tree, monkeypatch):
     labelled(tree)
     monkeypatch.setattr(check, "_decode_one", lambda files, name: pytest.fail(f"{name} is decoded again"))
     labelled(tree)
-
-
-# without labels ------------------------------------------------------------------------------------------------------
-def test_every_form_without_labels(tree, monkeypatch):
-    monkeypatch.chdir(tree)
-    folder_bits = bits(unlabelled(tree / "cat", size=32))[0]
-    assert len(folder_bits) == 5
-    paths = sorted((tree / "cat").glob("*.jpg"))
-    forms = ["cat", "cat/*.jpg", "**/cat/*", paths, list(map(str, paths)), [plain(path, 0)[0] for path in paths]]
-    lazy = [Image.open(path) for path in paths]  # nothing read yet
-    for images in (*forms, Listed([plain(path, 0)[0] for path in paths]), Listed([(p, "x") for p in paths]), lazy):
-        split = unlabelled(images, size=32, workers=2 if images is lazy else 0)
-        require_readable(split)
-        assert torch.equal(bits(split)[0], folder_bits) and split.labels.tolist() == [-1] * 5
-    assert unlabelled("cat").samples[0] == "cat/cat_0.jpg" and unlabelled(lazy).samples[4] == "images[4]"
-    one = bits(unlabelled(paths[0], size=32))[0]
-    assert torch.equal(one[0], folder_bits[0])
-    assert torch.equal(bits(unlabelled(Image.open(paths[0]), size=32))[0], one)
-    stack = torch.stack([pixels(0), pixels(1)])
-    assert torch.equal(bits(unlabelled(stack, size=32))[0], bits(unlabelled(list(stack), size=32))[0])
-    assert torch.equal(bits(unlabelled(stack[1], size=32))[0], bits(unlabelled(stack, size=32))[0][1:])
-
-
-def test_workers_do_not_read_one_open_file_at_once(tmp_path):
-    """Pillow reads a file when its pixels are first asked for; two processes would move each other's place in it."""
-    noise = torch.randint(256, (1000, 1000, 3), dtype=torch.uint8).numpy()
-    Image.fromarray(noise).save(tmp_path / "noise.png")
-    with Image.open(tmp_path / "noise.png") as image:
-        split = unlabelled([image] * 64, size=32, workers=2)
-        assert (bits(split)[0] == bits(unlabelled(tmp_path / "noise.png", size=32))[0]).all()
-    with Image.open(tmp_path / "noise.png") as image:
-        split = labelled([(image, "noise")] * 64, size=32, workers=2).split
-        assert (bits(split)[0] == bits(unlabelled(tmp_path / "noise.png", size=32))[0]).all()
-
-
-def test_a_list_of_paths_is_taken_one_by_one(tree):
-    """A folder or pattern within it is no image: answers stand where the paths stand."""
-    split = unlabelled([tree / "cat" / "cat_0.jpg", tree / "cat"])
-    with pytest.raises(DataError, match=r"^images: .*cat is unreadable: Is a directory$"):
-        require_readable(split)
-
-
-def test_images_of_a_command_line(tree, monkeypatch):
-    monkeypatch.chdir(tree)
-    (tree / "eel" / "bad.png").write_bytes(b"no image")
-    os.symlink("nowhere", tree / "eel" / "lost.jpg")
-    places = ["cat/cat_1.jpg", "cat", "[e]*", "cat/notes.txt", "eel/*.png", "none.jpg", "*.nothing"]
-    found = find_images(places)
-    assert found[:4] == ["cat/cat_1.jpg", "cat/cat_0.jpg", "cat/cat_2.jpg", "cat/cat_3.jpg"]
-    assert len(found) == len(set(found)) == 5 + 7 + 3
-    good, problems = readable(found)
-    assert good == [name for name in found if name not in {problem.where for problem in problems}]
-    assert [(problem.where, problem.kind) for problem in problems] == [
-        ("eel/bad.png", "unreadable"),
-        ("eel/lost.jpg", "missing"),
-        ("cat/notes.txt", "unreadable"),
-        ("none.jpg", "missing"),
-        ("*.nothing", "missing"),
-    ]
-    assert len(unlabelled(good)) == 10
-    (tree / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no image. Endings that count as images"):
-        find_images(["cat", "empty"])
-    with pytest.raises(DataError, match="empty holds no image"):
-        unlabelled("empty")
-
-
-def test_a_name_that_looks_like_a_pattern_is_a_name_first(tmp_path):
-    save_jpeg(tmp_path / "a[1].jpg", drawing(0, 0))
-    save_jpeg(tmp_path / "a1.jpg", drawing(0, 0))
-    assert find_images([tmp_path / "a[1].jpg"]) == [str(tmp_path / "a[1].jpg")]
-
-
-def test_looking_for_what_can_be_read_leaves_no_trace(tree):
-    readable(find_images([tree]))
-    require_readable(unlabelled(tree))
-    assert not os.listdir(os.environ["XDG_CACHE_HOME"])

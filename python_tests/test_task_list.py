@@ -10,7 +10,7 @@ from janus_ext.data import emoji, folder
 from janus_ext.data.task_list import read_task_list
 from janus_ext.errors import ArgumentError, DataError
 from janus_ext.runs import checkpoint
-from janus_ext.runs.folder import check_same_settings, settings_of
+from janus_ext.runs.settings import check_same_settings, settings_of
 
 ODD = ("a, b", "tab\there", "no", "7", "# c", "é 'quoted' \"twice\"", "- dash: colon")
 
@@ -100,8 +100,8 @@ def test_a_run_is_the_same_under_another_name_of_its_list_and_not_with_another_l
 
     first = settings(written(tmp_path / "tasks.txt", names, (100, 100)))
     checkpoint.write_json(tmp_path / "config.json", first)
-    check_same_settings(settings(written(tmp_path / "moved.txt", names, (100, 100))), tmp_path)
+    check_same_settings(settings(written(tmp_path / "moved.txt", names, (100, 100))), first, tmp_path)
     with pytest.raises(ArgumentError, match="--task-list .*others.txt"):
-        check_same_settings(settings(written(tmp_path / "others.txt", names, (150, 50))), tmp_path)
+        check_same_settings(settings(written(tmp_path / "others.txt", names, (150, 50))), first, tmp_path)
     with pytest.raises(ArgumentError, match="other image files, or another order of classes"):
-        check_same_settings(settings(written(tmp_path / "tasks.txt", names, (150, 50))), tmp_path)
+        check_same_settings(settings(written(tmp_path / "tasks.txt", names, (150, 50))), first, tmp_path)

@@ -152,7 +152,8 @@ class Trainer:
         about = {"method": self.config.method, "scale": str(self.config.scale)}
         about["class_names"] = to_json(benchmark.class_names)  # by class id; ASCII, whatever the names are
         tasks = [[benchmark.class_names[c] for c in classes] for classes in benchmark.tasks[: index + 1]]
-        self.run_on_disk.write_factors(index, self.reports[index].factors, about | {"task": str(index)})
+        of_task = about | {"task": str(index), "classes": to_json(benchmark.tasks[index])}
+        self.run_on_disk.write_factors(index, self.reports[index].factors, of_task)
         self.run_on_disk.write_task(index, self.learner.state(), about, tasks, self.results())
 
     def _log_task(self, index: int) -> None:
