@@ -1,4 +1,7 @@
-"""lora_linear, lora_qkv, LoRALinear, LoRAQKV and inject (properties 1 to 4 and 8)."""
+"""lora_linear, lora_qkv, LoRALinear, LoRAQKV and inject.
+
+docs/method.md, properties 1, 2, 3, 4, 8, 10, 11 and 12.
+"""
 
 import copy
 

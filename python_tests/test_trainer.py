@@ -30,7 +30,7 @@ from janus_ext.methods.base import Method, Step
 from janus_ext.reports import plots
 from janus_ext.runs import checkpoint
 
-ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
+ABLATION = {  # the rows of docs/methods.md: rectify, estimator, margin weight
     "nothing": ("none", "none", 0.0),
     "DML": ("none", "none", 0.5),
     "OE": ("project", "gram", 0.0),
