@@ -7,7 +7,6 @@ then taken up. Status 1 unless results, epochs and every saved tensor are always
 """
 
 import argparse
-import json
 import random
 import shutil
 import signal
@@ -16,11 +15,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from janus_ext.runs.checkpoint import read_tensors
+from same_runs import differences
 
 CALL = [sys.executable, "-m", "janus_ext.train", "--limit-per-class", "2", "--epochs", "2", "--no-plots", "--resume"]
 
@@ -51,29 +47,6 @@ def kill(folder: Path, moment: float) -> bool:
         run.send_signal(signal.SIGKILL)
     run.communicate()
     return run.returncode == -signal.SIGKILL
-
-
-def kept(folder: Path) -> dict[str, Any]:
-    """What a run leaves, without its times, by the names of the files."""
-    results = json.loads((folder / "results.json").read_text())
-    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    tensors = {path.name: read_tensors(path)[0] for path in (folder / "checkpoints").iterdir()}
-    timeless = [{key: value for key, value in row.items() if key != "seconds"} for row in (results, *epochs)]
-    return {"results.json": timeless[0], "metrics.jsonl": timeless[1:], **tensors}
-
-
-def same(ours: Any, theirs: Any) -> bool:
-    """Whether two files are alike, tensors bit by bit."""
-    if not isinstance(ours, dict) or not any(isinstance(value, torch.Tensor) for value in ours.values()):
-        return ours == theirs
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def differences(folder: Path, other: Path) -> list[str]:
-    """Names of the files that two runs do not have alike."""
-    ours, theirs = kept(folder), kept(other)
-    alike = {name for name in ours.keys() & theirs.keys() if same(ours[name], theirs[name])}
-    return sorted((ours.keys() | theirs.keys()) - alike)
 
 
 def main() -> None:

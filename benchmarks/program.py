@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext.backbone import load_backbone
-from janus_ext.classifier import ContinualClassifier
+from janus_ext.assembly import make_learner
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, MemorySplit
-from janus_ext.devices import AMP_DTYPES
 from janus_ext.estimator import observing
-from janus_ext.methods import METHODS
+from janus_ext.runs.run import Run
 from janus_ext.training.optimization import make_optimizer
 from janus_ext.training.trainer import Trainer
 
@@ -22,20 +20,18 @@ from janus_ext.training.trainer import Trainer
 def trainer(device: str, classes: int, tasks: int, per_class: int, folder: Path, **settings: Any) -> Trainer:
     """A trainer on noise: `per_class` training images and one test image of each class."""
     config = TrainConfig(device=device, **settings).resolved()
-    torch.manual_seed(0)
-    backbone = load_backbone(config.backbone, config.weights, config.image_size).to(device)
-    model = ContinualClassifier(backbone, AMP_DTYPES[config.amp], config.normalize)
+    learner = make_learner(config, 0, tasks)
 
     def split(images_per_class: int) -> MemorySplit:
-        labels = torch.arange(classes).repeat_interleave(images_per_class)
-        shape = (len(labels), 3, model.input_size, model.input_size)
+        labels, size = torch.arange(classes).repeat_interleave(images_per_class), learner.model.input_size
+        shape = (len(labels), 3, size, size)
         return MemorySplit(torch.randint(256, shape, dtype=torch.uint8), labels, [str(i) for i in range(len(labels))])
 
     order = torch.arange(classes).view(tasks, -1).tolist()
     benchmark = Benchmark(
         "noise", tuple(map(str, range(classes))), split(per_class), split(1), tuple(map(tuple, order))
     )
-    return Trainer(config, benchmark, model, METHODS[config.method](model, config), folder)
+    return Trainer(config, benchmark, learner, Run(folder))
 
 
 class Stepper:
@@ -62,15 +58,16 @@ class Stepper:
     ) -> None:
         self.device = device
         settings = {"method": method, "backbone": backbone, "weights": "none", "batch_size": batch, "amp": amp}
-        self.trainer = trainer(device, batch, 1, 1, Path(tempfile.gettempdir()), **settings)
-        self.method, model = self.trainer.method, self.trainer.model
-        self.method.begin_task(self.trainer._task(0))
+        trial = trainer(device, batch, 1, 1, Path(tempfile.gettempdir()), **settings)
+        self.learner = trial.learner
+        self.method, model = self.learner.method, self.learner.model
+        self.method.begin_task(self.learner._task(trial.train_images[0], batch))
         self._age(protected, old_classes)
-        self.optimizer = make_optimizer(self.trainer.config, self.method.trainable(), list(model.heads.parameters()))
+        self.optimizer = make_optimizer(self.learner.config, self.method.trainable(), list(model.heads.parameters()))
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self.scaler = torch.amp.GradScaler(device, enabled=False)
-        self.images = self.trainer.benchmark.train.images.to(device)
+        self.images = trial.benchmark.train.images.to(device)
         self.targets = torch.arange(batch, device=device)
         self.observed = self.method.make_estimators() if observe else {}
         model.heads[0].register_forward_hook(lambda _, inputs, __: setattr(self, "features", inputs[0].detach()))
@@ -79,7 +76,7 @@ class Stepper:
     def step(self) -> Tensor:
         """The features [b, d] that the step computed."""
         with observing(self.method.layers, self.observed) if self.observed else nullcontext():
-            self.trainer._step(self.images, self.targets, self.optimizer, self.scaler)
+            self.learner._step(self.images, self.targets, self.optimizer, self.scaler)
         return self.features
 
     def wait(self) -> None:
@@ -95,7 +92,7 @@ class Stepper:
                 random = torch.randn(layer.in_features, protected, generator=generator)
                 layer.protect(torch.linalg.qr(random).Q.to(self.device))
         if old_classes:
-            width = self.trainer.model.feature_dim
+            width = self.learner.model.feature_dim
             random = torch.randn(old_classes, width, generator=generator).to(self.device)
             self.method.prototypes.add(random, torch.arange(old_classes) - old_classes)
 

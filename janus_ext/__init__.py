@@ -4,6 +4,8 @@ Online Estimation, Gradient Rectification and Decoupled Margin Loss as PyTorch o
 (below), and in a trainer (`python -m janus_ext.train`).
 """
 
+from typing import Any
+
 from janus_ext import ops
 from janus_ext.errors import (
     ArgumentError,
@@ -27,6 +29,7 @@ __all__ = [
     "ArgumentError",
     "CheckpointError",
     "ClassPrototypes",
+    "ContinualLearner",
     "DataError",
     "DecoupledMarginLoss",
     "GradientRectifier",
@@ -44,3 +47,12 @@ __all__ = [
     "observing",
     "ops",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`ContinualLearner` is imported when it is asked for: what it is made of takes a second to import."""
+    if name == "ContinualLearner":
+        from janus_ext.learner import ContinualLearner
+
+        return ContinualLearner
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,10 +13,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from janus_ext.errors import CheckpointError, JanusError
+
+LOG = logging.getLogger("janus_ext")
 P, T = ParamSpec("P"), TypeVar("T")
 
 
@@ -31,6 +35,56 @@ class TerminalHandler(logging.Handler):
             raise
         except Exception:
             self.handleError(record)
+
+
+@contextmanager
+def logging_to(path: Path | None = None) -> Iterator[None]:
+    """Sends the program's log to the terminal, around the progress bar, and to ``path``."""
+    handlers: list[logging.Handler] = [TerminalHandler()]
+    if path is not None:
+        try:
+            file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handlers.insert(0, file)  # first: it is whole wherever the terminal ends
+    level = LOG.level
+    LOG.setLevel(logging.INFO)
+    for handler in handlers:
+        LOG.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            LOG.removeHandler(handler)
+            handler.close()
+        LOG.setLevel(level)
+
+
+def command(name: str, interrupted: str = "interrupted") -> Callable[[Callable[P, int]], Callable[P, int]]:
+    """Makes a program of a function: its return value is the exit status, 2 with one line on the standard error for
+    what the user can mend, 130 on Ctrl-C.
+    """
+
+    def wrap(body: Callable[P, int]) -> Callable[P, int]:
+        @escaping()
+        @until_closed
+        @functools.wraps(body)
+        def main(*args: P.args, **kwargs: P.kwargs) -> int:
+            try:
+                return body(*args, **kwargs)
+            except BrokenPipeError:  # no error of ours: see until_closed
+                raise
+            except (JanusError, OSError) as error:  # the system's own errors name the file and what is wrong with it
+                print(f"{name}: {error}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                print(f"\n{name}: {interrupted}", file=sys.stderr)
+                return 128 + signal.SIGINT
+
+        return main
+
+    return wrap
 
 
 def until_closed(command: Callable[P, T]) -> Callable[P, T]:

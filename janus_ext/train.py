@@ -3,59 +3,35 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import tyro
-
-from janus_ext.backbone import load_backbone, weight_file
-from janus_ext.classifier import ContinualClassifier
-from janus_ext.config import TrainConfig
+from janus_ext.assembly import make_learner
+from janus_ext.backbone import weight_file
+from janus_ext.config import TrainConfig, command_line
 from janus_ext.data import BENCHMARKS
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.workers import naming_lost_workers
-from janus_ext.devices import AMP_DTYPES, deterministic, pick_amp, pick_device
-from janus_ext.errors import ArgumentError, CheckpointError, JanusError
-from janus_ext.methods import METHODS
-from janus_ext.methods.base import Method
+from janus_ext.devices import deterministic, pick_amp, pick_device
+from janus_ext.errors import CheckpointError
 from janus_ext.reports import plots, table
-from janus_ext.runs.checkpoint import read_json, write_json
-from janus_ext.runs.folder import (
-    check_same_seeds,
-    check_same_settings,
-    choose_folder,
-    is_finished,
-    is_run,
-    opened,
-    settings_of,
-)
-from janus_ext.terminal import TerminalHandler, escaping, until_closed
+from janus_ext.runs.checkpoint import write_json
+from janus_ext.runs.folder import check_same_seeds, choose_folder
+from janus_ext.runs.run import Run
+from janus_ext.runs.settings import check_same_settings, settings_of
+from janus_ext.terminal import command, logging_to
 from janus_ext.training import events, opening
-from janus_ext.training.trainer import Trainer, derive_seed
+from janus_ext.training.trainer import Trainer
 
 LOG = logging.getLogger("janus_ext")
 
 
-@escaping()
-@until_closed
+@command("janus_ext.train", "interrupted; the same call with --resume goes on with the run")
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and trains; 0 on success, 2 with one line on stderr for what the user can mend, 130 on Ctrl-C."""
-    config = tyro.cli(TrainConfig, prog="janus_ext.train", args=argv)
-    try:
-        train(config)
-    except BrokenPipeError:  # no error of ours: see until_closed
-        raise
-    except (JanusError, OSError) as error:  # the system's own errors name the file and what is wrong with it
-        print(f"janus_ext.train: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\njanus_ext.train: interrupted; the same call with --resume goes on with the run", file=sys.stderr)
-        return 128 + signal.SIGINT
+    train(command_line.parse(argv))
     return 0
 
 
@@ -98,75 +74,43 @@ def run_seed(config: TrainConfig, folder: Path) -> table.Results:
     benchmark = BENCHMARKS[config.benchmark](config)
     config = replace(config, tasks=len(benchmark.tasks))
     settings = settings_of(config, benchmark, weight_file(config.backbone, config.weights))
-    finished = is_finished(folder)
-    begin = not finished and not (config.resume and is_run(folder))
-    if not begin:
-        check_same_settings(settings, folder)
-    if finished:
-        results = take_results(folder, benchmark)
-    else:
-        trainer = make_trainer(config, benchmark, folder)
-        with opened(folder, settings, begin), logging_to(folder / "log.txt"):
-            LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), folder)
-            for line in opening.lines(trainer):
-                LOG.info("%s", line)
-            if not begin:
-                trainer.restore()
-            with naming_lost_workers():
-                results = trainer.run()
-            write_json(folder / "results.json", results)
+    run = Run(folder)
+    finished = run.is_finished
+    going_on = finished or (config.resume and run.is_begun)
+    if going_on:
+        check_same_settings(settings, run.settings(), folder)
+    results = take_results(run, benchmark) if finished else fill(run, config, benchmark, settings, going_on)
     print(f"\n{table.format_table(results)}\n\nrun folder: {folder}")
     if config.plots:
         plots.save_plots(results, folder / "plots")
     return results
 
 
-def take_results(folder: Path, benchmark: Benchmark) -> table.Results:
+def take_results(run: Run, benchmark: Benchmark) -> table.Results:
     """The results of a run that has finished; CheckpointError when they are damaged, or of other images."""
-    path = folder / "results.json"
-    results = read_json(path)
+    results = run.results()
     if results.get("split_sha256") != benchmark.split_sha256 or "accuracy_matrix" not in results:
-        raise CheckpointError(f"{path} holds no results of these images in this order of classes")
-    print(f"{folder} has finished before: its results are taken")
+        raise CheckpointError(f"{run.folder}/results.json holds no results of these images in this order of classes")
+    print(f"{run.folder} has finished before: its results are taken")
     return results
 
 
-def make_trainer(config: TrainConfig, benchmark: Benchmark, folder: Path) -> Trainer:
-    """The backbone, the model and the method of ``config``, whose first factors derive from the seed."""
-    torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
-    backbone = load_backbone(config.backbone, config.weights, config.image_size).to(config.device)
-    model = ContinualClassifier(backbone, AMP_DTYPES[config.amp], config.normalize)
-    method = make_method(model, config)
-    return Trainer(config, benchmark.at(model.input_size), model, method, folder)
-
-
-def make_method(model: ContinualClassifier, config: TrainConfig) -> Method:
-    """The method on this model; ArgumentError, with the backbone's name before it, when the two do not fit."""
-    try:
-        return METHODS[config.method](model, config)
-    except ArgumentError as error:
-        raise ArgumentError(f"--backbone {config.backbone}: {error}") from error
-
-
-@contextmanager
-def logging_to(path: Path) -> Iterator[None]:
-    """Sends the program's log to the terminal, around the progress bar, and to ``path``."""
-    try:
-        file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    handlers, level = [file, TerminalHandler()], LOG.level  # the file first: it is whole wherever the terminal ends
-    LOG.setLevel(logging.INFO)
-    for handler in handlers:
-        LOG.addHandler(handler)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            LOG.removeHandler(handler)
-        LOG.setLevel(level)
-        file.close()
+def fill(
+    run: Run, config: TrainConfig, benchmark: Benchmark, settings: dict[str, object], going_on: bool
+) -> table.Results:
+    """Trains what is left of a run, from its beginning unless it is ``going_on``; returns its results."""
+    learner = make_learner(config, config.seed[0], len(benchmark.tasks))
+    trainer = Trainer(config, benchmark.at(learner.model.input_size), learner, run)
+    about = settings | {"network": learner.model.backbone.network}
+    with run.opened(about, begin=not going_on), logging_to(run.folder / "log.txt"), naming_lost_workers():
+        LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), run.folder)
+        for line in opening.lines(trainer):
+            LOG.info("%s", line)
+        if going_on:
+            trainer.restore()
+        results = trainer.run()
+        run.finish(results)
+    return results
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from janus_ext import _native
-from janus_ext.backbone import load_backbone, prepare_torchvision
-from janus_ext.classifier import ContinualClassifier
+from janus_ext.assembly import make_learner
+from janus_ext.backbone import prepare_torchvision
 from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, MemorySplit
-from janus_ext.devices import AMP_DTYPES
-from janus_ext.methods import METHODS
+from janus_ext.methods.base import Task
 from janus_ext.runs import checkpoint
-from janus_ext.training.trainer import Trainer, derive_seed
+from janus_ext.runs.run import Run
+from janus_ext.training.loop import Learner
+from janus_ext.training.trainer import Trainer
 
 # Relative error |got - want| / |want| (Frobenius) against a float64 reference, inputs rounded to the dtype first.
 TOLERANCE = {
@@ -127,8 +129,9 @@ def patterns() -> Benchmark:
 
 
 def make_trainer(
-    benchmark: Benchmark, weights: Path, folder: Path, cls: type[Trainer] = Trainer, /, **changes
+    benchmark: Benchmark, weights: Path, folder: Path, cls: type[Trainer | Learner] = Trainer, /, **changes
 ) -> Trainer:
+    """A trainer of class ``cls``, or one that keeps weights around a learner of that class, on the tiny backbone."""
     settings = {
         "rank": 4,
         "epochs": 3,
@@ -140,10 +143,19 @@ def make_trainer(
     }
     idle = TrainConfig(**changes).resolved().without_effect()  # of the settings here, what the method does not have
     settings = {name: value for name, value in settings.items() if name not in idle}
-    config = TrainConfig(weights=str(weights), **(settings | changes)).resolved()
-    torch.manual_seed(derive_seed(config.seed[0], -1, -1, "backbone and first factors"))
-    model = ContinualClassifier(load_backbone("emoji", str(weights)), AMP_DTYPES[config.amp])
-    return cls(config, benchmark, model, METHODS[config.method](model, config), folder)
+    config = TrainConfig(weights=str(weights), device="cpu", **(settings | changes)).resolved()
+    learner = make_learner(config, config.seed[0], len(benchmark.tasks))
+    if issubclass(cls, Learner):
+        learner = cls(config, learner.model, learner.method, learner.seed, learner.planned)
+        return KeepingTrainer(config, benchmark, learner, Run(folder))
+    return cls(config, benchmark, learner, Run(folder))
+
+
+def task_of(trainer: Trainer, index: int) -> Task:
+    """A task of the trainer's benchmark as its method sees it."""
+    tasks = trainer.benchmark.tasks
+    task = trainer.learner._task(trainer.train_images[index], len(tasks[index]))
+    return replace(task, index=index, first=sum(map(len, tasks[:index])))
 
 
 def without_time(results: dict) -> dict:
@@ -151,7 +163,7 @@ def without_time(results: dict) -> dict:
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    return {key: value.clone() for key, value in trainer.learner.model.state_dict().items()}
 
 
 class KeepingTrainer(Trainer):
@@ -165,8 +177,8 @@ class KeepingTrainer(Trainer):
 def assert_protected_inputs_are_left_alone(trainer: KeepingTrainer, tasks: int) -> None:
     """docs/method.md, property 2, from the weights and the factors' files of a whole run."""
     for task in range(1, tasks):
-        factors, _ = checkpoint.read_tensors(trainer.folder / "checkpoints" / f"factors-{task}.safetensors")
-        for name in trainer.method.layers:
+        factors, _ = checkpoint.read_tensors(trainer.run_on_disk.factors_path(task))
+        for name in trainer.learner.method.layers:
             before, after = (trainer.history[t][f"backbone.{name}.linear.weight"].double() for t in (task - 1, task))
             basis = factors[f"{name}.basis"].double()
             change = after - before

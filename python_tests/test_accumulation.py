@@ -16,8 +16,8 @@ from torch import Tensor
 from janus_ext import OnlineEstimator
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.methods import lora
-from janus_ext.methods.base import Step
-from janus_ext.training.trainer import Trainer
+from janus_ext.methods.base import Step, Task
+from janus_ext.training.loop import Learner
 
 METHODS = {
     "lora": {"method": "lora"},
@@ -37,14 +37,15 @@ def _float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-class Watched(Trainer):
+class Watched(Learner):
     """Keeps what was observed in each task, and the loss and count of every step."""
 
-    def _end(self, task: Any) -> Any:
+    def _train_epoch(self, task: Task, epoch: int, *rest: Any) -> dict[str, Any]:
+        record = super()._train_epoch(task, epoch, *rest)
         for name, estimator in getattr(self.method, "estimators", {}).items():
             self.seen[f"{task.index}.{name}"] = estimator.statistics.gram.clone()
             self.seen[f"{task.index}.{name}.rows"] = torch.tensor(estimator.rows)
-        return super()._end(task)
+        return record
 
     def _step(self, *args: Any) -> Step:
         step = super()._step(*args)
@@ -55,10 +56,10 @@ class Watched(Trainer):
 def learned(benchmark: Benchmark, weights: Path, folder: Path, **changes: Any) -> dict[str, Tensor]:
     """Weights after three tasks of 16 images in batches of 7, 7 and 2, and all that was seen on the way."""
     trainer = make_trainer(benchmark, weights, folder, Watched, batch_size=7, epochs=2, optimizer="sgd", **changes)
-    trainer.seen = {}
+    seen = trainer.learner.seen = {}
     trainer.run()
-    assert sum(key.startswith("step") for key in trainer.seen) == 3 * 2 * 3
-    return trainer.model.state_dict() | trainer.seen
+    assert sum(key.startswith("step") for key in seen) == 3 * 2 * 3
+    return trainer.learner.model.state_dict() | seen
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -75,8 +76,8 @@ def test_any_number_of_pieces_gives_the_same_weights(patterns, weights, tmp_path
 @pytest.mark.parametrize(("batch", "pieces", "sizes"), [(8, 3, [3, 3, 2]), (8, 2, [4, 4]), (20, 3, [7, 7, 2])])
 def test_pieces_are_no_larger_than_the_batch_size_allows(patterns, weights, tmp_path, batch, pieces, sizes):
     trainer = make_trainer(patterns, weights, tmp_path / "run", batch_size=batch, accumulate=pieces, method="lora")
-    seen, loss = [], trainer.method.loss
-    trainer.method.loss = lambda images, targets: (seen.append(len(images)), loss(images, targets))[1]
+    seen, loss = [], trainer.learner.method.loss
+    trainer.learner.method.loss = lambda images, targets: (seen.append(len(images)), loss(images, targets))[1]
     trainer.run()
     assert seen[: len(sizes)] == sizes
 

@@ -37,7 +37,21 @@ ALLOWED = {
     "data": {"config", "data", "runs.checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
     "methods": {"estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
     "runs": {"config", "runs"},
-    "reports": {"reports", "runs"},
+    "calibration": set(),
+    "assembly": {"backbone", "classifier", "config", "devices", "methods", "training.loop"},
+    "learner": {
+        "assembly",
+        "backbone",
+        "calibration",
+        "classifier",
+        "data",
+        "devices",
+        "exports",
+        "reports",
+        "runs",
+        "training",
+    },
+    "reports": {"config", "reports", "runs"},
     "training": {
         "training",
         "backbone.families",
@@ -49,7 +63,7 @@ ALLOWED = {
         "versions",
     },
 }
-ENTRY_POINTS = {"__init__", "train", "evaluate", "predict", "export", "info"}
+ENTRY_POINTS = {"__init__", "train", "learn", "evaluate", "predict", "export", "info", "report"}
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 

@@ -12,7 +12,7 @@ from conftest import ARCHITECTURE, assert_close
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from janus_ext import inject, train
+from janus_ext import assembly, inject, train
 from janus_ext.backbone import load_backbone, prepare_torchvision
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.errors import ArgumentError, CheckpointError
@@ -215,7 +215,7 @@ def test_the_command_trains_a_timm_model_of_a_file(source, tmp_path, monkeypatch
         made.append(ContinualClassifier(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(train, "ContinualClassifier", watched)
+    monkeypatch.setattr(assembly, "ContinualClassifier", watched)
     save_file(source.state_dict(), tmp_path / "vit.safetensors")
     flags = f"--backbone {NAME} --weights {tmp_path}/vit.safetensors --normalize identity --tasks 2"
     trial = f"--limit-per-class 1 --epochs 1 --batch-size 100 --no-plots --output {tmp_path}/run"

@@ -123,14 +123,14 @@ def run(patterns, weights, tmp_path_factory):
     """Three tasks with 100 of 1024 frequencies."""
     settings = {"method": "bilora", "frequencies": 100, "lr": 1e-2}
     trainer = make_trainer(patterns, weights, tmp_path_factory.mktemp("runs"), **settings)
-    trainer.method.__class__ = Watched
+    trainer.learner.method.__class__ = Watched
     trainer.start = weights_of(trainer)
     trainer.run()
     return trainer
 
 
 def test_the_spectrum_of_a_task_lies_on_its_positions_and_their_mirrors(run):
-    for task, changes in enumerate(run.method.changes):
+    for task, changes in enumerate(run.learner.method.changes):
         places = set(positions(task, (32, 32), 100, seed=0).tolist())
         for change in changes.values():
             assert not change[:32].any()
@@ -141,8 +141,8 @@ def test_the_spectrum_of_a_task_lies_on_its_positions_and_their_mirrors(run):
 
 
 def test_the_files_hold_what_was_added(run):
-    for task, changes in enumerate(run.method.changes):
-        tensors, metadata = checkpoint.read_tensors(run.folder / "checkpoints" / f"factors-{task}.safetensors")
+    for task, changes in enumerate(run.learner.method.changes):
+        tensors, metadata = checkpoint.read_tensors(run.run_on_disk.factors_path(task))
         for name, change in changes.items():
             places = tensors[f"{name}.positions"]
             assert torch.equal(places, positions(task, (32, 32), 100, seed=0))
@@ -156,7 +156,7 @@ def test_nothing_else_of_the_backbone_moves(run):
     end = weights_of(run)
     moved = {name for name in run.start if not torch.equal(run.start[name], end[name])}
     assert moved == {f"backbone.blocks.{b}.attn.qkv.{part}" for b in (0, 1) for part in ("linear.weight", "positions")}
-    assert [list(p.shape) for p in run.method.trainable()] == [[2, 100]] * 2
+    assert [list(p.shape) for p in run.learner.method.trainable()] == [[2, 100]] * 2
 
 
 def test_more_frequencies_than_the_grid_has_are_refused(patterns, weights, tmp_path):

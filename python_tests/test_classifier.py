@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_trainer
+from conftest import make_trainer, task_of
 
 from janus_ext.backbone import load_backbone
 from janus_ext.classifier import ContinualClassifier
@@ -26,8 +26,8 @@ def test_a_head_starts_small_or_as_pytorchs_own(weights):
 @pytest.mark.parametrize("head_init", ["small", "default"])
 def test_the_setting_reaches_the_head(patterns, weights, tmp_path, head_init):
     trainer = make_trainer(patterns, weights, tmp_path / "run", head_init=head_init)
-    trainer.method.begin_task(trainer._task(0))
-    assert bool(trainer.model.heads[0].bias.any()) == (head_init == "default")
+    trainer.learner.method.begin_task(task_of(trainer, 0))
+    assert bool(trainer.learner.model.heads[0].bias.any()) == (head_init == "default")
 
 
 def test_what_a_head_draws_does_not_depend_on_the_setting_before_it(weights):
@@ -79,6 +79,6 @@ def test_attention_is_taken_apart_only_for_few_tokens(size, plain):
 def test_evaluation_follows_the_model(patterns, weights, tmp_path, monkeypatch):
     trainer = make_trainer(patterns, weights, tmp_path / "run", epochs=1)
     want = trainer.run()["accuracy_matrix"]
-    trainer.model.images_at_once = 3
-    sizes = [len(images) for images, _ in trainer._clean_batches(patterns.test, trainer.test_rows[0])]
+    trainer.learner.model.images_at_once = 3
+    sizes = [len(images) for images, _ in trainer.learner.clean_batches(trainer.test_images[0])]
     assert sizes == [3, 3, 2] and trainer._evaluate(2)[0] == want[-1]

@@ -69,7 +69,7 @@ def test_inductor_trains(patterns, weights, tmp_path):
     for compile in (False, True):
         changes = {"optimizer": "sgd", "compile": compile, "epochs": 1}
         trainer = make_trainer(patterns, weights, tmp_path / str(compile), **changes)
-        runs.append((trainer.run()["accuracy_matrix"], trainer.model.state_dict()))
+        runs.append((trainer.run()["accuracy_matrix"], trainer.learner.model.state_dict()))
     assert runs[0][0] == runs[1][0] and runs[0][1].keys() == runs[1][1].keys()
     for key, want in runs[0][1].items():
         assert_close(runs[1][1][key], want, torch.float32, 10)

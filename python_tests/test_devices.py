@@ -87,12 +87,12 @@ def test_no_method_needs_what_has_no_repeatable_kernel(patterns, weights, tmp_pa
 @pytest.mark.usefixtures("_global_flags")
 def test_an_operator_without_a_repeatable_kernel_is_named(patterns, weights, tmp_path, monkeypatch):
     trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora")
-    embed = trainer.model.embed
+    embed = trainer.learner.model.embed
 
     def putting(pixels):
         return embed(pixels).put_(torch.tensor([0]), torch.zeros(1))
 
-    monkeypatch.setattr(trainer.model, "embed", putting)
+    monkeypatch.setattr(trainer.learner.model, "embed", putting)
     torch.use_deterministic_algorithms(True)
     with pytest.raises(TrainingError, match="PyTorch's put_ has no repeatable kernel on this device"):
         trainer.run()

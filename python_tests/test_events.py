@@ -9,7 +9,7 @@ from conftest import make_trainer
 
 from janus_ext import train
 from janus_ext.methods.base import Task
-from janus_ext.training.trainer import Trainer
+from janus_ext.training.loop import Learner
 
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
@@ -41,13 +41,13 @@ def test_event_files_hold_the_run(patterns, weights, tmp_path):
         assert found[tag] == [(step, pytest.approx(value)) for step, value in values], tag
 
 
-class CutOff(Trainer):
+class CutOff(Learner):
     """Stops for good in the second task, behind its first epoch."""
 
-    def _train_epoch(self, task: Task, epoch: int, *rest) -> None:
-        super()._train_epoch(task, epoch, *rest)
-        if (task.index, epoch) == (1, 0):
+    def _train_epoch(self, task: Task, epoch: int, *rest) -> dict:
+        if (task.index, epoch) == (1, 1):
             raise KeyboardInterrupt
+        return super()._train_epoch(task, epoch, *rest)
 
 
 def test_a_run_that_was_taken_up_shows_every_step_once(patterns, weights, tmp_path):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_trainer, relative_error, subspace
+from conftest import make_trainer, relative_error, subspace, task_of
 from torch import Tensor
 
 from janus_ext.errors import StatisticsError, TrainingError
@@ -194,11 +194,11 @@ def test_plain_gpm_keeps_to_the_old_inputs_however_many_directions_they_take():
 @pytest.mark.parametrize(("name", "dual"), [("domainnet", False), ("imagenet-r", True)])
 def test_domainnet_has_plain_gpm_as_in_the_authors_code(patterns, weights, tmp_path, name, dual):
     trainer = make_trainer(patterns, weights, tmp_path / "run", method="inflora", benchmark=name, backbone="emoji")
-    assert {memory.dual for memory in trainer.method.memories.values()} == {dual}
+    assert {memory.dual for memory in trainer.learner.method.memories.values()} == {dual}
     other = make_trainer(
         patterns, weights, tmp_path / "other", method="inflora", benchmark=name, backbone="emoji", gpm="dual"
     )
-    assert all(memory.dual for memory in other.method.memories.values())  # what the user types wins
+    assert all(memory.dual for memory in other.learner.method.memories.values())  # what the user types wins
 
 
 @pytest.mark.parametrize("retain", [False, True])
@@ -275,9 +275,9 @@ def replayed(patterns, weights, tmp_path_factory) -> Replayed:
     """InfLoRA after three tasks; thresholds at which the memory changes its kind."""
     settings = {"method": "inflora", "energy_start": 0.99, "energy_end": 0.9999}
     trainer = make_trainer(patterns, weights, tmp_path_factory.mktemp("runs"), **settings)
-    trainer.method.__class__ = Replayed
+    trainer.learner.method.__class__ = Replayed
     trainer.run()
-    return trainer.method
+    return trainer.learner.method
 
 
 def test_a_task_starts_with_the_old_function(replayed):
@@ -328,7 +328,7 @@ def test_the_update_leaves_alone_what_is_protected(replayed):
 
 def test_inputs_that_are_not_finite_are_named_and_nothing_is_merged(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run", method="inflora")
-    method, task = trainer.method, trainer._task(0)
+    method, task = trainer.learner.method, task_of(trainer, 0)
     method.begin_task(task)
     with torch.no_grad():
         for layer in method.layers.values():
@@ -344,6 +344,6 @@ def test_inputs_that_are_not_finite_are_named_and_nothing_is_merged(patterns, we
 def test_bad_inputs_are_named_with_their_task(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path, method="inflora")
     with torch.no_grad():
-        trainer.model.backbone.blocks[1].norm1.weight.fill_(float("nan"))
+        trainer.learner.model.backbone.blocks[1].norm1.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="task 1: blocks.1.attn.qkv: the inputs of the task"):
         trainer.run()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOLERANCE, make_trainer, relative_error, subspace
+from conftest import TOLERANCE, make_trainer, relative_error, subspace, task_of
 from torch import Tensor
 
 from janus_ext.errors import StatisticsError
@@ -151,8 +151,8 @@ class Watched(METHODS["lora-drs"]):
 
 def watched(benchmark, weights, folder, **changes) -> Watched:
     trainer = make_trainer(benchmark, weights, folder, method="lora-drs", **(SHARE | changes))
-    trainer.method.__class__ = Watched
-    trainer.method.original = weights_now(trainer.method)
+    trainer.learner.method.__class__ = Watched
+    trainer.learner.method.original = weights_now(trainer.learner.method)
     trainer.results = trainer.run()
     return trainer
 
@@ -163,7 +163,7 @@ def run(patterns, weights, tmp_path_factory) -> Watched:
 
 
 def test_the_space_holds_the_share_of_what_the_subtracted_weights_see(run):
-    for task, (inputs, bases) in enumerate(run.method.spaces):
+    for task, (inputs, bases) in enumerate(run.learner.method.spaces):
         for name, basis in bases.items():
             if task == 0:
                 assert basis.shape[1] == 0  # the first task is free
@@ -176,15 +176,15 @@ def test_the_space_holds_the_share_of_what_the_subtracted_weights_see(run):
 
 def test_what_is_subtracted_makes_a_difference(run):
     """Otherwise the test above could not tell the pass from one through the weights in force."""
-    method = run.method
-    task = run._task(2)
+    method = run.learner.method
+    task = task_of(run, 2)
     seen = inputs_by_hand(method, task, weights_now(method))["blocks.1.attn.qkv"]
     minus = inputs_by_hand(method, task, {n: 2 * method.original[n] - w for n, w in weights_now(method).items()})
     assert np.linalg.norm(seen - minus["blocks.1.attn.qkv"]) > 1e-2 * np.linalg.norm(seen)
 
 
 def test_A_moves_within_the_space(run):
-    for task, steps in enumerate(run.method.drift):
+    for task, steps in enumerate(run.learner.method.drift):
         assert len(steps) == 2 * 3 * 2 and all(moved > 0 for moved, _ in steps)
         if task:
             assert all(outside <= 1e-5 * moved for moved, outside in steps)
@@ -192,7 +192,7 @@ def test_A_moves_within_the_space(run):
 
 def test_the_weights_are_restored_when_the_pass_fails(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora-drs", **SHARE)
-    method = trainer.method
+    method = trainer.learner.method
     for layer in method.layers.values():  # an old update
         layer.linear.weight.data += 0.1 * torch.randn_like(layer.linear.weight)
     before = weights_now(method)
@@ -206,19 +206,19 @@ def test_the_weights_are_restored_when_the_pass_fails(patterns, weights, tmp_pat
 
 def test_statistics_that_are_not_finite_are_named_and_nothing_is_changed(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora-drs", **SHARE)
-    method = trainer.method
-    trainer.model.add_task(2)
+    method = trainer.learner.method
+    trainer.learner.model.add_task(2)
     method.layers["blocks.0.attn.qkv"].linear.weight.data[-1, 0] = float("inf")
     before = weights_now(method)
     with pytest.raises(StatisticsError, match="blocks.1.attn.qkv"):
-        method.begin_task(trainer._task(1))
+        method.begin_task(task_of(trainer, 1))
     assert all(torch.equal(weight, before[name]) for name, weight in weights_now(method).items())
 
 
 def test_B_starts_sparse_and_random(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora-drs", **SHARE)
-    trainer.method.begin_task(trainer._task(0))
-    for layer in trainer.method.layers.values():
+    trainer.learner.method.begin_task(task_of(trainer, 0))
+    for layer in trainer.learner.method.layers.values():
         zeros = (layer.B == 0).sum(-2)
         assert (zeros == 29).all()  # 0.9 of 32 in every column
         assert 0.005 < layer.B[layer.B != 0].std() < 0.02
@@ -234,14 +234,14 @@ def test_exact_rectification_plugs_in(patterns, weights, tmp_path, rectify):
 
 
 def test_the_nearest_class_mean_is_chosen(run):
-    benchmark, method = run.benchmark, run.method
-    run.model.eval()
+    benchmark, method = run.benchmark, run.learner.method
+    run.learner.model.eval()
     with torch.no_grad():
         means = []
         for position in range(6):
             rows = (benchmark.positions[benchmark.train.labels] == position).nonzero().flatten()
-            means.append(run.model.features(benchmark.train.images[rows]).double().mean(0))
-        features = run.model.features(benchmark.test.images).double()
+            means.append(run.learner.model.features(benchmark.train.images[rows]).double().mean(0))
+        features = run.learner.model.features(benchmark.test.images).double()
         chosen = method.scores(benchmark.test.images).argmax(-1).tolist()
     stored = method.prototypes.matrix.double()
     assert relative_error(stored[-2:], F.normalize(torch.stack(means[-2:]), dim=1)) <= 1e-5  # of the last task

@@ -61,31 +61,31 @@ class Watched(METHODS["lora-gpm"]):
 
 def test_bases_are_those_of_gpm_and_gradients_of_A_avoid_them(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora-gpm", **ENERGY)
-    trainer.method.__class__ = Watched
+    trainer.learner.method.__class__ = Watched
     results = trainer.run()
-    for name, layer in trainer.method.layers.items():
+    for name, layer in trainer.learner.method.layers.items():
         V = np.zeros((32, 0))
-        for task, inputs in enumerate(trainer.method.inputs):
+        for task, inputs in enumerate(trainer.learner.method.inputs):
             assert inputs[name].shape == (32, 16 * 5)
             V = gpm(V, inputs[name], 0.6 + 0.3 * task / 3)
             assert results["basis_rank"][task][name] == V.shape[1]
         assert 0 < V.shape[1] < 28  # not the cap n - r
         assert relative_error(subspace(layer.basis), subspace(torch.from_numpy(V))) <= 1e-4
     # Two tasks with a basis, two layers, 2 * 3 steps but the first: there B = 0, so that A has no gradient.
-    assert trainer.method.checked == 2 * 2 * 5
+    assert trainer.learner.method.checked == 2 * 2 * 5
 
 
 def test_the_basis_grows_and_keeps_what_it_had(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora-gpm", **ENERGY)
     bases = []
-    close = trainer.method.close_task
+    close = trainer.learner.method.close_task
 
     def close_task(task):
         report = close(task)
-        bases.append([layer.basis.clone() for layer in trainer.method.layers.values()])
+        bases.append([layer.basis.clone() for layer in trainer.learner.method.layers.values()])
         return report
 
-    trainer.method.close_task = close_task
+    trainer.learner.method.close_task = close_task
     trainer.run()
     for earlier, later in zip(bases, bases[1:], strict=False):
         for old, new in zip(earlier, later, strict=True):
@@ -110,10 +110,10 @@ def test_both_estimators_find_the_same_subspace(patterns, weights, tmp_path, est
     """At the layer's full width the incremental SVD is exact."""
     flags = {"method": "lora-gpm", "estimator": estimator, "epochs": 1} | ENERGY
     trainer = make_trainer(patterns, weights, tmp_path / "run", **flags)
-    trainer.method.__class__ = Watched
+    trainer.learner.method.__class__ = Watched
     trainer.run()
-    for name, layer in trainer.method.layers.items():
+    for name, layer in trainer.learner.method.layers.items():
         V = np.zeros((32, 0))
-        for task, inputs in enumerate(trainer.method.inputs):
+        for task, inputs in enumerate(trainer.learner.method.inputs):
             V = gpm(V, inputs[name], 0.6 + 0.3 * task / 3)
         assert relative_error(subspace(layer.basis), subspace(torch.from_numpy(V))) <= 1e-4

@@ -11,6 +11,7 @@ from janus_ext.config import TrainConfig
 from janus_ext.data import emoji
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Task
+from janus_ext.training.loop import Learner
 from janus_ext.training.trainer import Trainer
 
 CASES = {
@@ -40,13 +41,14 @@ def comparable(report) -> tuple:
     return (report.violation, report.basis_rank, report.danger, report.similarity_own, report.similarity_old, factors)
 
 
-class CutOffTrainer(Trainer):
+class CutOffLearner(Learner):
     """Stops for good in the last epoch of the third task, when all that a method keeps is in use."""
 
-    def _train_epoch(self, task: Task, epoch: int, *rest) -> None:
-        super()._train_epoch(task, epoch, *rest)
+    def _train_epoch(self, task: Task, epoch: int, *rest) -> dict:
+        record = super()._train_epoch(task, epoch, *rest)
         if (task.index, epoch) == (2, self.config.epochs - 1):
             raise KeyboardInterrupt
+        return record
 
 
 def test_every_method_is_a_case():
@@ -58,7 +60,7 @@ def test_a_run_ends_repeats_itself_and_is_taken_up_again(patterns, weights, tmp_
     first = trainer_of(case, patterns, weights, tmp_path / "first")
     results = first.run()
     check_results(results)
-    again = trainer_of(case, patterns, weights, tmp_path / "again", CutOffTrainer)
+    again = trainer_of(case, patterns, weights, tmp_path / "again", CutOffLearner)
     with pytest.raises(KeyboardInterrupt):
         again.run()
     assert again.matrix == results["accuracy_matrix"][:2]
@@ -67,7 +69,7 @@ def test_a_run_ends_repeats_itself_and_is_taken_up_again(patterns, weights, tmp_
     assert without_time(resumed.run()) == without_time(results)
     assert comparable(resumed.reports[-1]) == comparable(first.reports[-1])
     assert all(torch.equal(value, weights_of(resumed)[key]) for key, value in weights_of(first).items())
-    states = resumed.method.state_dict(), first.method.state_dict()
+    states = resumed.learner.method.state_dict(), first.learner.method.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[0][key]) for key, value in states[1].items())
 
@@ -91,7 +93,7 @@ def test_lora_gpm_and_janus_differ_in_what_they_observe(patterns, weights, tmp_p
     results = [trainer.run() for trainer in (janus, gpm)]
     first = [r["accuracy_matrix"][0] for r in results]
     assert first[0] == first[1]
-    bases = [trainer.method.layers["blocks.1.attn.qkv"].basis for trainer in (janus, gpm)]
+    bases = [trainer.learner.method.layers["blocks.1.attn.qkv"].basis for trainer in (janus, gpm)]
     assert bases[0].shape != bases[1].shape or not torch.allclose(bases[0], bases[1], atol=1e-4)
 
 
@@ -99,15 +101,18 @@ def test_lora_gpm_and_janus_differ_in_what_they_observe(patterns, weights, tmp_p
 def test_the_nearest_class_mean_takes_prototypes_in_place_of_heads(patterns, weights, tmp_path):
     trainer = trainer_of("janus, nearest class mean", patterns, weights, tmp_path / "run")
     matrix = trainer.run()["accuracy_matrix"]
-    features = trainer.model.eval().features(patterns.test.images).detach()
-    nearest = torch.cdist(torch.nn.functional.normalize(features, dim=1), trainer.method.prototypes.matrix).argmin(1)
+    features = trainer.learner.model.eval().features(patterns.test.images).detach()
+    directions = torch.nn.functional.normalize(features, dim=1)
+    nearest = torch.cdist(directions, trainer.learner.method.prototypes.matrix).argmin(1)
     right = (nearest == patterns.positions[patterns.test.labels]).float()
-    assert matrix[-1] == pytest.approx([100 * float(right[rows].mean()) for rows in trainer.test_rows])
+    assert matrix[-1] == pytest.approx(
+        [100 * float(right[rows].mean()) for rows in (images.rows for images in trainer.test_images)]
+    )
     with torch.no_grad():
-        for head in trainer.model.heads:
+        for head in trainer.learner.model.heads:
             head.weight.zero_()
     assert trainer._evaluate(2)[0] == matrix[-1]  # heads take no part in it
-    trainer.method.prototypes.matrix = trainer.method.prototypes.matrix.roll(1, 0)
+    trainer.learner.method.prototypes.matrix = trainer.learner.method.prototypes.matrix.roll(1, 0)
     assert trainer._evaluate(2)[0] != matrix[-1]
 
 
@@ -123,10 +128,10 @@ def test_a_class_without_training_images_does_not_shift_the_others(patterns, wei
     lacking = replace(patterns, train=patterns.train.take(kept))
     trainer = trainer_of("janus, nearest class mean", lacking, weights, tmp_path / "run")
     trainer.run()
-    assert trainer.method.prototypes.classes == [0, 2, 3, 4, 5]
+    assert trainer.learner.method.prototypes.classes == [0, 2, 3, 4, 5]
     with torch.no_grad():
-        scores = trainer.method.scores(patterns.test.images)
-        cosines = trainer.method.prototypes.cosines(trainer.model.features(patterns.test.images))
+        scores = trainer.learner.method.scores(patterns.test.images)
+        cosines = trainer.learner.method.prototypes.cosines(trainer.learner.model.features(patterns.test.images))
     assert scores.shape == (24, 6) and torch.allclose(scores[:, [0, 2, 3, 4, 5]], cosines, atol=1e-6)
     assert not (scores.argmax(-1) == 1).any()
 
@@ -142,5 +147,5 @@ def test_joint_training_is_plain_lora_on_everything(patterns, weights, tmp_path)
     single = replace(patterns, tasks=(patterns.class_order,))
     runs = [make_trainer(single, weights, tmp_path / method, method=method) for method in ("joint", "lora")]
     results = [without_time(trainer.run()) | {"method": None} for trainer in runs]
-    assert results[0] == results[1] and len(runs[0].model.heads) == 1
+    assert results[0] == results[1] and len(runs[0].learner.model.heads) == 1
     assert all(torch.equal(value, weights_of(runs[1])[key]) for key, value in weights_of(runs[0]).items())

@@ -5,14 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KeepingTrainer, assert_protected_inputs_are_left_alone, make_trainer, weights_of
+from conftest import assert_protected_inputs_are_left_alone, make_trainer
 from torch import Tensor
 
 from janus_ext.errors import TrainingError
 from janus_ext.methods.base import Step
+from janus_ext.training.loop import Learner
 
 
-class Overflowing(KeepingTrainer):
+class Overflowing(Learner):
     """Some steps have an infinite gradient in the first layer: they change neither weights nor the optimizer."""
 
     bad = frozenset({1, 2, 9, 16})
@@ -25,10 +26,14 @@ class Overflowing(KeepingTrainer):
             return super()._step(images, targets, optimizer, scaler)
         factor = getattr(self.method.layers["blocks.0.attn.qkv"], self.factor)
         hook = factor.register_hook(lambda grad: torch.full_like(grad, float("inf")))
-        weights, state, scale = weights_of(self), copy.deepcopy(tensors(optimizer)), scaler.get_scale()
+        weights, state, scale = (
+            copy.deepcopy(self.model.state_dict()),
+            copy.deepcopy(tensors(optimizer)),
+            scaler.get_scale(),
+        )
         step = super()._step(images, targets, optimizer, scaler)
         hook.remove()
-        assert all(torch.equal(value, weights[key]) for key, value in weights_of(self).items())
+        assert all(torch.equal(value, weights[key]) for key, value in self.model.state_dict().items())
         for key, value in tensors(optimizer).items():
             assert torch.equal(value, state.get(key, torch.zeros_like(value))), key
         assert scaler.get_scale() == scale / 2
@@ -47,17 +52,17 @@ def tensors(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:
 def test_a_step_with_an_infinite_gradient_is_left_out(patterns, weights, tmp_path, mode, factor, optimizer):
     changes = {"rectify": mode, "optimizer": optimizer, "amp": "fp16", "clip_norm": 1.0}
     trainer = make_trainer(patterns, weights, tmp_path / "run", Overflowing, **changes)
-    trainer.factor = factor
+    trainer.learner.factor = factor
     trainer.run()
-    assert trainer.taken == 18
-    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+    assert trainer.learner.taken == 18
+    assert all(torch.isfinite(value).all() for value in trainer.learner.model.state_dict().values())
     if mode == "exact":
         assert_protected_inputs_are_left_alone(trainer, tasks=3)
 
 
 def test_gradients_that_never_fit_end_the_run(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run", Overflowing, amp="fp16", epochs=9)
-    trainer.bad = frozenset(range(1, 18))
+    trainer.learner.bad = frozenset(range(1, 18))
     with pytest.raises(TrainingError, match="float16 does not hold the gradients of task 1, epoch 9.*--amp bf16"):
         trainer.run()
 

@@ -1,6 +1,5 @@
 """What a finished run shows: the text fits the terminal, pictures have one size, marks and older results are right."""
 
-import random
 import re
 import shutil
 from dataclasses import replace
@@ -11,52 +10,12 @@ from conftest import make_trainer
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from results import made_up
 
 from janus_ext.reports import plots, table
 from janus_ext.runs import metrics
 
 WIDE = 10_000
-
-
-def made_up(tasks: int, layers: int = 3, recognition: bool = True, **changes: Any) -> dict[str, Any]:
-    """Results of a run of ``tasks``, of the size and shape of real ones; ``recognition``: with the newer keys."""
-    numbers = random.Random(0)
-
-    def triangle(low: float, high: float) -> list[list[float]]:
-        return [[numbers.uniform(low, high) for _ in range(t + 1)] for t in range(tasks)]
-
-    def per_layer(low: float, high: float) -> list[dict[str, float]]:
-        names = [f"blocks.{i}.attn.qkv" for i in range(layers)]
-        return [{name: 10 ** numbers.uniform(low, high) for name in names} if t else {} for t in range(tasks)]
-
-    matrix, violation = triangle(0, 100), per_layer(-7, -6)
-    averages = metrics.trajectory(matrix)
-    results = {
-        "benchmark": "emoji",
-        "method": "janus",
-        "seed": 0,
-        "accuracy_matrix": matrix,
-        "acc": averages[-1],
-        "maa": sum(averages) / tasks,
-        "bwt": metrics.backward_transfer(matrix),
-        "forgetting": metrics.forgetting(matrix),
-        "plasticity": metrics.plasticity(matrix),
-        "acc_sample_weighted": averages[-1],
-        "maa_sample_weighted": sum(averages) / tasks,
-        "violation": [sum(v.values()) / layers if v else None for v in violation],
-        "violation_per_layer": violation,
-        "danger": [numbers.random() if t else None for t in range(tasks)],
-        "similarity_own": [[numbers.uniform(0.6, 0.9) for _ in range(5)] for _ in range(tasks)],
-        "similarity_old": [[numbers.uniform(0.3, 0.6) for _ in range(5)] if t else None for t in range(tasks)],
-        "basis_rank": [{name: 100 for name in v} for v in violation],
-        "seconds": [numbers.uniform(1, 20_000) for _ in range(tasks)],
-    }
-    if recognition:
-        known, recognised = triangle(70, 80), triangle(40, 60)
-        results |= {"accuracy_matrix_task_known": known, "task_recognition_matrix": recognised}
-        results |= {"acc_task_known": metrics.accuracy(known), "task_recognition": metrics.accuracy(recognised)}
-        results["violation_rounding_per_layer"] = per_layer(-9, -8)
-    return results | changes
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -237,7 +196,7 @@ def test_layers_that_are_guarded_in_some_tasks_only_are_drawn():
 
 def test_layers_are_named_by_all_their_numbers():
     names = ["blocks.3.attn.qkv", "layers.2.blocks.11.attn.qkv", "stages.0.1.attn.qkv2", "attn.qkv"]
-    assert [plots._short(name) for name in names] == ["4", "3.12", "1.2", "attn.qkv"]
+    assert [plots.short_name(name) for name in names] == ["4", "3.12", "1.2", "attn.qkv"]
 
 
 def test_a_single_task_without_basis_can_be_reported(patterns, weights, tmp_path):

@@ -35,7 +35,7 @@ def test_a_run_says_what_it_resolved(patterns, weights, tmp_path, monkeypatch, m
     trainer = make_trainer(patterns, weights, tmp_path, method=method, epochs=3, batch_size=6, lr=2e-3, **spectral)
     device, adapted, learning = opening.lines(trainer)
     assert device.startswith("cpu (") and device.endswith("), float32, 3 threads")
-    whole = sum(p.numel() for p in trainer.model.backbone.parameters())
+    whole = sum(p.numel() for p in trainer.learner.model.backbone.parameters())
     assert adapted == (
         f"{method}: 2 of 2 attention layers adapted, {count:,} of {whole:,} parameters trained, and the heads"
     )

@@ -20,8 +20,7 @@ from conftest import (
 from torch import Tensor
 
 from janus_ext import train
-from janus_ext.backbone import load_backbone
-from janus_ext.classifier import ContinualClassifier
+from janus_ext.assembly import make_learner
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji
 from janus_ext.errors import ArgumentError, CheckpointError, TrainingError
@@ -29,6 +28,7 @@ from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method, Step
 from janus_ext.reports import plots
 from janus_ext.runs import checkpoint
+from janus_ext.runs.run import Run
 
 ABLATION = {  # the rows of docs/methods.md: rectify, estimator, margin weight
     "nothing": ("none", "none", 0.0),
@@ -238,9 +238,8 @@ def test_exact_rectification_leaves_protected_inputs_alone(patterns, weights, tm
 
 def test_exact_rectification_on_the_embedded_benchmark(tmp_path):
     config = TrainConfig(tasks=4, limit_per_class=1, epochs=2, energy_start=0.9, energy_end=0.95).resolved()
-    model = ContinualClassifier(load_backbone(), torch.bfloat16)
-    method = METHODS["janus"](model, config)
-    trainer = KeepingTrainer(config, emoji.load(config), model, method, tmp_path / "run")
+    learner = make_learner(replace(config, device="cpu", amp="bf16"), 0, 4)
+    trainer = KeepingTrainer(config, emoji.load(config), learner, Run(tmp_path / "run"))
     results = trainer.run()
     assert_protected_inputs_are_left_alone(trainer, tasks=4)
     assert max(results["violation"][1:]) <= 1e-5
@@ -249,13 +248,13 @@ def test_exact_rectification_on_the_embedded_benchmark(tmp_path):
 def test_the_factors_of_the_tasks_add_up_to_the_final_weights(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run", scale=2.0)
     name = "blocks.1.attn.qkv"
-    start = trainer.model.state_dict()[f"backbone.{name}.linear.weight"].clone()
+    start = trainer.learner.model.state_dict()[f"backbone.{name}.linear.weight"].clone()
     trainer.run()
     update = torch.zeros(2, 32, 32, dtype=torch.float64)
     for task in range(3):
         factors, metadata = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / f"factors-{task}.safetensors")
         update += float(metadata["scale"]) * factors[f"{name}.B"].double() @ factors[f"{name}.A"].double()
-    final = trainer.model.state_dict()[f"backbone.{name}.linear.weight"]
+    final = trainer.learner.model.state_dict()[f"backbone.{name}.linear.weight"]
     assert torch.equal(final[:32], start[:32])  # q is not adapted
     assert torch.allclose((final - start)[32:].double(), update.reshape(64, 32), atol=1e-6)
 
@@ -268,7 +267,7 @@ def test_class_names_stand_beside_the_ids_whatever_bytes_they_are(patterns, weig
     for name in ("model", "factors-1"):
         _, about = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / f"{name}.safetensors")
         assert json.loads(about["class_names"]) == list(names)
-    assert json.loads(about["classes"]) == list(patterns.tasks[1])
+    assert json.loads(about["tasks"]) == [[names[c] for c in task] for task in patterns.tasks[:2]]
 
 
 def test_the_saved_model_is_the_evaluated_one(patterns, weights, tmp_path):
@@ -277,13 +276,16 @@ def test_the_saved_model_is_the_evaluated_one(patterns, weights, tmp_path):
     tensors, _ = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "model.safetensors")
     fresh = make_trainer(patterns, weights, tmp_path / "other")
     for classes in patterns.tasks:
-        fresh.model.add_task(len(classes))
-    fresh.model.load_state_dict(tensors)
+        fresh.learner.model.add_task(len(classes))
+    fresh.learner.model.load_state_dict(tensors)
     assert fresh._evaluate(2)[0] == results["accuracy_matrix"][-1]
     state, _ = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "method-2.safetensors")
-    fresh.method.load_state_dict(state)
-    assert torch.equal(fresh.method.prototypes.matrix, trainer.method.prototypes.matrix)
-    assert all(torch.equal(e.basis, trainer.method.estimators[k].basis) for k, e in fresh.method.estimators.items())
+    fresh.learner.method.load_state_dict(state)
+    assert torch.equal(fresh.learner.method.prototypes.matrix, trainer.learner.method.prototypes.matrix)
+    assert all(
+        torch.equal(e.basis, trainer.learner.method.estimators[k].basis)
+        for k, e in fresh.learner.method.estimators.items()
+    )
 
 
 def test_only_factors_and_the_newest_head_move(patterns, weights, tmp_path):
@@ -306,12 +308,12 @@ def test_inputs_are_observed_in_the_last_epoch_only(patterns, weights, tmp_path)
     trainer = make_trainer(patterns, weights, tmp_path / "run", epochs=4)
     rows = []
 
-    class Counted(type(trainer.method)):
+    class Counted(type(trainer.learner.method)):
         def close_task(self, task):
             rows.append({estimator.rows for estimator in self.estimators.values()})
             return super().close_task(task)
 
-    trainer.method.__class__ = Counted
+    trainer.learner.method.__class__ = Counted
     trainer.run()
     assert rows == [{16 * 5}] * 3  # 16 images of 4 patches and a class token; no evaluation, no other epoch
 
@@ -319,15 +321,15 @@ def test_inputs_are_observed_in_the_last_epoch_only(patterns, weights, tmp_path)
 def test_prototypes_know_the_models_outputs(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run")
     trainer.run()
-    assert trainer.method.prototypes.classes == [0, 1, 2, 3, 4, 5]
+    assert trainer.learner.method.prototypes.classes == [0, 1, 2, 3, 4, 5]
 
 
 def test_accuracy_counts_all_seen_classes(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run")
     trainer.run()
-    logits = trainer.model(patterns.test.images)
+    logits = trainer.learner.model(patterns.test.images)
     right = logits.argmax(-1) == patterns.positions[patterns.test.labels]
-    expected = [100 * float(right[rows].float().mean()) for rows in trainer.test_rows]
+    expected = [100 * float(right[rows].float().mean()) for rows in (images.rows for images in trainer.test_images)]
     assert logits.shape == (24, 6) and trainer.matrix[-1] == pytest.approx(expected)
 
 
@@ -338,13 +340,13 @@ def test_why_images_are_missed_is_measured_beside_it(patterns, weights, tmp_path
     names = ("accuracy_matrix", "accuracy_matrix_task_known", "task_recognition_matrix")
     assert all([len(row) for row in results[name]] == [1, 2, 3] for name in names)
     with torch.no_grad():
-        scores = trainer.method.scores(patterns.test.images)
+        scores = trainer.learner.method.scores(patterns.test.images)
     labels, winners = patterns.positions[patterns.test.labels], scores.argmax(-1)
     own = torch.stack([scores[i, y - y % 2 : y - y % 2 + 2].argmax() for i, y in enumerate(labels)])
     cases = zip(names, (winners == labels, own == labels % 2, winners // 2 == labels // 2), strict=True)
     for name, right in cases:
         assert results[name][-1] == pytest.approx(
-            [100 * float(right[rows].float().mean()) for rows in trainer.test_rows]
+            [100 * float(right[rows].float().mean()) for rows in (images.rows for images in trainer.test_images)]
         )
     assert results["acc_task_known"] == pytest.approx(sum(results["accuracy_matrix_task_known"][-1]) / 3)
     assert results["task_recognition"] == pytest.approx(sum(results["task_recognition_matrix"][-1]) / 3)
@@ -367,7 +369,7 @@ class Diverging(METHODS["lora"]):
 
 def test_a_loss_that_is_not_finite_is_named_by_task_epoch_and_step(patterns, weights, tmp_path):
     trainer = make_trainer(patterns, weights, tmp_path / "run", method="lora")
-    trainer.method.__class__ = Diverging
+    trainer.learner.method.__class__ = Diverging
     with pytest.raises(TrainingError, match="loss is nan in task 2, epoch 3, step 2"):
         trainer.run()
     assert checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "model.safetensors")[1]["task"] == "0"

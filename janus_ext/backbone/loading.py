@@ -21,13 +21,13 @@ from janus_ext.backbone.files import (
     read_checkpoint,
     sizes_of_npz,
 )
+from janus_ext.backbone.network import attach, make_vision_transformer
 from janus_ext.backbone.sources import HUB, Source, find_source, hub
 from janus_ext.backbone.torchvision_guard import prepare_torchvision
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.runs.checkpoint import read_tensors
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "backbone.safetensors"
-DROP_RATES = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
 def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: int | None = None) -> nn.Module:
@@ -52,7 +52,8 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
 
     ``image_size`` is the side of the images in pixels, by default what the weights were trained with.
     Dropout and stochastic depth are off, whatever the network's default.
-    The result carries ``input_mean``, ``input_std`` (3 numbers each) and ``input_size`` (pixels).
+    The result carries ``input_mean``, ``input_std`` (3 numbers each), ``input_size`` (pixels), and ``network``, from
+    which `rebuild` makes the same network with random weights, whatever has become of the name's source.
 
     Raises:
         ArgumentError: there is no such name, or the image size does not suit the network.
@@ -79,19 +80,17 @@ def weight_file(name: str, weights: str) -> Path | None:
 
 def _load_embedded(weights: str, image_size: int | None) -> nn.Module:
     """timm's VisionTransformer as the metadata of the weight file describes it; no dropout of any kind."""
-    from timm.models.vision_transformer import VisionTransformer
-
     path = EMBEDDED if weights in ("pretrained", "none") else Path(weights)
     tensors, metadata = read_tensors(path)
     check_finite(str(path), tensors.items())
     what = f"{path} holds no vision transformer of this program"
     try:
-        architecture = json.loads(metadata["architecture"])
+        options = json.loads(metadata["architecture"])
         normalize = json.loads(metadata["normalize"])
-        model = VisionTransformer(**(architecture | dict.fromkeys(DROP_RATES, 0.0) | {"num_classes": 0}))
+        model = make_vision_transformer(options)
         if weights != "none":
             model.load_state_dict({key: value.float() for key, value in tensors.items()})
-        mean, std, size = normalize["mean"], normalize["std"], _first(architecture.get("img_size", 224))
+        mean, std, size = normalize["mean"], normalize["std"], _first(options.get("img_size", 224))
     except KeyError as error:
         raise CheckpointError(f"{what}: no {error} in its metadata") from error
     except (ValueError, TypeError, RuntimeError) as error:
@@ -99,7 +98,8 @@ def _load_embedded(weights: str, image_size: int | None) -> nn.Module:
     if image_size is not None:
         _check_patches(model, image_size, "emoji")
         model.set_input_size(img_size=(image_size, image_size))
-    return _describe(model, mean, std, image_size or size)
+        options["img_size"] = size = image_size
+    return attach(model, mean, std, size, {"options": options})
 
 
 def _load_timm(source: Source, weights: str, image_size: int | None) -> nn.Module:
@@ -118,7 +118,8 @@ def _load_timm(source: Source, weights: str, image_size: int | None) -> nn.Modul
         model = _load_tensors(source, file, options)
     cfg = model.pretrained_cfg
     size = image_size or _first(source.options.get("img_size", cfg["input_size"][-1]))
-    return _describe(model, cfg["mean"], cfg["std"], size)
+    network = {"name": source.architecture, "options": source.options | options, "cfg": source.cfg}
+    return attach(model, cfg["mean"], cfg["std"], size, network)
 
 
 def _check_image_size(source: Source, size: int) -> None:
@@ -216,31 +217,6 @@ def _load_npz(source: Source, file: WeightFile, options: dict[str, Any]) -> nn.M
     if found != wanted:
         raise CheckpointError(f"{unfit}: blocks, width and heads must be {wanted}, found {found or 'no encoder'}")
     return model
-
-
-def _describe(model: nn.Module, mean: Any, std: Any, size: int) -> nn.Module:
-    """Attaches what images must look like, colour statistics and side length; dropout is switched off."""
-    _without_dropout(model)
-    model.input_mean, model.input_std, model.input_size = tuple(mean), tuple(std), int(size)
-    return model
-
-
-def _without_dropout(model: nn.Module) -> None:
-    """No dropout and no stochastic depth, which some of timm's networks have by default (Swin 0.1, Nest 0.5).
-
-    The published protocols train without; and what a layer's estimator observes in training should be what it gets.
-    """
-    from timm.layers import DropPath, PatchDropout
-
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        elif isinstance(module, DropPath):
-            module.drop_prob = 0.0
-        elif isinstance(module, PatchDropout):
-            module.prob = 0.0
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
 
 
 def _first(size: int | list[int] | tuple[int, ...]) -> int:

@@ -91,6 +91,34 @@ class MemorySplit(Split):
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Some images of a split, and the model's output for each of its class ids.
+
+    ``rows`` int64 [n] are the images' places in ``split``, ``outputs`` int64 [classes] maps class ids.
+    """
+
+    split: Split
+    rows: Tensor
+    outputs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(uint8 [b, 3, H, W], int64 [b] outputs) of ``size`` images at most, in order and as they are."""
+        return self._stream(self.rows, size, None)
+
+    def shuffled(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same in random order, augmented."""
+        generator = torch.Generator().manual_seed(seed)
+        return self._stream(self.rows[torch.randperm(len(self.rows), generator=generator)], size, generator)
+
+    def _stream(self, rows: Tensor, size: int, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.split.stream(rows.split(size), generator):
+            yield images, self.outputs[labels]
+
+
+@dataclass(frozen=True)
 class Benchmark:
     """A class-incremental benchmark: ``tasks`` holds the class ids of each task in the order of learning."""
 
@@ -110,6 +138,14 @@ class Benchmark:
         """int64 [classes]: the model's output for each class id, the inverse of ``class_order``."""
         order = torch.tensor(self.class_order, dtype=torch.int64)
         return torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+
+    def training(self, task: int) -> Selection:
+        """The training images of a task."""
+        return Selection(self.train, self.train.of_classes(self.tasks[task]), self.positions)
+
+    def testing(self, task: int) -> Selection:
+        """The test images of a task."""
+        return Selection(self.test, self.test.of_classes(self.tasks[task]), self.positions)
 
     @property
     def split_sha256(self) -> str:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from janus_ext.errors import ArgumentError
 from janus_ext.margin import ClassPrototypes
 
 if TYPE_CHECKING:  # names for the reader; a method gets both objects handed in
@@ -110,6 +111,17 @@ class Method(ABC):
         scores = torch.full_like(logits, -float("inf"))  # of a class that had no training images, hence no prototype
         scores[:, self.prototypes.classes] = self.prototypes.cosines(features)
         return scores
+
+    def abandon_task(self) -> None:  # noqa: B027 - likewise
+        """Called where a task ends in an error: lets go of what was begun; tensors are restored by the caller."""
+
+    def observe(self, task: Task) -> None:
+        """Protects the inputs of ``task``'s images, which are not learned.
+
+        Raises:
+            ArgumentError: the method remembers no inputs.
+        """
+        raise ArgumentError(f"method {self.config.method} remembers no inputs: there is nothing that it could protect")
 
     @abstractmethod
     def close_task(self, task: Task) -> TaskReport:

@@ -54,6 +54,10 @@ class InfLoRA(SequentialLoRA):
             report.basis_rank[name] = self.memories[name].rank
         return report
 
+    def observe(self, task: Task) -> None:
+        for name, H in self.second_moments(task).items():
+            self.memories[name].update(H, energy(self.config, task))
+
     def guarded(self, name: str) -> Tensor:
         return self.memories[name].protected()
 

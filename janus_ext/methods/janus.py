@@ -38,6 +38,9 @@ class Janus(ProtectedLoRA):
         if is_last:
             self.observing.enter_context(observing(self.layers, self.estimators))
 
+    def abandon_task(self) -> None:
+        self.observing.close()
+
     def close_task(self, task: Task) -> TaskReport:
         self.observing.close()
         return super().close_task(task)

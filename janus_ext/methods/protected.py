@@ -34,6 +34,13 @@ class ProtectedLoRA(SequentialLoRA):
             report.basis_rank[name] = basis.shape[1]
         return report
 
+    def observe(self, task: Task) -> None:
+        if not self.estimators:
+            super().observe(task)
+        self.watch(task, self.estimators)
+        for name, basis in self._commit(energy(self.config, task)).items():
+            self.layers[name].protect(basis)
+
     def _commit(self, share: float) -> dict[str, Tensor]:
         """The bases of the next task; where a layer's statistics are bad, none is changed and nothing is merged."""
         rooms = {name: self.layers[name].in_features - self.layers[name].rank for name in self.estimators}
@@ -49,5 +56,9 @@ class ProtectedLoRA(SequentialLoRA):
 
 
 def energy(config: TrainConfig, task: Task) -> float:
-    """Share of the input energy to protect after ``task``: the schedule of GPM and InfLoRA."""
-    return config.energy_start + (config.energy_end - config.energy_start) * task.index / task.total
+    """Share of the input energy to protect after ``task``: the schedule of GPM and InfLoRA.
+
+    After more tasks than were planned it stays what it was to be after the last of them.
+    """
+    passed = min(task.index, task.total - 1) / task.total
+    return config.energy_start + (config.energy_end - config.energy_start) * passed

@@ -187,6 +187,12 @@ PLOTS = {
 }
 
 
+def short_name(layer: str) -> str:
+    """ "blocks.3.attn.qkv" -> "4", "layers.2.blocks.3.attn.qkv" -> "3.4"; a name without a number stays as it is."""
+    numbers = [str(int(part) + 1) for part in layer.split(".") if part.isdecimal()]
+    return ".".join(numbers) or layer
+
+
 def _draw_rounding(axes: Axes, results: Results, place: dict[str, int]) -> None:
     """What of each layer's violation the rounding of its weights can be; float32's share of an update where unknown."""
     roundings = results.get("violation_rounding_per_layer", [])
@@ -213,8 +219,8 @@ def _dash(layers: int) -> float:
 def _name_layers(axes: Axes, names: list[str]) -> None:
     """Ticks of as many layers as there is room for."""
     every = -(-len(names) // MOST_LABELS)
-    axes.set_xticks(range(0, len(names), every), [_short(name) for name in names[::every]])
-    if max(len(_short(name)) for name in names) > 2:
+    axes.set_xticks(range(0, len(names), every), [short_name(name) for name in names[::every]])
+    if max(len(short_name(name)) for name in names) > 2:
         axes.tick_params(axis="x", labelsize=7.5, rotation=45)
 
 
@@ -236,12 +242,6 @@ def _apart(heights: list[float], least: float) -> list[float]:
 
 def _title(what: str, results: Results) -> str:
     return f"{what}  ({results['benchmark']}, {results['method']}, seed {results['seed']})"
-
-
-def _short(layer: str) -> str:
-    """ "blocks.3.attn.qkv" -> "4", "layers.2.blocks.3.attn.qkv" -> "3.4"; a name without a number stays as it is."""
-    numbers = [str(int(part) + 1) for part in layer.split(".") if part.isdecimal()]
-    return ".".join(numbers) or layer
 
 
 def _task_scale(tasks: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ HEADLINES = {
     "forgetting": "forgetting",
     "plasticity": "plasticity",
 }
+NUMBERS = (*HEADLINES, "acc_sample_weighted", "maa_sample_weighted")  # what results.json has one of
 TRAJECTORIES = {"task known": "accuracy_matrix_task_known", "recognised": "task_recognition_matrix"}
 ROUNDED = "~ at the rounding of the weights: of the update itself it is less, or nothing"
 LABEL = 12  # columns of the terminal before a row's cells
@@ -58,9 +59,8 @@ def summarize_runs(runs: Sequence[Results]) -> Results:
 
     A metric that some run lacks, which an earlier version wrote, is left out.
     """
-    keys = [*HEADLINES, "acc_sample_weighted", "maa_sample_weighted"]
     head = {key: runs[0][key] for key in ("benchmark", "method")}
-    spreads = {key: _spread([run[key] for run in runs]) for key in keys if all(key in run for run in runs)}
+    spreads = {key: spread([run[key] for run in runs]) for key in NUMBERS if all(key in run for run in runs)}
     return head | {"seeds": [run["seed"] for run in runs]} | spreads
 
 
@@ -72,6 +72,20 @@ def violations_rounded(results: Results) -> list[bool]:
         bool(violation) and all(name in rounding and value <= rounding[name] for name, value in violation.items())
         for violation, rounding in zip(tasks, roundings, strict=True)
     ]
+
+
+def spread(values: list[float | None]) -> dict[str, Any]:
+    """Mean, sample deviation (None for one value) and the values; mean and deviation are None if any value is."""
+    if any(value is None for value in values):
+        return {"mean": None, "std": None, "values": values}
+    mean, std = mean_and_std(values)
+    return {"mean": mean, "std": std, "values": values}
+
+
+def mean_of_known(values: list[float | None]) -> float | None:
+    """Mean of the numbers among them; None where there is none."""
+    known = [value for value in values if value is not None]
+    return _mean(known) if known else None
 
 
 def thinned(count: int, room: int) -> list[int | None]:
@@ -120,7 +134,7 @@ def _measured(results: Results) -> dict[str, list[str]]:
 def _headlines(results: Results, width: int) -> list[str]:
     """The numbers people compare, their sample-weighted kin on another line, and what a mark says."""
     cells = [f"{label} {_number(results[key])}" for key, label in HEADLINES.items() if key in results]
-    violation, danger = (_mean_of_known(results[key]) for key in ("violation", "danger"))
+    violation, danger = (mean_of_known(results[key]) for key in ("violation", "danger"))
     rounded = violations_rounded(results)
     known = [mark for mark, value in zip(rounded, results["violation"], strict=True) if value is not None]
     mark = "~" if known and all(known) else ""
@@ -155,17 +169,9 @@ def _seconds(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
-def _spread(values: list[float | None]) -> dict[str, Any]:
-    """Mean, deviation and values; all null if a run has no such number."""
-    if any(value is None for value in values):
-        return {"mean": None, "std": None, "values": values}
-    mean, std = mean_and_std(values)
-    return {"mean": mean, "std": std, "values": values}
-
-
-def _mean_std(spread: dict[str, Any]) -> str:
-    std = "" if spread["std"] is None else f" +- {spread['std']:.2f}"
-    return _number(spread["mean"]) + std
+def _mean_std(of: dict[str, Any]) -> str:
+    std = "" if of["std"] is None else f" +- {of['std']:.2f}"
+    return _number(of["mean"]) + std
 
 
 def _number(value: float | None) -> str:
@@ -174,8 +180,3 @@ def _number(value: float | None) -> str:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
-
-
-def _mean_of_known(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return _mean(known) if known else None

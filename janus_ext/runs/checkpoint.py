@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -172,6 +173,28 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` fill a new folder beside ``folder``, then puts it in that one's place; an error leaves that alone.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    made, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    make_folder(made)
+    try:
+        write(made)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(made, folder)
+    except OSError as error:
+        if old.exists():
+            os.replace(old, folder)
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _finite(value: Any) -> Any:

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from janus_ext.config import TrainConfig, flag
 from janus_ext.errors import ArgumentError, CheckpointError
-from janus_ext.runs.checkpoint import file_sha256, make_folder, read_json, remove, write_json
+from janus_ext.runs.checkpoint import make_folder, read_json, remove, write_json
 
 if TYPE_CHECKING:
-    from janus_ext.data.benchmark import Benchmark
+    from janus_ext.config import TrainConfig
 
 LOG = logging.getLogger("janus_ext")
 # The model first: without it nothing is taken up, whatever else a removal that was cut off has left.
@@ -30,15 +29,7 @@ OURS = (
 )
 TEMPORARY = "[0-9]*.tmp"  # the end of a name that a file has while it is written: the process, and .tmp
 LEFTOVERS = (f".*.json.{TEMPORARY}", f".metrics.jsonl.{TEMPORARY}", f"*/.*.{TEMPORARY}")
-NOT_COMPARED = {"output", "resume", "plots", "tensorboard", "workers", "cache_images"}  # results do not depend on them
-# What a run is on, beside its settings; and the settings that only say where it lies, which may be spelled otherwise.
-CONTENTS = {
-    "split_sha256": ("other image files, or another order of classes", ("data_dir", "split_files", "class_list")),
-    "class_names": ("classes of other names", ()),
-    "weights_sha256": ("backbone weights of other contents", ("weights",)),
-}
 OTHER = "choose another folder with --output"
-MISSING = "not stored"
 
 
 def choose_folder(config: TrainConfig) -> Path:
@@ -87,52 +78,6 @@ def is_run(folder: Path) -> bool:
     """True if ``folder`` holds the configuration of a run of this program."""
     path = folder / "config.json"
     return path.exists() and read_json(path).keys() >= {"benchmark", "method", "seed"}
-
-
-def settings_of(config: TrainConfig, benchmark: Benchmark, weights: Path | None) -> dict[str, Any]:
-    """What ``config.json`` holds: the resolved settings, and what they stand for, by its content.
-
-    ``weights`` is the local file that the backbone is read from, None where there is none.
-    """
-    return config.to_json() | {
-        "split_sha256": benchmark.split_sha256,
-        "weights_sha256": weights and file_sha256(weights),
-        "class_names": list(benchmark.class_names),
-    }
-
-
-def check_same_settings(asked: dict[str, Any], folder: Path) -> None:
-    """Raises ArgumentError when the run in ``folder`` was begun with other settings, or has lost one.
-
-    Images and weights are compared by their content: the same under another path are the same.
-    """
-    stored = read_json(folder / "config.json")
-    same = {key for key in CONTENTS if asked[key] is not None and asked[key] == stored.get(key, MISSING)}
-    elsewhere = {name for key in same for name in CONTENTS[key][1]}
-    compared = asked.keys() - NOT_COMPARED - CONTENTS.keys() - elsewhere
-    others = sorted(name for name in compared if _comparable(name, stored) != _comparable(name, asked))
-    if others:
-        values = ", ".join(f"{flag(n)} {_typed(stored.get(n, MISSING))} (asked: {_typed(asked[n])})" for n in others)
-        kind = "with other settings" if stored.keys() >= compared else "of another version of this program"
-        raise ArgumentError(f"{folder} holds a run {kind}: {values}; {OTHER}")
-    for key in sorted(CONTENTS.keys() - same):
-        if asked[key] != stored.get(key, MISSING):
-            found, wanted = (str(value)[:12] for value in (stored.get(key, MISSING), asked[key]))
-            digests = f": {key} {found} (asked: {wanted})" if key.endswith("sha256") else ""
-            raise ArgumentError(f"{folder} holds a run on {CONTENTS[key][0]}{digests}; {OTHER}")
-
-
-def _comparable(name: str, settings: dict[str, Any]) -> Any:
-    """What two runs must share to be one; of the device, its kind."""
-    value = settings.get(name, MISSING)
-    return str(value).partition(":")[0] if name == "device" else value
-
-
-def _typed(value: Any) -> str:
-    """A setting as one types it."""
-    if value is None or value == []:
-        return "left out"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_same_seeds(folder: Path, seeds: tuple[int, ...]) -> None:

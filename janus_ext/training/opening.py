@@ -11,6 +11,7 @@ from janus_ext.devices import device_name
 
 if TYPE_CHECKING:
     from janus_ext.methods.base import Method
+    from janus_ext.training.loop import Learner
     from janus_ext.training.trainer import Trainer
 
 PRECISIONS = {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
@@ -18,7 +19,8 @@ PRECISIONS = {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 au
 
 def lines(trainer: Trainer) -> list[str]:
     """Where the run computes; what the method trains; how it learns which tasks."""
-    return [_device(trainer), f"{trainer.config.method}: {adapted(trainer.method)}", _learning(trainer)]
+    learner = trainer.learner
+    return [_device(learner), f"{learner.config.method}: {adapted(learner.method)}", _learning(trainer)]
 
 
 def adapted(method: Method) -> str:
@@ -31,9 +33,9 @@ def adapted(method: Method) -> str:
     return f"{layers}, {trained:,} of {whole:,} parameters trained, and the heads{others}"
 
 
-def _device(trainer: Trainer) -> str:
-    device = f"{trainer.device} ({device_name(trainer.device)})"
-    return f"{device}, {PRECISIONS[trainer.config.amp]}, {_count(torch.get_num_threads(), 'thread')}"
+def _device(learner: Learner) -> str:
+    device = f"{learner.device} ({device_name(learner.device)})"
+    return f"{device}, {PRECISIONS[learner.config.amp]}, {_count(torch.get_num_threads(), 'thread')}"
 
 
 def _learning(trainer: Trainer) -> str:

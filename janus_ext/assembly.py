@@ -1,0 +1,94 @@
+"""How a learner is put together: from settings that somebody gives, or from those that a run has stored."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from janus_ext.backbone import adopt, load_backbone, rebuild
+from janus_ext.classifier import ContinualClassifier
+from janus_ext.config import LearnConfig
+from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
+from janus_ext.errors import ArgumentError, CheckpointError
+from janus_ext.methods import METHODS
+from janus_ext.training.loop import Learner, derive_seed
+
+FIELDS = tuple(field.name for field in fields(LearnConfig))
+
+
+def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Module | None = None) -> Learner:
+    """The backbone (by default the configuration's), the model and the method, whose first factors follow the seed.
+
+    ``config`` is resolved, its device and autocast chosen.
+
+    Raises:
+        ArgumentError: the method does not fit the backbone, whose name stands before the reason.
+    """
+    torch.manual_seed(derive_seed(seed, -1, -1, "backbone and first factors"))
+    if backbone is None:
+        backbone = load_backbone(config.backbone, config.weights, config.image_size)
+    model = ContinualClassifier(backbone.to(config.device), AMP_DTYPES[config.amp], config.normalize)
+    try:
+        method = METHODS[config.method](model, config)
+    except ArgumentError as error:
+        raise ArgumentError(f"--backbone {config.backbone}: {error}") from error
+    return Learner(config, model, method, seed, planned)
+
+
+def resolve(settings: Mapping[str, Any]) -> LearnConfig:
+    """The checked configuration of a learner, with its device and autocast chosen; ArgumentError names a setting."""
+    for name in settings:
+        if name not in FIELDS:
+            similar = difflib.get_close_matches(name, FIELDS, n=3)
+            hint = f"; similar: {', '.join(similar)}" if similar else ""
+            raise ArgumentError(f"a learner has no setting {name!r}{hint}")
+    config = LearnConfig(**settings).resolved()
+    if config.method == "joint":
+        raise ArgumentError("method joint learns all classes at once, and a learner one set after another")
+    device = pick_device(config.device)
+    return replace(config, device=str(device), amp=pick_amp(config.amp, device))
+
+
+def stored_config(settings: Mapping[str, Any], device: str | None = None) -> LearnConfig:
+    """The configuration in a run's ``config.json``, on ``device``, or where it was if that is there, or else anywhere.
+
+    Another kind of device chooses its own autocast.
+
+    Raises:
+        CheckpointError: a setting is missing or none of a learner's.
+    """
+    missing = [name for name in FIELDS if name not in settings]
+    if missing:
+        raise CheckpointError(f"config.json lacks {', '.join(missing[:3])}: another version of this program wrote it")
+    try:
+        config = LearnConfig(**{name: settings[name] for name in FIELDS})
+    except ArgumentError as error:
+        raise CheckpointError(f"config.json holds what cannot be: {error}") from error
+    chosen = pick_device(device or (config.device if _is_there(config.device) else "auto"))
+    amp = config.amp if chosen.type == torch.device(config.device).type else pick_amp("auto", chosen)
+    return replace(config, device=str(chosen), amp=amp)
+
+
+def network_of(settings: Mapping[str, Any], backbone: nn.Module | None = None) -> nn.Module:
+    """The network of a run with random weights, as ``config.json`` describes it; ``backbone`` where it does not."""
+    if backbone is not None:
+        return adopt(backbone)
+    if settings.get("network") is not None:
+        return rebuild(settings["network"])
+    if "network" in settings:
+        raise ArgumentError(
+            f"this learner was made of a {settings['backbone']} that timm does not make by a name: pass backbone= a "
+            "model of the same architecture"
+        )
+    weights = settings["weights"]  # of a run before networks were described
+    return load_backbone(settings["backbone"], "none" if weights == "pretrained" else weights, settings["image_size"])
+
+
+def _is_there(device: str) -> bool:
+    kind, _, index = device.partition(":")
+    return kind == "cpu" or (kind == "cuda" and int(index or 0) < torch.cuda.device_count())

@@ -1,0 +1,54 @@
+"""How sure a classifier is: the one temperature that makes its scores honest (Guo et al., ICML 2017)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from janus_ext.errors import ArgumentError
+
+COLDEST, HOTTEST = 1e-3, 1e3
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """T > 0 for which softmax(logits / T) gives held-out ``labels`` the largest likelihood.
+
+    The negative log likelihood is convex in 1 / T, so it falls to one minimum along log T, which golden sections find
+    within [0.001, 1000]; at an end of it where every image is right, or nothing better than chance is known.
+
+    Args:
+        logits: [N, C], any float dtype; -inf for classes that cannot be.
+        labels: int64 [N], columns of it.
+
+    Raises:
+        ArgumentError: there is no image.
+    """
+    if not len(labels):
+        raise ArgumentError("calibrate needs at least one labelled image, got none")
+    logits = logits.double()
+
+    def loss(log_temperature: float) -> float:
+        return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
+
+    low, high = math.log(COLDEST), math.log(HOTTEST)
+    inner = [high - GOLDEN * (high - low), low + GOLDEN * (high - low)]
+    values = [loss(x) for x in inner]
+    while high - low > 1e-6:
+        if values[0] <= values[1]:
+            high, inner[1], values[1] = inner[1], inner[0], values[0]
+            inner[0] = high - GOLDEN * (high - low)
+            values[0] = loss(inner[0])
+        else:
+            low, inner[0], values[0] = inner[0], inner[1], values[1]
+            inner[1] = low + GOLDEN * (high - low)
+            values[1] = loss(inner[1])
+    return math.exp((low + high) / 2)
+
+
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / T) over the last dimension, float32."""
+    return torch.softmax(logits.float() / temperature, dim=-1)

@@ -1,0 +1,155 @@
+"""What settings must be, each alone and together; a message names the flag, what was wanted and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from janus_ext.config.parts import BenchmarkName, Settings, Split, flag
+from janus_ext.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from janus_ext.config.learn import LearnConfig
+    from janus_ext.config.train import TrainConfig
+
+ANY = float("inf")
+RANGES: tuple[tuple[str, float, float], ...] = (
+    ("margin_weight", 0, ANY),
+    ("margin", -1, 2),
+    ("tasks", 1, ANY),
+    ("limit_per_class", 1, ANY),
+    ("workers", 0, 1024),
+    ("image_size", 1, ANY),
+    ("rank", 1, ANY),
+    ("frequencies", 1, ANY),
+    ("estimator_rank", 1, ANY),
+    ("energy_start", 0, 1),
+    ("energy_end", 0, 1),
+    ("share", 0, 1),
+    ("epochs", 1, ANY),
+    ("batch_size", 1, ANY),
+    ("accumulate", 1, ANY),
+)
+POSITIVE = ("lr", "head_lr", "scale", "temperature", "damping", "clip_norm")
+NO_MEMORY: dict[str, tuple[Any, ...]] = {"rectify": ("none",), "estimator": ("none",), "margin_weight": (0.0,)}
+METHOD_LIMITS: dict[str, dict[str, tuple[Any, ...]]] = {  # what a method takes of flags that others have, too
+    "lora": NO_MEMORY,
+    "lora-gpm": {"rectify": ("project", "tangent", "exact"), "estimator": ("gram", "isvd"), "margin_weight": (0.0,)},
+    "inflora": {"rectify": ("none",), "estimator": ("gram",), "margin_weight": (0.0,), "energy_power": (2,)},
+    "lora-drs": {"estimator": ("gram",), "energy_power": (1,)},
+    "bilora": NO_MEMORY,
+    "joint": NO_MEMORY | {"tasks": (1,)},
+}
+DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some benchmarks have
+    "data_dir": ("imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"),
+    "domains": ("domainnet",),
+    "split": ("imagenet-r", "domainnet", "folder"),
+    "split_files": ("imagenet-r", "domainnet"),
+    "class_list": ("imagenet-100",),
+    "workers": ("imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"),
+    "cache_images": ("imagenet-r", "imagenet-100", "domainnet", "folder"),  # the others are in memory anyway
+}
+SPLITS: dict[str, tuple[Split, ...]] = {
+    "imagenet-r": ("auto", "inflora", "coda", "folders"),
+    "domainnet": ("auto", "coda"),
+    "folder": ("auto", "folders", "random"),
+}
+
+
+def check_learning(config: LearnConfig) -> None:
+    """ArgumentError unless a task can be learned with these settings."""
+    _check_ranges(config)
+    _check_energies(config)
+    _check_schedule(config)
+    _check_method(config)
+
+
+def check_data(config: TrainConfig) -> None:
+    """ArgumentError unless the benchmark has these flags, in these combinations."""
+    _check_seeds(config.seed)
+    for name, benchmarks in DATA_FLAGS.items():
+        if getattr(config, name) != default(config, name) and config.benchmark not in benchmarks:
+            raise ArgumentError(
+                f"--benchmark {config.benchmark} has no {flag(name)}; it belongs to {', '.join(benchmarks)}"
+            )
+    if config.split_files and (config.split != "coda" or len(config.split_files) != 2):
+        raise ArgumentError(
+            f"--split-files are the training and the test file of --split coda, got {len(config.split_files)} files "
+            f"and --split {config.split}"
+        )
+    if not config.domains or len(set(config.domains)) != len(config.domains):
+        raise ArgumentError(f"--domains needs one or more different names, got {list(config.domains)}")
+    if config.split not in SPLITS.get(config.benchmark, (config.split,)):
+        raise ArgumentError(
+            f"--split {config.split} is none of {config.benchmark}'s: {', '.join(SPLITS[config.benchmark])}"
+        )
+
+
+def check_effect(asked: Settings, without: dict[str, str], defaults: dict[str, Any]) -> None:
+    """Refuses what the user typed and nobody would read; what a preset or a default says may stand idle."""
+    for name, wanted in without.items():
+        if getattr(asked, name) not in (default(asked, name), defaults.get(name)):
+            raise ArgumentError(f"{flag(name)} would do nothing here: it needs {wanted}")
+
+
+def default(config: Settings, name: str) -> Any:
+    """The value of a field where nobody says one."""
+    return type(config).__dataclass_fields__[name].default
+
+
+def _check_ranges(config: Settings) -> None:
+    for name, low, high in RANGES:
+        value = getattr(config, name, None)  # a learner has no data's
+        if value is not None and not low <= value <= high:
+            raise ArgumentError(f"{flag(name)} must lie in [{low:g}, {high:g}], got {value:g}")
+    for name in POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < ANY:
+            raise ArgumentError(f"{flag(name)} must be a positive number, got {value:g}")
+
+
+def _check_seeds(seeds: Iterable[int]) -> None:
+    seeds = list(seeds)
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ArgumentError(f"--seed needs one or more different numbers from 0 on, got {seeds}")
+
+
+def _check_energies(config: LearnConfig) -> None:
+    if config.energy_end < config.energy_start:
+        raise ArgumentError(
+            f"--energy-end {config.energy_end:g} is below --energy-start {config.energy_start:g}: "
+            "what one task protects cannot be given up by the next"
+        )
+    if config.estimator_rank is not None and config.estimator != "isvd":
+        raise ArgumentError(f"--estimator-rank belongs to --estimator isvd, got --estimator {config.estimator}")
+    if config.estimator == "isvd" and config.energy_power == 2:
+        raise ArgumentError(
+            "--energy-power 2 (InfLoRA's, in all presets but emoji's) needs the Gram matrix: use --estimator gram, "
+            "or --energy-power 1 with an --energy-start and --energy-end that suit it"
+        )
+    if config.compile and config.estimator == "isvd":
+        raise ArgumentError("--compile makes a graph for every batch size with --estimator isvd: use gram")
+    if config.rectify == "project" and config.estimator == "none":
+        raise ArgumentError("--rectify project removes what --estimator found; with --estimator none it does nothing")
+
+
+def _check_schedule(config: LearnConfig) -> None:
+    if (config.schedule == "step") != bool(config.milestones):
+        missing = "--schedule step" if config.milestones else "--milestones, the epochs after which it steps"
+        raise ArgumentError(
+            f"--milestones and --schedule step belong together, got --schedule {config.schedule} and milestones "
+            f"{list(config.milestones or ())}: add {missing}"
+        )
+    if config.milestones and min(config.milestones) < 1:
+        raise ArgumentError(f"--milestones must be at least 1, got {list(config.milestones)}")
+
+
+def _check_method(config: LearnConfig) -> None:
+    for name, allowed in METHOD_LIMITS.get(config.method, {}).items():
+        if getattr(config, name, allowed[0]) not in allowed:
+            raise ArgumentError(
+                f"--method {config.method} has no {flag(name)} {getattr(config, name)}; "
+                f"it takes {', '.join(map(str, allowed))}"
+            )
+    if config.method == "janus" and config.margin > 1:
+        raise ArgumentError(f"--margin is a cosine with --method janus and at most 1, got {config.margin:g}")

@@ -1,0 +1,51 @@
+"""What a learner can be told, whatever images it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from janus_ext.config import checks, presets
+from janus_ext.config.parts import MachineConfig, MethodConfig, ModelConfig, OptimizationConfig
+
+T = TypeVar("T", bound="LearnConfig")
+
+
+@dataclass(frozen=True)
+class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
+    """Method, network, optimisation and machine of a learner; see the parts for the fields."""
+
+    def resolved(self: T) -> T:
+        """The checked configuration, with the values of ``--benchmark folder`` for what was not said."""
+        return self._with(presets.values("default", "folder", self.method))
+
+    def _with(self: T, defaults: dict[str, Any]) -> T:
+        """The checked configuration with ``defaults`` for what was not said; ArgumentError names the flag."""
+        if self.schedule not in ("auto", "step"):  # the user's schedule leaves the preset's milestones
+            defaults.pop("milestones", None)
+        unsaid = {n: v for n, v in defaults.items() if hasattr(self, n) and getattr(self, n) in (None, "auto")}
+        config = replace(self, **unsaid)
+        checks.check_learning(config)
+        checks.check_effect(self, config.without_effect(), defaults)
+        return config
+
+    def without_effect(self) -> dict[str, str]:
+        """The fields that a run of this resolved configuration does not read, each with what it would take."""
+        rectified = (self.rectify in ("tangent", "exact"), "--rectify tangent or exact")
+        remembering = (self.estimator != "none", "a method that remembers old inputs, and an --estimator")
+        pushing = (self.margin_weight > 0, "--method janus or lora-drs, and a --margin-weight above 0")
+        needs = {
+            "rank": (self.method != "bilora", "LoRA factors, and --method bilora has --frequencies"),
+            "frequencies": (self.method == "bilora", "--method bilora"),
+            "gpm": (self.method == "inflora", "--method inflora"),
+            "energy_start": remembering,
+            "energy_end": remembering,
+            "energy_power": remembering,
+            "damping": rectified,
+            "share": rectified,
+            "balance": rectified,
+            "margin": pushing,
+            "temperature": (self.method == "janus" and pushing[0], "--method janus, and a --margin-weight above 0"),
+            "milestones": (max(self.milestones or (0,)) < self.epochs, f"epochs below --epochs {self.epochs}"),
+        }
+        return {name: wanted for name, (is_read, wanted) in needs.items() if not is_read}

@@ -1,0 +1,204 @@
+"""Everything a learner, a run and its data can be told, in parts: one sentence per field (the command line's help)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from tyro.conf import arg
+
+from janus_ext.config.annotations import fit
+from janus_ext.errors import ArgumentError
+
+T = TypeVar("T")
+Maybe = Annotated[T | None, arg(help_behavior_hint="")]  # the field's sentence says what holds where it is left out
+
+BenchmarkName = Literal["emoji", "imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"]
+Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
+Split = Literal["auto", "inflora", "coda", "folders", "random"]
+MethodName = Literal["janus", "lora", "lora-gpm", "inflora", "lora-drs", "bilora", "joint"]
+Rectify = Literal["auto", "none", "project", "tangent", "exact"]
+Estimator = Literal["auto", "gram", "isvd", "none"]
+Head = Literal["auto", "linear", "ncm"]
+HeadInit = Literal["auto", "default", "small"]
+Normalize = Literal["auto", "identity", "model"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all parts share: values of the fields' types, and their way into JSON."""
+
+    def __post_init__(self) -> None:
+        """Brings every value to its field's type; ArgumentError where the meaning of another type is not clear."""
+        for name, hint in _hints(type(self)).items():
+            try:
+                value = fit(hint, getattr(self, name))
+            except TypeError as error:
+                raise ArgumentError(f"{flag(name)} {error}") from error
+            object.__setattr__(self, name, value)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values of all fields."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class DataConfig(Settings):
+    """Which images are learned, in which tasks."""
+
+    benchmark: BenchmarkName = "emoji"
+    """Images to learn; emoji is embedded: 200 concepts in eight art styles; folder is any tree of class folders."""
+    data_dir: Maybe[Path] = None
+    """Folder of the images, for all benchmarks but emoji; left out, the exact files wanted are shown."""
+    tasks: Maybe[int] = None
+    """Number of tasks the classes are divided into; by default the benchmark's own (domainnet 5, else 10 at most)."""
+    shuffle_classes: bool = False
+    """Draw the order of the classes from the seed instead of the benchmark's fixed order."""
+    limit_per_class: Maybe[int] = None
+    """At most so many images of each class, in training and in test, for trial runs; by default all."""
+    domains: tuple[Domain, ...] = ("clipart", "infograph", "painting", "real", "sketch")
+    """Domains of domainnet, mixed in every task; the papers leave quickdraw out."""
+    split: Split = "auto"
+    """Test images by inflora (auto), coda, folders (imagenet-r); folders, random (folder); coda, too (domainnet)."""
+    split_files: Annotated[tuple[Path, ...], arg(help_behavior_hint="")] = ()
+    """The two yaml files of --split coda, training first; by default <benchmark>_{train,test}.yaml in --data-dir."""
+    class_list: Maybe[str] = None
+    """Classes, which imagenet-100 needs: a file with one wnid a line, or first100 (the first of all sorted wnids)."""
+
+
+@dataclass(frozen=True)
+class MethodConfig(Settings):
+    """How a task is learned without losing what came before."""
+
+    method: MethodName = "janus"
+    """Continual-learning method; lora is fine-tuning in sequence, joint learns all classes at once (an upper bound)."""
+    rectify: Rectify = "auto"
+    """Gradient rectification (GR) of janus, lora-gpm and lora-drs; auto: exact, project and none."""
+    estimator: Estimator = "auto"
+    """Statistics of the inputs: gram (exact), isvd (wide layers), none (janus without OE); auto: the method's."""
+    energy_start: Maybe[float] = None
+    """Share of input energy protected after the first task; by default 0.97 for emoji, else 0.95 or 0.98."""
+    energy_end: Maybe[float] = None
+    """Share of input energy towards which the protected share grows with the tasks; 0.99 for emoji, else 1."""
+    margin_weight: Maybe[float] = None
+    """Weight of the margin loss of janus (DML, by default 0.5) or the triplet loss of lora-drs (0.05), 0: without."""
+    margin: Maybe[float] = None
+    """Cosine to an old prototype above which janus pushes (0.2); distance that lora-drs puts between classes (1)."""
+    temperature: float = 16.0
+    """Sharpness (tau) of the margin loss."""
+    energy_power: Maybe[Literal[1, 2]] = None
+    """1 measures energy by squared activations (GPM; emoji), 2 by their squares again (InfLoRA's code; else)."""
+    estimator_rank: Maybe[int] = None
+    """Directions that --estimator isvd keeps of each layer; by default 256, or the layer's width where that is less."""
+    damping: float = 0.1
+    """Damping of the r x r inverses of the rectification, relative to their mean eigenvalue."""
+    share: float = 0.5
+    """How the update that both factors can carry is divided: 0 leaves it to A, 0.5 is symmetric, 1 leaves it to B."""
+    balance: bool = True
+    """Rescale rectified factor gradients to the plain gradients' scale."""
+    gpm: Literal["auto", "dual", "plain"] = "auto"
+    """Memory of inflora: dual (DualGPM) or plain (GPM); auto: plain for domainnet, as in its code, else dual."""
+    frequencies: int = 3000
+    """Fourier coefficients that bilora trains of each K and V projection in a task."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """The network, its factors and its classifier."""
+
+    backbone: Maybe[str] = None
+    """Backbone: emoji (embedded, 64 px), a timm name, hf-hub:owner/name, local-dir:FOLDER; ViT-B/16 but for emoji."""
+    weights: str = "pretrained"
+    """Backbone weights: pretrained, none (random), or a local file: .safetensors, .pth (tensors only), .npz (JAX)."""
+    image_size: Maybe[int] = None
+    """Side of the images in pixels, a multiple of the backbone's patches; by default what it was pretrained with."""
+    rank: Maybe[int] = None
+    """Rank of the LoRA factors on the K and V projections of every block; by default 8 for emoji, else 10 or 30."""
+    head: Head = "auto"
+    """Classifier at test time: linear heads, or ncm, the nearest class mean; auto: ncm with lora-drs, else linear."""
+    normalize: Normalize = "auto"
+    """Colours of the images: as the backbone was pretrained (model), or in [0, 1] (identity, --preset paper)."""
+    scale: Maybe[float] = None
+    """Factor s in W + s B A, by default 1; of the inverse Fourier transform in bilora, by default 300."""
+    head_init: HeadInit = "auto"
+    """Start of a task's linear head: small (deviation 0.01, bias 0) or default (PyTorch's, --preset paper)."""
+
+
+@dataclass(frozen=True)
+class OptimizationConfig(Settings):
+    """The steps of a task."""
+
+    epochs: Maybe[int] = None
+    """Passes over the training images of each task; by default 12 for emoji, else 5 to 50."""
+    batch_size: Maybe[int] = None
+    """Images per step; by default 32 for emoji, else 128."""
+    lr: Maybe[float] = None
+    """Learning rate of the factors as each task starts; by default 0.016 for janus on emoji, else 0.0005 to 0.016."""
+    head_lr: Maybe[float] = None
+    """Learning rate of the task's head at its start; by default 0.01 for emoji and domainnet, else 0.0005."""
+    optimizer: Literal["auto", "adam", "adamw", "sgd"] = "auto"
+    """Optimizer, its state starts fresh with every task; sgd (momentum 0.9) by default for domainnet, else adam."""
+    schedule: Literal["auto", "cosine", "quarter", "step", "constant"] = "auto"
+    """Learning rate in a task: half a cosine (emoji's), a quarter of one (InfLoRA's), steps (domainnet's), constant."""
+    milestones: Maybe[tuple[int, ...]] = None
+    """Epochs after which --schedule step divides the learning rates by ten; by default 4 of domainnet's 5."""
+    clip_norm: Maybe[float] = None
+    """Largest global gradient norm, clipped after rectification; by default no clipping."""
+    accumulate: int = 1
+    """Pieces in which a batch is computed, to save memory; lora-drs' triplet loss then looks within a piece."""
+
+
+@dataclass(frozen=True)
+class MachineConfig(Settings):
+    """Where it is computed."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Autocast of the backbone to bfloat16, or float16 with scaled gradients; auto: bf16 if the hardware has it."""
+    workers: Maybe[int] = None
+    """Processes that decode images, 0: none; by default one a core for a GPU (16 at most), half the cores for a CPU."""
+    cache_images: bool = False
+    """Keep all decoded images in memory, for small data sets."""
+    compile: bool = False
+    """Compile the backbone with torch.compile, which takes minutes at the start and needs a C++ compiler."""
+
+
+@dataclass(frozen=True)
+class RunConfig(Settings):
+    """What is kept of it, and where."""
+
+    output: Maybe[Path] = None
+    """Run folder; by default runs/<benchmark>-<method>-<seed>, numbered if that holds a finished run."""
+    resume: bool = False
+    """Go on with the run in --output behind the last task that it finished; with several seeds, with each of them."""
+    seed: Maybe[tuple[int, ...]] = None
+    """Random seeds, by default 0 (--preset paper: 0 to 4); several make one run each under <output>/seed-<n>."""
+    preset: Literal["default", "paper"] = "default"
+    """Where the values come from that are not given: default, or paper, the published protocol of the benchmark."""
+    check_data: bool = False
+    """Decode every image, report all that is missing, empty, unreadable or in no list, and do not train."""
+    plots: bool = True
+    """Draw plots/*.png at the end."""
+    tensorboard: bool = False
+    """Write the scalars of every epoch and task to <output>/tensorboard, too (pip install tensorboard)."""
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+@cache
+def _hints(part: type[Settings]) -> dict[str, Any]:
+    """The types of all fields."""
+    return get_type_hints(part)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON knows it: paths as text, tuples as lists."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value

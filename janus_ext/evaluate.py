@@ -1,0 +1,93 @@
+"""``janus_ext.evaluate``: scores what a run has learned on test images. ``--help`` says how."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional, arg
+
+from janus_ext.config import BenchmarkName, TrainConfig
+from janus_ext.data import BENCHMARKS
+from janus_ext.data.layout import find_parts
+from janus_ext.data.workers import naming_lost_workers
+from janus_ext.errors import ArgumentError, DataError
+from janus_ext.learner import ContinualLearner
+from janus_ext.reports.evaluation import Evaluation
+from janus_ext.runs.run import Run
+from janus_ext.terminal import command
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Scores what a run has learned: accuracy by task and by class, and what is taken for what.
+
+    On the test images of the run's own benchmark, or of another one, or on a folder of class folders. Writes
+    evaluation.json, per_class.csv, confusion.csv and confusion.png.
+    For example: janus_ext.evaluate runs/photos --data-dir photos-of-this-year
+    """
+
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Folder of a run of janus_ext.train, or of a learner that was saved."""
+    benchmark: Annotated[BenchmarkName | None, arg(help_behavior_hint="")] = None
+    """A benchmark's test images, of the classes that the run knows; by default the run's own benchmark."""
+    data_dir: Annotated[Path | None, arg(help_behavior_hint="")] = None
+    """Where the benchmark's images lie now; alone, a folder of class folders, or of train and test with such folders."""
+    output: Annotated[Path | None, arg(help_behavior_hint="")] = None
+    """Folder of the files; by default evaluation in the folder of the run."""
+    device: Annotated[str | None, arg(help_behavior_hint="")] = None
+    """cpu, cuda, cuda:1, ...; by default what the run was trained on, if it is there."""
+
+
+@command("janus_ext.evaluate")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluates; 0 on success, 2 with one line on stderr for what the user can mend, 130 on Ctrl-C."""
+    evaluate(tyro.cli(EvaluateConfig, prog="janus_ext.evaluate", args=argv))
+    return 0
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Scores the run, prints a table and writes the files; returns what they hold."""
+    run = Run.open(config.run)
+    learner = ContinualLearner.load(config.run, config.device)
+    with naming_lost_workers():
+        found = (
+            _on_benchmark(learner, run.settings(), config) if _wants_benchmark(config) else _on_folder(learner, config)
+        )
+    folder = config.output or run.folder / "evaluation"
+    found.save(folder)
+    print(f"{found.format()}\n\nfiles: {folder}")
+    return found
+
+
+def _wants_benchmark(config: EvaluateConfig) -> bool:
+    return config.benchmark is not None or config.data_dir is None
+
+
+def _on_folder(learner: ContinualLearner, config: EvaluateConfig) -> Evaluation:
+    if not config.data_dir.is_dir():
+        raise DataError(f"--data-dir {config.data_dir} is no folder; wanted a folder of class folders")
+    parts = find_parts(config.data_dir)
+    return learner.evaluate(config.data_dir / parts[1] if parts else config.data_dir)
+
+
+def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config: EvaluateConfig) -> Evaluation:
+    """On the test images that the run's own settings choose, or on those of another benchmark as it is by default."""
+    name = config.benchmark or settings["benchmark"]
+    if name is None:
+        raise ArgumentError(f"{config.run} was not trained on a benchmark; name one with --benchmark, or a --data-dir")
+    own = name == settings["benchmark"]
+    kept = {field.name for field in fields(TrainConfig)} & settings.keys() if own else set()
+    asked = {key: settings[key] for key in kept} | {"benchmark": name}
+    if config.data_dir is not None:
+        asked["data_dir"] = config.data_dir
+    benchmark = BENCHMARKS[name](TrainConfig(**asked)).at(learner.input_size)
+    return learner.evaluate_split(benchmark.test, benchmark.class_names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+"""`ContinualLearner`: a classifier of images that learns new classes when they come, predicts, is saved and goes on.
+
+learner = ContinualLearner(backbone="emoji")
+learner.learn("photos/first")           # a folder of class folders; more forms in `learn`
+learner.learn("photos/a month later")
+learner.predict("photo.jpg")            # [[("cat", 0.93), ("fox", 0.04), ...]]
+learner.save("animals")                 # ContinualLearner.load("animals") goes on with the same bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from janus_ext.assembly import make_learner, network_of, resolve, stored_config
+from janus_ext.backbone import adopt
+from janus_ext.calibration import fit_temperature, probabilities
+from janus_ext.classifier import COSINES
+from janus_ext.data.benchmark import Selection
+from janus_ext.data.collect import labelled, labelled_as, unlabelled
+from janus_ext.data.images import default_workers
+from janus_ext.devices import deterministic
+from janus_ext.errors import ArgumentError, CheckpointError, DataError
+from janus_ext.reports.evaluation import Evaluation, evaluate
+from janus_ext.runs.checkpoint import replace_folder
+from janus_ext.runs.run import Run
+from janus_ext.training.progress import Progress, make_bar
+
+if TYPE_CHECKING:
+    from janus_ext.config import LearnConfig
+    from janus_ext.data.benchmark import Split
+    from janus_ext.methods.base import TaskReport
+
+PLANNED = 10
+Factors = Mapping[str, Tensor] | Path
+
+
+class ContinualLearner:
+    """A classifier that learns one set of classes after another and keeps no image: the trainer's own loop.
+
+    Args:
+        backbone: "emoji" (embedded, 64 pixels), any name that ``--backbone`` takes, or a model of timm's, which is
+            copied and stays as it is; what it has of a classifier is left out (`from_classifier` keeps it).
+        method: of ``--method``, all but "joint".
+        head: of ``--head``.
+        seed: of all random numbers; two learners with the same seed, images and machine have the same bits.
+        planned_tasks: how often `learn` will be called, roughly: over so many tasks the protected share of the inputs
+            grows from ``energy_start`` to ``energy_end``; then it stays. More are welcome.
+        settings: every other field of `janus_ext.config.LearnConfig`, spelled as the flags of ``janus_ext.train``
+            (``epochs=5, lr=1e-3, device="cuda"``). What is not said is as with ``--benchmark folder``.
+
+    Raises:
+        ArgumentError: there is no such setting, or it cannot be.
+        CheckpointError: the backbone's weights are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "emoji",
+        method: str = "janus",
+        head: str = "auto",
+        *,
+        seed: int = 0,
+        planned_tasks: int = PLANNED,
+        **settings: Any,
+    ) -> None:
+        made = None if isinstance(backbone, str) else adopt(backbone)
+        name = backbone if made is None else type(backbone).__name__
+        config = resolve({"backbone": name, "method": method, "head": head} | settings)
+        with deterministic(torch.device(config.device)):
+            self._core = make_learner(config, seed, planned_tasks, made)
+        self._tasks: list[tuple[str, ...]] = []
+        self._factors: list[Factors] = []
+        self._unprotected = False
+
+    @classmethod
+    def from_classifier(
+        cls, model: nn.Module, class_names: Sequence[str], method: str = "janus", **settings: Any
+    ) -> ContinualLearner:
+        """A classifier in use, which is to learn more classes: what it knows becomes the first task.
+
+        Nothing of it is protected until `observe` has seen images of its kind; `learn` warns of that. Its classes have
+        no means, so that ``head="ncm"`` cannot be, and the margin loss does not know them.
+
+        Args:
+            model: one of timm's with its classifier, an nn.Linear behind ``forward_head(x, pre_logits=True)``. It is
+                copied.
+            class_names: of its outputs.
+            method, settings: as in `ContinualLearner`.
+
+        Raises:
+            ArgumentError: the model has no such classifier, or another number of outputs.
+        """
+        learner = cls(model, method, **settings)
+        learner._take_classifier(model, tuple(class_names))
+        return learner
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of all classes learned so far, in the order of the model's outputs."""
+        return tuple(name for task in self._tasks for name in task)
+
+    @property
+    def tasks(self) -> tuple[tuple[str, ...], ...]:
+        """The same, task by task."""
+        return tuple(self._tasks)
+
+    @property
+    def input_size(self) -> int:
+        """Side in pixels of the squares that the model takes; other images are brought to it."""
+        return self._core.model.input_size
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images a pass takes that learns nothing: 200, or as many as need no more memory in a ViT-B/16."""
+        return self._core.model.images_at_once
+
+    @images_at_once.setter
+    def images_at_once(self, images: int) -> None:
+        self._core.model.images_at_once = images
+
+    def workers(self, asked: int | None = None) -> int:
+        """Processes that decode images: as many as ``asked`` for here or in the settings, or what suits the device."""
+        chosen = self.config.workers if asked is None else asked
+        return default_workers(self.config.device) if chosen is None else chosen
+
+    @property
+    def config(self) -> LearnConfig:
+        """The resolved settings."""
+        return self._core.config
+
+    # learning ---------------------------------------------------------------------------------------------------------
+    def learn(self, images: Any, classes: Sequence[str] | None = None) -> TaskReport:
+        """Learns new classes from images; on an error, or Ctrl-C, the learner is as it was.
+
+        Args:
+            images: a folder of class folders; a map-style data set of (image, label); or a list of (path, label). An
+                image is a path, a PIL image or a uint8 tensor [3, H, W].
+            classes: the names, in the order of integer labels; of a folder, which of its folders to take. Left out,
+                the folders, the data set's own ``.classes``, or the labels where these are names.
+
+        Returns:
+            What the method measured on the task.
+
+        Raises:
+            ArgumentError: a class is known already, or there is only one and linear heads would learn nothing.
+            DataError: there are no images, a class has none, one cannot be read, a label is none of the classes'.
+            TrainingError: the loss or a statistic is not finite.
+        """
+        found = labelled(images, classes, self.input_size, self.workers())
+        self._check_new(found.class_names)
+        self._warn_of_unprotected()
+        first = len(self.classes)
+        selection = _all_of(found.split, range(first, first + len(found.class_names)))
+        steps = self._core.step_count(len(selection))
+        with self._at_work(), self._core.undone_on_error(), make_bar(steps, 0) as bar:
+            progress = Progress(bar, max(self._core.planned, len(self._tasks) + 1), self.config.epochs)
+            report = self._core.learn(selection, len(found.class_names), progress, lambda epoch: None)
+        self._tasks.append(found.class_names)
+        self._factors.append(report.factors)
+        return report
+
+    def observe(self, images: Any) -> None:
+        """Protects what the model makes of images like these, which need no labels: what it knew before is kept.
+
+        Args:
+            images: as in `predict`. As many as show all that is to be kept, a few hundred at least.
+
+        Raises:
+            ArgumentError: the method protects nothing.
+            DataError: there is no image, or one cannot be read.
+        """
+        split = unlabelled(images, self.input_size, self.workers())
+        with self._at_work(), self._core.undone_on_error():
+            self._core.observe(_all_of(split, (0,)))
+        self._unprotected = False
+
+    # using ------------------------------------------------------------------------------------------------------------
+    def predict(self, images: Any, top: int = 5, calibrate: Any = None) -> list[list[tuple[str, float]]]:
+        """The most likely classes of each image, with their scores: softmax over all classes learned so far.
+
+        Args:
+            images: a path, folder, pattern, PIL image, uint8 tensor [3, H, W], a list of these, or a data set.
+            top: how many classes, at most.
+            calibrate: held-out images with labels, as in `evaluate`: the scores become softmax(logits / T), with the T
+                that fits these best (Guo et al., ICML 2017), so that 0.8 means right in 80 of 100. Which class comes
+                first stays the same.
+
+        Returns:
+            Per image [(class name, score), ...], the best first.
+        """
+        temperature = 1.0 if calibrate is None else self.temperature(calibrate)
+        return list(self.classify(unlabelled(images, self.input_size, self.workers()), top, temperature))
+
+    def classify(self, split: Split, top: int = 5, temperature: float = 1.0) -> Iterator[list[tuple[str, float]]]:
+        """`predict` image by image for a split, as its images are decoded."""
+        self._require_classes()
+        with self._at_work():
+            for logits, _ in self._logits(_all_of(split, (0,))):
+                yield from (self._named(row, top) for row in probabilities(logits, temperature))
+
+    def temperature(self, images: Any) -> float:
+        """The T of `predict`'s ``calibrate``, fitted on labelled images."""
+        self._require_classes()
+        split = labelled_as(images, self.classes, self.input_size, self.workers())
+        with self._at_work():
+            batches = list(self._logits(_all_of(split, range(len(self.classes)))))
+        return fit_temperature(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
+
+    def evaluate(self, images: Any) -> Evaluation:
+        """Accuracy on labelled images, by task and by class, and the confusion matrix.
+
+        Args:
+            images: as in `learn`; labels are names of classes, or numbers of ``.classes`` (the data set's own if it
+                has them, else the learner's). Not every class needs images.
+
+        Raises:
+            ArgumentError: nothing was learned yet.
+            DataError: there is no image, one cannot be read, or a label is no class that the learner knows.
+        """
+        self._require_classes()
+        split = labelled_as(images, self.classes, self.input_size, self.workers())
+        return self.evaluate_split(split, self.classes)
+
+    def evaluate_split(self, split: Split, class_names: Sequence[str]) -> Evaluation:
+        """The same of a benchmark's split, whose class ids are positions in ``class_names``; unknown classes are left.
+
+        Raises:
+            DataError: it has no image of a class that the learner knows.
+        """
+        outputs = {name: output for output, name in enumerate(self.classes)}
+        known = [c for c, name in enumerate(class_names) if name in outputs]
+        rows = split.of_classes(known)
+        if not len(rows):
+            raise DataError(f"none of the images is of a class that was learned: {', '.join(self.classes[:3])}, ...")
+        positions = torch.tensor([outputs.get(name, -1) for name in class_names], dtype=torch.int64)
+        with self._at_work():
+            batches = self._core.scores(Selection(split, rows, positions))
+            return evaluate(batches, self.classes, [len(task) for task in self._tasks])
+
+    # leaving ----------------------------------------------------------------------------------------------------------
+    def save(self, folder: str | Path) -> None:
+        """Writes all there is to ``folder``, at once or not at all; a learner saved there before is replaced.
+
+        Raises:
+            ArgumentError: nothing was learned yet, or the folder holds something else.
+            CheckpointError: it cannot be written.
+        """
+        self._require_classes()
+        folder = Path(folder)
+        if folder.exists() and not Run(folder).is_saved_learner and any(folder.iterdir()):
+            raise ArgumentError(f"{folder} holds files that are no saved learner; choose another folder")
+        replace_folder(folder, self._write)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | None = None, backbone: nn.Module | None = None) -> ContinualLearner:
+        """The learner that was saved in ``folder``, or that a run of ``janus_ext.train`` has left there.
+
+        Args:
+            device: where it computes from now on; by default where it did, or what there is of that.
+            backbone: a model of the architecture that it was made with, where that was none that timm makes by name.
+
+        Raises:
+            ArgumentError: the folder holds nothing of that kind.
+            CheckpointError: no task was finished, or a file is missing, damaged or altered.
+        """
+        run = Run.open(folder)
+        settings, saved = run.settings(), run.saved()
+        if saved is None:
+            raise CheckpointError(f"{folder} has not finished a task yet: there is nothing to load")
+        learner = cls.__new__(cls)
+        config = stored_config(settings, device)
+        learner._core = make_learner(config, settings["seed"][0], settings["tasks"], network_of(settings, backbone))
+        with run.fitting():
+            learner._core.restore([len(names) for names in saved.tasks], saved.model, saved.method)
+        learner._tasks = list(saved.tasks)
+        learner._factors = [run.factors_path(task) for task in range(len(saved.tasks))]
+        learner._unprotected = settings.get("unprotected", False)
+        learner._core.model.eval()
+        return learner
+
+    def _write(self, folder: Path) -> None:
+        run, core = Run(folder), self._core
+        about = {"method": self.config.method, "scale": str(self.config.scale)}
+        for task, factors in enumerate(self._factors):
+            run.write_factors(task, factors, about | {"task": str(task)})
+        run.write_task(len(self._tasks) - 1, core.state(), about, self._tasks)
+        own = {"seed": [core.seed], "tasks": core.planned, "unprotected": self._unprotected}
+        network = {"network": core.model.backbone.network, "class_names": list(self.classes)}
+        run.write_settings(self.config.to_json() | {"benchmark": None} | own | network)
+
+    # details ----------------------------------------------------------------------------------------------------------
+    def _at_work(self) -> Any:
+        return deterministic(self._core.device)
+
+    def _logits(self, selection: Selection) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `probabilities` takes: logits, or cosines to class means as sharp as they are in the margin loss."""
+        sharpness = COSINES if self.config.head == "ncm" else 1.0
+        for scores, labels in self._core.scores(selection):
+            yield sharpness * scores, labels
+
+    def _named(self, scores: Tensor, top: int) -> list[tuple[str, float]]:
+        best = scores.topk(min(top, len(scores)))
+        return [(self.classes[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+    def _require_classes(self) -> None:
+        if not self._tasks:
+            raise ArgumentError("nothing was learned yet: call learn() first")
+
+    def _check_new(self, names: Sequence[str]) -> None:
+        known = [name for name in names if name in self.classes]
+        if known:
+            raise ArgumentError(f"classes must be new, got {', '.join(known[:3])}, which the learner knows already")
+        if len(names) == 1 and self.config.head != "ncm":
+            raise ArgumentError(
+                f"a task needs two classes at least, got {names[0]} alone, from which linear heads learn nothing; "
+                'wait for another, or use head="ncm"'
+            )
+
+    def _take_classifier(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        """Makes the model's own classifier the head of the first task."""
+        linear = model.get_classifier()
+        if not isinstance(linear, nn.Linear) or linear.out_features != len(names) or len(set(names)) != len(names):
+            found = f"{linear.out_features} outputs" if isinstance(linear, nn.Linear) else type(linear).__name__
+            raise ArgumentError(f"class_names must name the model's outputs, each once: {len(names)} names, {found}")
+        if self.config.head == "ncm":
+            raise ArgumentError('head="ncm" needs the means of all classes, and those of the model are not known')
+        head = self._core.model.add_task(len(names))
+        bias = torch.zeros(len(names)) if linear.bias is None else linear.bias
+        head.load_state_dict({"weight": linear.weight, "bias": bias})
+        self._check_same(model)
+        self._tasks, self._factors, self._unprotected = [names], [{}], True
+
+    @torch.no_grad()
+    def _check_same(self, model: nn.Module) -> None:
+        """ArgumentError unless the first head on the backbone's features is what ``model`` computes."""
+        core, mode = self._core.model, model.training
+        pixels = torch.randn(2, 3, core.input_size, core.input_size)
+        want = model.eval()(pixels.to(next(model.parameters()))).cpu().float()
+        model.train(mode)
+        core.eval()
+        got = core.heads[0](core.embed(pixels.to(self._core.device))).cpu()
+        if not float((got - want).norm()) <= 1e-3 * float(want.norm()):
+            kind = type(model).__name__
+            raise ArgumentError(
+                f"model must be a linear classifier behind forward_head(pre_logits=True), {kind} is not"
+            )
+
+
+def _all_of(split: Split, outputs: Sequence[int]) -> Selection:
+    """Every image of a split, its class ids mapped to the model's ``outputs``."""
+    return Selection(split, torch.arange(len(split)), torch.tensor(outputs, dtype=torch.int64))

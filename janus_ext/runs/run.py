@@ -1,0 +1,203 @@
+"""A run on disk: its configuration, its files, and what there is to take up."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from janus_ext.errors import ArgumentError, CheckpointError
+from janus_ext.runs.checkpoint import (
+    SHA256,
+    append_json_line,
+    make_folder,
+    read_json,
+    read_json_lines,
+    read_tensors,
+    remove,
+    to_json,
+    write_json,
+    write_json_lines,
+    write_tensors,
+)
+from janus_ext.runs.folder import is_finished, is_run, opened
+
+LOG = logging.getLogger("janus_ext")
+TASKS = "tasks"  # metadata: the names of the classes of every task, in the order of the model's outputs
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a run has kept of its last finished task."""
+
+    model: dict[str, Tensor]
+    method: dict[str, Tensor]
+    about: dict[str, str]
+    tasks: tuple[tuple[str, ...], ...]
+    """The names of the classes of every task, in the order of the model's outputs."""
+
+
+class Run:
+    """The run in ``folder``; making this object neither needs nor touches it.
+
+    ``config.json`` is written first, a line of ``metrics.jsonl`` after every epoch, the files in ``checkpoints`` after
+    every task, ``results.json`` at the end.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """The run or the saved learner in ``folder``; ArgumentError if there is none."""
+        run = cls(folder)
+        if not run.is_begun:
+            kind = "holds no run of this program" if run.folder.is_dir() else "is no folder"
+            raise ArgumentError(f"{folder} {kind}; wanted is what janus_ext.train or ContinualLearner.save wrote")
+        return run
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder holds the configuration of a run."""
+        return is_run(self.folder)
+
+    @property
+    def is_saved_learner(self) -> bool:
+        """Whether `ContinualLearner.save` has written it, and no training run."""
+        return self.is_begun and self.settings()["benchmark"] is None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it holds results."""
+        return is_finished(self.folder)
+
+    def settings(self) -> dict[str, Any]:
+        """``config.json``: the resolved settings, and what they stand for."""
+        return read_json(self.folder / "config.json")
+
+    def results(self) -> dict[str, Any]:
+        """``results.json``; CheckpointError if it is missing or damaged."""
+        return read_json(self.folder / "results.json")
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``, none where there is no such file."""
+        return read_json_lines(self.folder / "metrics.jsonl")
+
+    # working in it ----------------------------------------------------------------------------------------------------
+    def opened(self, settings: dict[str, Any], begin: bool) -> AbstractContextManager[None]:
+        """Makes the folder and keeps other processes out of it; begins with ``settings``, or goes on."""
+        return opened(self.folder, settings, begin)
+
+    def write_epoch(self, record: Mapping[str, Any]) -> None:
+        """Appends a line to ``metrics.jsonl``."""
+        append_json_line(self.folder / "metrics.jsonl", record)
+
+    def keep_epochs(self, tasks: int, epochs: int) -> None:
+        """Drops the lines of ``metrics.jsonl`` that belong to tasks which were not finished."""
+        path = self.folder / "metrics.jsonl"
+        lines = self.epochs()
+        wanted = [(task, epoch) for task in range(tasks) for epoch in range(epochs)]
+        kept = [line for line in lines if (line.get("task"), line.get("epoch")) in wanted]
+        if [(line["task"], line["epoch"]) for line in kept] != wanted:
+            LOG.warning("%s was altered: it does not hold every epoch of the finished tasks once", path)
+        write_json_lines(path, kept)
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Writes ``config.json``."""
+        write_json(self.folder / "config.json", settings)
+
+    def write_factors(self, task: int, factors: Mapping[str, Tensor] | Path, about: Mapping[str, str]) -> None:
+        """Writes what a task has added to the weights, or copies the file of another run that holds it."""
+        make_folder(self.checkpoints)
+        if isinstance(factors, Path):
+            factors, about = read_tensors(factors)
+        write_tensors(self.factors_path(task), factors, about)
+
+    def write_task(
+        self,
+        index: int,
+        state: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+        about: Mapping[str, str],
+        tasks: Sequence[Sequence[str]],
+        results: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes what the method keeps and the model, behind the factors: ``state`` has both, the model first.
+
+        The model comes last and carries the results: with it the task is finished, and what the method kept before
+        is not needed any more. Cut off anywhere, the files of one finished task are all there.
+        """
+        make_folder(self.checkpoints)
+        model, method = state
+        about = {**about, "task": str(index), TASKS: to_json(tasks)}
+        about["state"] = write_tensors(self._method_path(index), method, about)
+        if results is not None:
+            about["results"] = to_json(results)
+        write_tensors(self._model_path, model, about)
+        self.remove_methods_before(index)
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Writes ``results.json``: the run is finished."""
+        write_json(self.folder / "results.json", results)
+
+    # what it has kept -------------------------------------------------------------------------------------------------
+    def saved(self) -> Saved | None:
+        """What there is of the last finished task, None where none was finished.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or does not belong to the others.
+        """
+        if not self._model_path.exists():
+            if any(path.name != "factors-0.safetensors" for path in self.checkpoints.glob("factors-*")):
+                raise CheckpointError(
+                    f"{self._model_path} is missing, and tasks were finished; without --resume the run starts over"
+                )
+            return None
+        model, about = read_tensors(self._model_path)
+        if not about.keys() >= {"task", "state"}:
+            raise CheckpointError(f"{self._model_path} lacks results: an earlier version of this program wrote it")
+        beside = self._method_path(int(about["task"]))
+        method, of_method = read_tensors(beside)
+        if of_method.get(SHA256) != about["state"]:
+            raise CheckpointError(f"{beside} does not belong to {self._model_path}")
+        return Saved(model, method, about, tuple(map(tuple, _task_names(about, model))))
+
+    def factors_path(self, index: int) -> Path:
+        """The file of a task's factors, as they were before their merge."""
+        return self.checkpoints / f"factors-{index}.safetensors"
+
+    def remove_methods_before(self, index: int) -> None:
+        """Removes what the method kept after earlier tasks."""
+        remove(self._method_path(earlier) for earlier in range(index))
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Says in one line which file does not fit what takes up its tensors."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(f"{self._model_path} does not fit this run: {reason[-1].strip()}") from error
+
+    @property
+    def _model_path(self) -> Path:
+        return self.checkpoints / "model.safetensors"
+
+    def _method_path(self, index: int) -> Path:
+        return self.checkpoints / f"method-{index}.safetensors"
+
+
+def _task_names(about: Mapping[str, str], model: Mapping[str, Tensor]) -> list[list[str]]:
+    """The classes' names by task; of runs before that was written, from the order of the classes and the heads."""
+    if TASKS in about:
+        return json.loads(about[TASKS])
+    results = json.loads(about.get("results", "{}"))
+    order = [results["class_names"][c] for c in results["class_order"]]
+    sizes = [len(model[f"heads.{task}.weight"]) for task in range(int(about["task"]) + 1)]
+    return [order[sum(sizes[:t]) : sum(sizes[: t + 1])] for t in range(len(sizes))]

@@ -1,0 +1,262 @@
+"""The one training loop: a method teaches a model one task after another. It knows no benchmark and no folder.
+
+Every random number derives from (seed, task, epoch, purpose), never from what ran before: a task learned in a new
+process, from what the last one left, gives the same bits as one learned at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from janus_ext.errors import StatisticsError, TrainingError
+from janus_ext.methods.base import Step, Task
+from janus_ext.runs.metrics import hits
+from janus_ext.training.optimization import make_optimizer, schedule
+
+if TYPE_CHECKING:
+    from janus_ext.classifier import ContinualClassifier
+    from janus_ext.config import LearnConfig
+    from janus_ext.data.benchmark import Selection
+    from janus_ext.methods.base import Method, TaskReport
+    from janus_ext.training.progress import Progress
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+Record = Callable[[dict[str, Any]], None]
+
+
+class Learner:
+    """``model``, which ``method`` teaches one task after another with the optimizer of ``config``.
+
+    ``planned`` is the number of tasks to come in all, over which a method may spread what it gives up; there may be
+    more.
+    """
+
+    def __init__(
+        self, config: LearnConfig, model: ContinualClassifier, method: Method, seed: int, planned: int
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.method = method
+        self.seed = seed
+        self.planned = planned
+        self.device = next(model.parameters()).device
+        if config.compile:
+            model.compile_backbone()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of classes of each task learned so far."""
+        return [head.out_features for head in self.model.heads]
+
+    def learn(self, images: Selection, classes: int, progress: Progress, record: Record) -> TaskReport:
+        """Trains the next task, of ``classes`` classes, and lets the method consolidate it.
+
+        ``record`` is given each epoch: its task and number, loss, accuracy (percent, within the task), learning rates
+        and seconds.
+
+        Raises:
+            TrainingError: the loss, a layer's statistics or the gradients are not finite; torch.compile or a kernel
+                without a repeatable form fails.
+        """
+        with naming_task(len(self.sizes)), compiling(), repeatable():
+            return self._learn(self._task(images, classes), images, progress, record)
+
+    def _learn(self, task: Task, images: Selection, progress: Progress, record: Record) -> TaskReport:
+        torch.manual_seed(derive_seed(self.seed, task.index, -1, "factors and head"))
+        self.method.begin_task(task)
+        optimizer = make_optimizer(self.config, self.method.trainable(), list(self.model.heads[-1].parameters()))
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
+        self.model.train()
+        for epoch in range(self.config.epochs):
+            record(self._train_epoch(task, epoch, images, optimizer, scaler, progress))
+        torch.manual_seed(derive_seed(self.seed, task.index, self.config.epochs, "next factors"))
+        return self.method.end_task(task)
+
+    def _train_epoch(
+        self,
+        task: Task,
+        epoch: int,
+        images: Selection,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        progress: Progress,
+    ) -> dict[str, Any]:
+        started = time.perf_counter()
+        share = schedule(self.config, epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak"]
+        torch.manual_seed(derive_seed(self.seed, task.index, epoch, "model"))
+        self.method.begin_epoch(is_last=epoch == self.config.epochs - 1)
+        progress.begin_epoch(task.index, epoch)
+        for batch, labels in self._training_batches(images, task.index, epoch):
+            step = self._step(batch, labels - task.first, optimizer, scaler)
+            progress.add(step.loss, step.correct, len(batch))
+        progress.read()
+        if scaler.get_scale() < 1:  # 1 without a scaler; halved at every step that was left out
+            raise TrainingError(
+                f"float16 does not hold the gradients of task {task.index + 1}, epoch {epoch + 1}, however small "
+                "the loss is scaled; --amp bf16 or --amp off will help"
+            )
+        lr, head_lr = (group["lr"] for group in optimizer.param_groups)
+        values = {"loss": progress.loss, "accuracy": progress.accuracy, "lr": lr, "head_lr": head_lr}
+        seconds = time.perf_counter() - started
+        progress.end_epoch(seconds)
+        return {"task": task.index, "epoch": epoch, **values, "seconds": seconds}
+
+    def _step(
+        self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> Step:
+        """forward, backward, unscale, rectify, clip, step.
+
+        Gradients that float16 did not hold are rectified and clipped like others; then the scaler leaves the step out.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        step = self._forward_backward(images, targets, scaler)
+        scaler.unscale_(optimizer)
+        self.method.after_backward()
+        if self.config.clip_norm is not None:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        self.method.after_step()
+        return step
+
+    def _forward_backward(self, images: Tensor, targets: Tensor, scaler: torch.amp.GradScaler) -> Step:
+        """Adds up the gradients of the batch's mean loss, piece after piece; all pieces but the last are one size."""
+        size = -(-self.config.batch_size // self.config.accumulate)
+        loss, correct = 0.0, 0
+        for piece, labels in zip(images.split(size), targets.split(size), strict=True):
+            step = self.method.loss(piece, labels)
+            share = step.loss * (len(piece) / len(images))
+            scaler.scale(share).backward()
+            loss, correct = loss + share.detach(), correct + step.correct
+        return Step(loss, correct)
+
+    def observe(self, images: Selection) -> None:
+        """Protects the inputs of images that are not learned, as they are; between two tasks.
+
+        Raises:
+            ArgumentError: the method remembers no inputs.
+            StatisticsError: a layer's inputs are zero or not finite; nothing is protected.
+        """
+        latest = max(0, len(self.sizes) - 1)
+        clean = replace(self._task(images, 0), index=latest, augmented_batches=lambda: self.clean_batches(images))
+        self.method.observe(clean)
+
+    @torch.no_grad()
+    def scores(self, images: Selection) -> Batches:
+        """Per batch (scores [b, C] over all classes so far, the largest wins; labels int64 [b])."""
+        self.model.eval()
+        for batch, labels in self.clean_batches(images):
+            yield self.method.scores(batch), labels
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Within it, whatever ends in an error or an interrupt leaves the learner as it was."""
+        sizes, states = self.sizes, [{k: v.clone() for k, v in state.items()} for state in self.state()]
+        try:
+            yield
+        except BaseException:
+            self.method.abandon_task()
+            self.restore(sizes, *states)
+            raise
+
+    @torch.no_grad()
+    def count_hits(self, task: int, images: Selection) -> list[int]:
+        """Of images of one task: how many are right, right with the task known, and recognised as of their task."""
+        span = sum(self.sizes[:task]), self.sizes[task]
+        self.model.eval()
+        with compiling(), repeatable():
+            counts = [hits(self.method.scores(batch), labels, *span) for batch, labels in self.clean_batches(images)]
+        self.model.train()
+        return torch.stack(counts).sum(0).tolist()
+
+    def clean_batches(self, images: Selection) -> Batches:
+        """Images as they are, as many at once as a pass without gradients takes, on the model's device."""
+        return self._to_device(images.batches(self.model.images_at_once))
+
+    def step_count(self, images: int) -> int:
+        """Number of steps in a task with so many training images."""
+        return self.config.epochs * -(-images // self.config.batch_size)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The tensors of the model, and those that the method keeps beside it, between two tasks."""
+        return self.model.state_dict(), self.method.state_dict()
+
+    def restore(self, sizes: list[int], model: dict[str, Tensor], method: dict[str, Tensor]) -> None:
+        """Takes up behind tasks of ``sizes`` classes what `state` gave; an error of torch's where it does not fit."""
+        del self.model.heads[len(sizes) :]
+        for size in sizes[len(self.sizes) :]:
+            self.model.add_task(size)
+        self.model.load_state_dict(model)
+        self.method.load_state_dict(method)
+
+    def _task(self, images: Selection, classes: int) -> Task:
+        index = len(self.sizes)
+        return Task(
+            index=index,
+            total=self.planned,
+            first=sum(self.sizes),
+            classes=classes,
+            clean_batches=lambda: self.clean_batches(images),
+            augmented_batches=lambda: self._training_batches(images, index, self.config.epochs),
+        )
+
+    def _training_batches(self, images: Selection, task: int, epoch: int) -> Batches:
+        """The task's images in random order, augmented; epochs beyond the last one serve the method's statistics."""
+        seed = derive_seed(self.seed, task, epoch, "data")
+        return self._to_device(images.shuffled(self.config.batch_size, seed))
+
+    def _to_device(self, batches: Batches) -> Batches:
+        for images, labels in batches:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+@contextmanager
+def naming_task(index: int) -> Iterator[None]:
+    """Says in which task a layer's statistics went bad."""
+    try:
+        yield
+    except StatisticsError as error:
+        raise TrainingError(f"task {index + 1}: {error}") from error
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Turns the pages in which torch.compile fails, at the first batch or later, into one line."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise TrainingError(f"--compile fails here, leave it out or see to this: {reason}") from error
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Says which operator has no repeatable kernel, where PyTorch is to use no other."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.match(r"(\S+) does not have a deterministic implementation", str(error))
+        if not found:
+            raise
+        raise TrainingError(
+            f"PyTorch's {found[1]} has no repeatable kernel on this device, and the model needs it: another --backbone "
+            "or --device cpu will help"
+        ) from error
+
+
+def derive_seed(seed: int, task: int, epoch: int, purpose: str) -> int:
+    """A 63-bit seed for one purpose in one epoch of one task."""
+    digest = hashlib.sha256(f"{seed}/{task}/{epoch}/{purpose}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

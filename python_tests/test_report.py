@@ -1,0 +1,461 @@
+"""The page of many runs: which runs, in which groups, with which numbers, and that the page itself works."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import CHROMIUM, probe
+from conftest import make_trainer
+from results import made_up
+
+from janus_ext.config import TrainConfig
+from janus_ext.errors import ArgumentError, CheckpointError
+from janus_ext.report import main
+from janus_ext.reports import html, spreads
+from janus_ext.reports.found import find_runs
+from janus_ext.reports.groups import differences, group_runs
+from janus_ext.runs.checkpoint import append_json_line, write_json
+from janus_ext.runs.metrics import trajectory
+
+MISCHIEF = """</script><script>window.ran = 1</script><img src=x onerror="window.ran = 1">&amp; <!-- ' \udcff"""
+EPOCHS = 2  # of a task
+
+
+def write_run(folder: Path, seed: int = 0, tasks: int = 4, results: dict | None = None, **settings: Any) -> Path:
+    """A run folder as the trainer leaves it; what is not said is a method's default on emoji."""
+    typed = {name: value for name, value in settings.items() if name in TrainConfig.__dataclass_fields__}
+    config = TrainConfig(seed=seed, **typed).resolved()
+    stored = {"split_sha256": "a" * 64, "weights_sha256": "b" * 64, "class_names": ["x", "y"], "output": str(folder)}
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config.to_json() | stored | settings | {"seed": [seed]})
+    made = made_up(tasks, seed=seed, method=config.method, benchmark=config.benchmark, versions={"torch": "2.13"})
+    write_json(folder / "results.json", made if results is None else results)
+    for task in range(tasks):
+        for epoch in range(EPOCHS):
+            line = {"task": task, "epoch": epoch, "loss": 2 - epoch + seed, "accuracy": 40.0 + epoch}
+            append_json_line(folder / "metrics.jsonl", line)
+    return folder
+
+
+def read(*folders: Path) -> dict[str, Any]:
+    """The data in the page of these runs."""
+    runs, skipped = find_runs(folders)
+    return data_of(html.render(html.page_data(runs, skipped)))
+
+
+def data_of(page: str) -> dict[str, Any]:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+# which runs -----------------------------------------------------------------------------------------------------------
+def test_a_folder_is_a_run_or_holds_seeds_or_holds_such_folders(tmp_path):
+    one = write_run(tmp_path / "runs/one")
+    seeds = [write_run(tmp_path / f"runs/several/seed-{seed}", seed) for seed in (10, 2)]
+    (tmp_path / "runs/notes").mkdir()
+    (tmp_path / "runs/notes.txt").write_text("")
+    everything = [one, seeds[1], seeds[0]]
+    assert [run.folder for run in find_runs([one])[0]] == [one]
+    assert [run.folder for run in find_runs([tmp_path / "runs/several"])[0]] == everything[1:]
+    assert find_runs([tmp_path / "runs"])[1] == []
+    assert [run.folder for run in find_runs([tmp_path / "runs"])[0]] == everything
+
+
+def test_a_run_that_is_named_twice_is_shown_once(tmp_path):
+    one = write_run(tmp_path / "runs/one")
+    (tmp_path / "link").symlink_to(one)
+    assert len(find_runs([one, tmp_path / "runs", tmp_path / "link"])[0]) == 1
+
+
+def test_what_is_unfinished_or_damaged_is_left_out_with_the_reason(tmp_path):
+    whole, unfinished, damaged, lacking = (write_run(tmp_path / name) for name in ("a", "b", "c", "d"))
+    (unfinished / "results.json").unlink()
+    (damaged / "config.json").write_text("{")
+    write_json(lacking / "results.json", {"method": "janus"})
+    runs, skipped = find_runs([tmp_path])
+    assert [run.folder for run in runs] == [whole]
+    assert len(skipped) == 3 and not any("\n" in line for line in skipped)
+    assert f"{unfinished} is left out: it has not finished (no results.json)" in skipped
+    assert any(str(damaged / "config.json") in line and "cannot be read" in line for line in skipped)
+    assert any(
+        str(lacking / "results.json") in line and "lacks benchmark, seed, accuracy_matrix" in line for line in skipped
+    )
+    assert read(tmp_path)["skipped"] == skipped
+
+
+def test_without_any_run_that_can_be_shown_there_is_no_page(tmp_path):
+    (write_run(tmp_path / "a") / "results.json").unlink()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArgumentError, match="no run can be shown: .*has not finished"):
+        find_runs([tmp_path])
+    with pytest.raises(ArgumentError, match=r"empty is no run and holds none: there is no config.json or results.json"):
+        find_runs([tmp_path / "empty"])
+    with pytest.raises(ArgumentError, match="RUN .*absent is missing"):
+        find_runs([tmp_path / "absent"])
+    with pytest.raises(ArgumentError, match="RUN .*results.json is no folder"):
+        find_runs([write_run(tmp_path / "b") / "results.json"])
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("method", None),
+        ("seed", "0"),
+        ("accuracy_matrix", []),
+        ("accuracy_matrix", 7),
+        ("accuracy_matrix", [[1.0], [2.0]]),
+        ("task_recognition_matrix", [[1.0], [2.0, None], [3.0, 3.0, 3.0], [4.0, 4.0, 4.0, 4.0]]),
+        ("violation", [None, 1e-7]),
+        ("seconds", [1.0, 2.0, 3.0, "<b>"]),
+        ("basis_rank", [{}, {}, {}, {"block": None}]),
+        ("violation_per_layer", [{}, {}, {}, []]),
+        ("acc", True),
+        ("versions", []),
+    ],
+)
+def test_values_that_no_run_writes_are_named_and_left_out(tmp_path, key, value):
+    write_run(tmp_path / "a", results=made_up(4) | {key: value})
+    with pytest.raises(ArgumentError, match=f"a/results.json: {key} is not what a run of . tasks writes"):
+        find_runs([tmp_path])
+
+
+# groups ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "first, second, groups",
+    [
+        ({}, {}, 1),
+        ({"lr": 0.001}, {"lr": 0.002}, 2),
+        ({"method": "lora", "energy_start": 0.5}, {"method": "lora", "energy_start": 0.7}, 1),  # lora does not read it
+        ({"method": "lora"}, {"method": "janus"}, 2),
+        ({"split_sha256": "c" * 64}, {}, 2),
+        ({"shuffle_classes": True, "split_sha256": "c" * 64}, {"shuffle_classes": True}, 1),
+        ({"shuffle_classes": True, "class_names": ["other"]}, {"shuffle_classes": True}, 2),
+        ({"data_dir": "/here"}, {"data_dir": "/there"}, 1),
+        ({"split_sha256": None, "data_dir": "/here"}, {"split_sha256": None, "data_dir": "/there"}, 2),
+        ({"device": "cuda:0"}, {"device": "cuda:1"}, 1),
+        ({"device": "cuda"}, {"device": "cpu"}, 2),
+        ({"workers": 1, "plots": False, "output": "x"}, {"workers": 2, "output": "y"}, 1),
+        ({"tasks": 4}, {"tasks": 5}, 2),
+    ],
+)
+def test_runs_that_differ_only_in_seed_are_one_group(tmp_path, first, second, groups):
+    for seed, settings in enumerate((first, second)):
+        folder = write_run(tmp_path / f"run-{seed}", seed, method=settings.get("method", "janus"))
+        config = json.loads((folder / "config.json").read_text())
+        write_json(folder / "config.json", config | settings)
+    assert len(group_runs(find_runs([tmp_path])[0])) == groups
+
+
+def test_a_run_without_its_settings_is_a_group_of_its_own(tmp_path):
+    for seed in range(2):
+        (write_run(tmp_path / f"run-{seed}", seed) / "config.json").unlink()
+    groups = group_runs(find_runs([tmp_path])[0])
+    assert [group.name for group in groups] == ["janus, run-0", "janus, run-1"]
+    assert differences(groups) == []
+
+
+def test_groups_have_short_names_that_tell_them_apart(tmp_path):
+    def names(*settings: dict[str, Any]) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for i, each in enumerate(settings):
+            write_run(folder / f"run-{i}", **each)
+        return [group.name for group in group_runs(find_runs([folder])[0])]
+
+    assert names({}, {"method": "lora"}) == ["janus", "lora"]
+    assert names({"lr": 0.01}, {"lr": 0.02}, {"method": "lora"}) == ["janus, lr 0.01", "janus, lr 0.02", "lora"]
+    many = [{"lr": 0.01 * i, "rank": i, "epochs": i, "batch_size": i} for i in (2, 3)]
+    assert names(*many) == ["janus, run-0", "janus, run-1"]
+    folder = {"benchmark": "cifar100", "data_dir": "/data"}
+    assert names({}, folder) == ["emoji: janus", "cifar100: janus"]
+
+
+def test_a_group_lies_where_all_its_seeds_do(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / "several" / f"seed-{seed}", seed)
+    write_run(tmp_path / "one", lr=0.5)
+    groups = {group.folder.name: len(group.runs) for group in group_runs(find_runs([tmp_path])[0])}
+    assert groups == {"one": 1, "several": 2}
+
+
+def test_differences_are_the_settings_and_versions_in_which_runs_differ(tmp_path):
+    write_run(tmp_path / "a", lr=0.01, balance=False)
+    for seed, torch in enumerate(("2.12", "2.13")):
+        folder = write_run(tmp_path / f"b-{seed}", seed, lr=0.01, limit_per_class=7)
+        write_json(folder / "results.json", stored(folder) | {"versions": {"torch": torch}})
+    write_run(tmp_path / "c", method="lora", lr=0.5)
+    found = dict(differences(group_runs(find_runs([tmp_path])[0])))
+    assert found == {
+        "--method": ["janus", "janus", "lora"],
+        "--rectify": ["exact", "exact", "none"],
+        "--estimator": ["gram", "gram", "none"],
+        "--margin-weight": ["0.5", "0.5", "0.0"],
+        "--balance": ["no", "yes", "–"],
+        "--limit-per-class": ["left out", "7", "left out"],
+        "--lr": ["0.01", "0.01", "0.5"],
+        "torch": ["2.13", "2.12, 2.13", "2.13"],
+    }
+
+
+# numbers --------------------------------------------------------------------------------------------------------------
+def assert_shows(group: dict[str, Any], run: int, results: dict[str, Any]) -> None:
+    """Every number of ``results.json`` that the page shows is in its data, to the last bit."""
+    for key in ("acc", "maa", "bwt", "forgetting", "plasticity", "acc_task_known", "task_recognition"):
+        assert group["numbers"][key]["values"][run] == results[key]
+    for key in ("acc_sample_weighted", "maa_sample_weighted"):
+        assert group["numbers"][key]["values"][run] == results[key]
+    for name, key in spreads.MATRICES.items():
+        assert [row["values"][run] for row in group["matrices"][name]] == results[key]
+        assert group["curves"][name]["values"][run] == trajectory(results[key])
+    for key in ("violation", "danger", "seconds"):
+        shown = group["curves"].get(key, {"values": {run: [None] * len(results[key])}})
+        assert shown["values"][run] == results[key]
+    for key in ("violation_per_layer", "basis_rank"):
+        by_task = zip(*(layer["values"][run] for layer in group["layers"][key]), strict=True)
+        names = [layer["name"] for layer in group["layers"][key]]
+        shown = [{n: v for n, v in zip(names, values, strict=True) if v is not None} for values in by_task]
+        assert (shown or [{}] * len(results[key])) == results[key]
+    assert group["numbers"]["seconds"]["values"][run] == sum(results["seconds"])
+
+
+def test_every_number_of_a_run_is_on_the_page(tmp_path):
+    folder = write_run(tmp_path / "a")
+    (group,) = read(folder)["groups"]
+    assert_shows(group, 0, stored(folder))
+    assert group["curves"]["newest"]["values"][0] == [row[-1] for row in stored(folder)["accuracy_matrix"]]
+    assert group["training"]["places"] == [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
+    assert group["training"]["loss"]["values"] == [[2, 1] * 4]
+
+
+@pytest.mark.parametrize("method", ["janus", "lora"])
+def test_every_number_of_a_run_of_the_trainer_is_on_the_page(tmp_path, patterns, weights, method):
+    folder = tmp_path / "run"
+    trainer = make_trainer(patterns, weights, folder, method=method)
+    results = trainer.run()
+    write_json(folder / "results.json", results)
+    write_json(folder / "config.json", trainer.config.to_json())
+    (group,) = read(folder)["groups"]
+    assert_shows(group, 0, stored(folder))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert group["training"]["loss"]["values"] == [[line["loss"] for line in lines]]
+
+
+def test_a_group_has_mean_and_deviation_over_its_seeds(tmp_path):
+    runs = [made_up(4, seed=seed) for seed in range(3)]
+    for seed, run in enumerate(runs):
+        matrix = [[value / (seed + 1) for value in row] for row in run["accuracy_matrix"]]
+        run |= {"accuracy_matrix": matrix, "acc": 10.0 * seed}
+        write_run(tmp_path / f"seed-{seed}", seed, results=run)
+    (group,) = read(tmp_path)["groups"]
+    assert group["seeds"] == [0, 1, 2]
+    for seed, run in enumerate(runs):
+        assert_shows(group, seed, json.loads(json.dumps(run)))
+    last = np.array([run["accuracy_matrix"][-1] for run in runs])
+    np.testing.assert_allclose(group["matrices"]["all"][-1]["mean"], last.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(group["matrices"]["all"][-1]["std"], last.std(0, ddof=1), rtol=1e-12)
+    assert (group["numbers"]["acc"]["mean"], group["numbers"]["acc"]["std"]) == (10, 10)
+    curve = group["curves"]["all"]
+    np.testing.assert_allclose(
+        curve["mean"], np.mean([trajectory(run["accuracy_matrix"]) for run in runs], 0), rtol=1e-12
+    )
+    assert group["training"]["loss"]["mean"] == [3, 2] * 4
+
+
+def test_what_rounding_can_make_is_marked(tmp_path):
+    results = made_up(3)
+    rounding = [{name: 2 * value for name, value in task.items()} for task in results["violation_per_layer"]]
+    rounding[2] = {name: value / 4 for name, value in rounding[2].items()}
+    write_run(tmp_path / "a", tasks=3, results=results | {"violation_rounding_per_layer": rounding})
+    (group,) = read(tmp_path)["groups"]
+    assert group["curves"]["violation"]["rounded"] == [False, True, False]
+    assert group["numbers"]["violation"]["rounded"] == [False]
+
+
+OLDER = sorted(made_up(3).keys() - {"benchmark", "method", "seed", "accuracy_matrix"})
+
+
+@pytest.mark.parametrize(
+    "lacking", [*([key] for key in OLDER), OLDER], ids=lambda keys: keys[0] if len(keys) == 1 else "all"
+)
+def test_what_an_older_run_lacks_is_left_out(tmp_path, lacking):
+    results = {key: value for key, value in made_up(3).items() if key not in lacking}
+    folder = write_run(tmp_path / "a", tasks=3, results=results)
+    for name in ("config.json", "metrics.jsonl"):
+        (folder / name).unlink()
+    (group,) = read(folder)["groups"]
+    assert group["training"] == {}
+    assert group["matrices"]["all"] and group["curves"]["all"]
+    shown = {**group["numbers"], **group["layers"], **{spreads.MATRICES[name]: 1 for name in group["matrices"]}}
+    assert not shown.keys() & set(lacking)
+    assert main([str(folder)]) == 0
+
+
+def test_runs_of_one_group_that_were_trained_for_other_epochs_show_no_curve_of_training(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"seed-{seed}", seed)
+    append_json_line(tmp_path / "seed-1/metrics.jsonl", {"task": 9, "epoch": 0, "loss": 1.0, "accuracy": 1.0})
+    (group,) = read(tmp_path)["groups"]
+    assert group["training"] == {}
+
+
+# the page -------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def page(tmp_path: Path) -> str:
+    """A page of several groups with names that try to leave their place."""
+    runs = tmp_path / "runs"
+    for method in ("janus", "lora", "inflora"):
+        for seed in range(2):
+            write_run(runs / f"{method}-<script>window.ran = 2<" / f"seed-{seed}", seed, method=method)
+    joint = made_up(1, method="joint", basis_rank=[{}], violation_per_layer=[{}], violation=[None])
+    write_run(runs / "joint", tasks=1, method="joint", results=joint)
+    (write_run(runs / "unfinished") / "results.json").unlink()
+    layers = [f"{MISCHIEF}{i}" for i in range(30)]
+    many = made_up(50, method=MISCHIEF, versions={MISCHIEF: MISCHIEF})
+    many["basis_rank"] = [dict.fromkeys(layers, 3 * t) for t in range(50)]
+    write_run(runs / "many", tasks=50, results=many, class_list=None, weights=MISCHIEF)
+    return html.render(html.page_data(*find_runs([runs])))
+
+
+def test_no_name_leaves_its_place(page):
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<img" not in page and "<!--" not in page
+    assert data_of(page)["groups"][-1]["method"] == MISCHIEF
+    page.encode("utf-8", "xmlcharrefreplace")
+
+
+def test_the_page_asks_nobody_for_anything(page):
+    assert re.findall(r"https?://[^\s\"']*", page) == ["http://www.w3.org/2000/svg"]  # a name, not an address
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttp|sendBeacon|\bsrc=(?!x)", page)
+    assert re.findall(r'<link[^>]*href="([^"]*)"', page) == ["data:,"]
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+FACTS = """
+for (const details of document.querySelectorAll("details")) details.open = true;
+const shown = [...document.querySelectorAll("main > section:not([hidden])")].map((one) => one.id);
+const table = document.querySelector("#summary table");
+const rows = () => [...table.tBodies[0].rows].map((row) => row.cells[2].textContent);
+const head = table.tHead.rows[0].cells[2];
+const orders = [0, 1].map(() => { head.querySelector("button").click(); return [head.ariaSort, rows()]; });
+const picture = document.querySelector("#curves svg[tabindex]");
+for (const key of ["Home", "ArrowRight"]) picture.dispatchEvent(new KeyboardEvent("keydown", { key }));
+const tip = document.querySelector("#curves .tip").innerText;
+const cell = () => document.querySelector("#matrices td.low, #matrices td.middle, #matrices td.high").textContent;
+const before = cell();
+document.querySelector("input[value=known]").click();
+return {
+  shown, orders, tip, cells: [before, cell()], inner: innerWidth,
+  width: document.documentElement.scrollWidth,
+  pictures: document.querySelectorAll("figure svg[role]").length,
+  requests: performance.getEntriesByType("resource").map((entry) => entry.name),
+  ran: window.ran ?? null,
+};
+"""
+SECTIONS = ["summary", "curves", "balance", "matrices", "layers", "training", "settings", "runs"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_works_in_a_browser(page, width, tmp_path):
+    facts, console = probe(page, width, FACTS, tmp_path)
+    assert console == [] and facts["requests"] == [] and facts["ran"] is None
+    assert facts["inner"] == facts["width"] == width, "the page is wider than its window"
+    assert facts["shown"] == SECTIONS and facts["pictures"] == 7 + 1 + 2 * 4 + 3
+    (up, first), (down, second) = facts["orders"]
+    assert (up, down) == ("descending", "ascending")
+    values = [float(text.split()[0].replace("−", "-")) for text in first]
+    assert values == sorted(values, reverse=True) and second == first[::-1]
+    assert facts["tip"].startswith("after task 2") and "lora" in facts["tip"]
+    groups = data_of(page)["groups"]
+    several = next(group for group in groups if group["tasks"] > 1)
+    assert facts["cells"] == [f"{several['matrices'][name][0]['mean'][0]:.1f}" for name in ("all", "known")]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+def test_sections_without_numbers_are_not_shown(tmp_path):
+    results = {key: value for key, value in made_up(1).items() if key not in OLDER} | {"acc": 50.0}
+    write_run(tmp_path / "runs/a", tasks=1, results=results)
+    (tmp_path / "runs/a/metrics.jsonl").unlink()
+    page = html.render(html.page_data(*find_runs([tmp_path / "runs"])))
+    script = 'return [...document.querySelectorAll("main > section:not([hidden])")].map((one) => one.id)'
+    shown, console = probe(page, 390, script, tmp_path)
+    assert console == [] and shown == ["summary", "curves", "runs"]
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+def test_the_page_goes_to_the_folder_of_one_run_and_else_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_run(Path(name), lr=0.1)
+    assert main(["a"]) == 0
+    assert capsys.readouterr().out == "1 run: a/report.html\n"
+    assert main(["a", "b"]) == 0
+    assert capsys.readouterr().out == "2 runs: report.html\n"
+    assert main(["a", "b", "--output", "b/compared.html"]) == 0
+    assert sorted(str(path) for path in Path().rglob("*.html")) == ["a/report.html", "b/compared.html", "report.html"]
+    assert not [path for path in Path().rglob("*.tmp")]
+
+
+def test_runs_that_are_left_out_are_named(tmp_path, capsys):
+    write_run(tmp_path / "a")
+    (write_run(tmp_path / "b") / "results.json").unlink()
+    assert main([str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"1 run: {tmp_path / 'report.html'}\n"
+    assert printed.err == f"janus_ext.report: {tmp_path / 'b'} is left out: it has not finished (no results.json)\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "name the folder of at least one RUN; --help has an example"),
+        (["absent"], "RUN absent is missing; name the folder of a run"),
+        (["empty"], "RUN empty is no run and holds none: there is no config.json or results.json"),
+        (["a", "--output", "empty"], "--output empty is a folder; name a file, such as empty/report.html"),
+        (["a", "--output", "absent/x.html"], "--output absent/x.html: there is no folder absent"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("a"))
+    Path("empty").mkdir()
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"janus_ext.report: {message}\n"
+    assert not list(Path().rglob("*.html"))
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, capsys):
+    path = write_run(tmp_path / "a") / "report.html"
+    path.write_text("before")
+
+    def full(self: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main([str(path.parent)]) == 2
+    assert "report.html cannot be written" in capsys.readouterr().err
+    assert path.read_text() == "before" and not list(path.parent.glob(".report*"))
+    with pytest.raises(CheckpointError):
+        html.write_page(path, find_runs([path.parent])[0])
+
+
+def test_ctrl_c_is_status_130(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("janus_ext.report.find_runs", interrupted)
+    assert main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\njanus_ext.report: interrupted\n"
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "janus_ext.report runs/emoji-janus-0" in capsys.readouterr().out
