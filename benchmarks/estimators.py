@@ -53,7 +53,7 @@ def measure(kind: str, width: int) -> dict[str, Any]:
 
 
 def table(path: Path) -> str:
-    """The README's table of a JSON file."""
+    """The documents' table of a JSON file."""
     lines = ["| width | estimator | observe, ms | peak, MB | commit, ms | peak, MB |", "|---|---|---|---|---|---|"]
     for row in json.loads(path.read_text())["cases"]:
         cells = "| {width} | {estimator} | {observe_ms:.1f} | {observe_mb:.1f} | {commit_ms:.0f} | {commit_mb:.0f} |"

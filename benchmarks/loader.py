@@ -66,7 +66,7 @@ def training_rate(device: str) -> float:
 
 
 def table(path: Path) -> str:
-    """The README's table of a JSON file."""
+    """The documents' table of a JSON file."""
     stored = json.loads(path.read_text())
     lines = ["| | images/s |", "|---|---|"]
     lines += [

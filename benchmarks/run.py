@@ -180,7 +180,7 @@ def positive(text: str) -> int:
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    """The README's table."""
+    """The documents' table."""
     lines = ["| case | against | ours, ms | theirs, ms | ratio | target |", "|---|---|---|---|---|---|"]
     for row in cases:
         target = "-" if row["target"] is None else f"{row['target']:.3g}"

@@ -199,7 +199,7 @@ class KeepingTrainer(Trainer):
 
 
 def assert_protected_inputs_are_left_alone(trainer: KeepingTrainer, tasks: int) -> None:
-    """method.md, section 5, point 2, from the weights and the factors' files of a whole run."""
+    """docs/method.md, property 2, from the weights and the factors' files of a whole run."""
     for task in range(1, tasks):
         factors, _ = checkpoint.read_tensors(trainer.run_on_disk.factors_path(task))
         for name in trainer.learner.method.layers:

@@ -1,4 +1,7 @@
-"""--accumulate: a batch computed in pieces gives the step of the whole batch."""
+"""--accumulate: a batch computed in pieces gives the step of the whole batch.
+
+docs/method.md, property 4.
+"""
 
 from collections.abc import Iterator
 from functools import partial

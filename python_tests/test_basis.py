@@ -1,4 +1,4 @@
-"""extend_basis (property 6): compare projectors, never singular vectors."""
+"""extend_basis (docs/method.md, properties 6 and 8): compare projectors, never singular vectors."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The benchmarks' registry and tables: figures in the README are those of the JSON files beside them."""
+"""The benchmarks' registry and tables: figures in the documents are those of the JSON files beside them."""
 
 import importlib
 import itertools
@@ -32,10 +32,11 @@ def results(path: Path, **ratios: float) -> Path:
 
 
 def generated_blocks() -> list[tuple[str, str]]:
-    """(command, text) of every generated block of the README."""
-    parts = (ROOT / "README.md").read_text().split("<!-- end -->")[:-1]
+    """(command, text) of every generated block of the documents, each once."""
+    texts = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    parts = [part for text in texts for part in text.split("<!-- end -->")[:-1]]
     blocks = [part.rpartition("<!-- ")[2].partition(" -->\n") for part in parts]
-    return [(head.partition(": ")[2], text.strip()) for head, _, text in blocks]
+    return list(dict.fromkeys((head.partition(": ")[2], text.strip()) for head, _, text in blocks))
 
 
 @pytest.mark.parametrize(("command", "text"), generated_blocks(), ids=lambda value: value[:40])
@@ -45,7 +46,7 @@ def test_tables_are_what_their_commands_print(command: str, text: str) -> None:
     assert text == done.stdout.strip()
 
 
-def test_the_readme_has_all_tables() -> None:
+def test_the_documents_have_all_tables() -> None:
     assert {command.partition(" ")[2] for command, _ in generated_blocks()} == {
         "benchmarks/run.py table benchmarks/results/cpu.json",
         "benchmarks/run.py table benchmarks/results/program.json",
@@ -76,14 +77,14 @@ def test_every_target_is_a_case_and_was_reached() -> None:
     }
     assert with_target <= {name for name, row in measured.items() if row["target"]}
     missed = [name for name, row in measured.items() if row["target"] and row["ratio"] < row["target"]]
-    assert missed == ["task"], "a target that is missed stands in the README with its reason, and here by name"
+    assert missed == ["task"], "a target that is missed stands in docs/performance.md with its reason, and here by name"
 
 
 def test_twenty_tasks_stay_flat() -> None:
     ratios = json.loads((BENCHMARKS / "results/flatness.json").read_text())["last_over_first"]
     assert max(ratios.values()) <= 1.05
-    readme = (ROOT / "README.md").read_text()
-    assert f"{ratios['step_ms']:.3f}" in readme and f"{ratios['peak_mb']:.3f}" in readme
+    page = (ROOT / "docs/performance.md").read_text()
+    assert f"{ratios['step_ms']:.3f}" in page and f"{ratios['peak_mb']:.3f}" in page
 
 
 def test_a_case_runs_and_writes_json(tmp_path: Path) -> None:

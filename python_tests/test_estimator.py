@@ -1,4 +1,7 @@
-"""OnlineEstimator(estimator="isvd"), and what both estimators promise alike."""
+"""OnlineEstimator(estimator="isvd"), and what both estimators promise alike.
+
+docs/method.md, property 5.
+"""
 
 import warnings
 from typing import Any

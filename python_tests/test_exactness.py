@@ -1,4 +1,7 @@
-"""Property 2 on a real run: the embedded images and backbone, several tasks, whole blocks, the trainer's own path."""
+"""On a real run: the embedded images and backbone, several tasks, whole blocks, the trainer's own path.
+
+docs/method.md, properties 2 and 3.
+"""
 
 from pathlib import Path
 

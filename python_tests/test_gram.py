@@ -1,4 +1,4 @@
-"""gram_update_ and the statistics of OnlineEstimator (method: Online Estimation; property 5)."""
+"""gram_update_ and the statistics of OnlineEstimator (docs/method.md, properties 5 and 8)."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""isvd_update and extend_basis_factor (method: Online Estimation; properties 5 and 6 without the Gram matrix)."""
+"""isvd_update and extend_basis_factor without the Gram matrix (docs/method.md, properties 5, 6 and 8)."""
 
 import pytest
 import torch

@@ -1,4 +1,9 @@
-"""lora_linear and lora_qkv: the closest reachable update, forward and plain gradients (properties 1, 4 and 8)."""
+"""lora_linear and lora_qkv.
+
+docs/method.md, properties 1, 2, 4, 8, 10 and 12.
+"""
+
+import copy
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""LoRALinear, LoRAQKV and inject: whole tasks, protection, merging, what is refused (properties 2, 3 and 8)."""
+"""LoRALinear, LoRAQKV and inject: whole tasks, protection, merging, what is refused.
+
+docs/method.md, properties 2, 3, 8 and 11.
+"""
 
 import copy
 

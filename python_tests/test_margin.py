@@ -1,4 +1,4 @@
-"""margin_loss, DecoupledMarginLoss and ClassPrototypes (property 7)."""
+"""margin_loss, DecoupledMarginLoss and ClassPrototypes (docs/method.md, properties 7 and 8)."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What every op owes: reference, fake, autograd, opcheck, errors alike in both implementations (property 8)."""
+"""What every op owes: reference, fake, autograd, opcheck, errors alike in both (docs/method.md, property 8)."""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""Pairs whose module is a LoRA layer of PEFT: what it computes and trains beside W x + s B A x is refused by name."""
+"""Pairs whose module is a LoRA layer of PEFT: what it computes and trains beside W x + s B A x is refused by name.
+
+docs/method.md, property 2.
+"""
 
 import warnings
 from collections.abc import Callable

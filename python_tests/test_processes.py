@@ -1,4 +1,7 @@
-"""Data-parallel training: two processes protect together what both observed, as one process with all rows would."""
+"""Data-parallel training: two processes protect together what both observed, as one process with all rows would.
+
+docs/method.md, property 5.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""GradientRectifier: Gradient Rectification in a loop of one's own, for own layers and for pairs (property 2)."""
+"""GradientRectifier: Gradient Rectification in a loop of one's own, for own layers and for pairs.
+
+docs/method.md, properties 2 and 11.
+"""
 
 from typing import Any
 

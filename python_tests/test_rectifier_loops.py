@@ -1,4 +1,7 @@
-"""GradientRectifier in loops of many kinds: closures, clipping, wrapped optimizers, factors from elsewhere."""
+"""GradientRectifier in loops of many kinds: closures, clipping, wrapped optimizers, factors from elsewhere.
+
+docs/method.md, property 2.
+"""
 
 from collections.abc import Callable
 from typing import Any

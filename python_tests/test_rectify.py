@@ -1,4 +1,4 @@
-"""rectify_: the batched form of Gradient Rectification (properties 2, 4 and 8)."""
+"""rectify_: the batched form of Gradient Rectification (docs/method.md, properties 2, 4, 8 and 9)."""
 
 import subprocess
 import sys

@@ -23,7 +23,7 @@ from janus_ext.methods.base import Method, Step
 from janus_ext.runs import checkpoint
 from janus_ext.runs.run import Run
 
-ABLATION = {  # method.md, section 6: rectify, estimator, margin weight
+ABLATION = {  # the rows of docs/methods.md: rectify, estimator, margin weight
     "nothing": ("none", "none", 0.0),
     "DML": ("none", "none", 0.5),
     "OE": ("project", "gram", 0.0),
