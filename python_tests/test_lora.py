@@ -3,7 +3,6 @@
 docs/method.md, properties 1, 2, 4, 8, 10 and 12.
 """
 
-import copy
 
 import pytest
 import torch
