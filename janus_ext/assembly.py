@@ -13,6 +13,7 @@ from torch import nn
 from janus_ext.backbone import adopt, load_backbone, rebuild
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig
+from janus_ext.data.images import View
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.methods import METHODS
@@ -87,6 +88,12 @@ def network_of(settings: Mapping[str, Any], backbone: nn.Module | None = None) -
         )
     weights = settings["weights"]  # of a run before networks were described
     return load_backbone(settings["backbone"], "none" if weights == "pretrained" else weights, settings["image_size"])
+
+
+def margin_of(settings: Mapping[str, Any]) -> float:
+    """How much larger than its square an image was made before its middle was taken, when the run was evaluated."""
+    whole = settings["benchmark"] in ("emoji", "cifar100")  # of runs before that was stored
+    return settings.get("view_margin", 1.0 if whole else View().margin)
 
 
 def _is_there(device: str) -> bool:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from janus_ext.assembly import make_learner, network_of, resolve, stored_config
+from janus_ext.assembly import make_learner, margin_of, network_of, resolve, stored_config
 from janus_ext.backbone import adopt
 from janus_ext.calibration import fit_temperature, probabilities
 from janus_ext.classifier import COSINES
 from janus_ext.data.benchmark import Selection
 from janus_ext.data.collect import labelled, labelled_as, require_readable, unlabelled
-from janus_ext.data.images import default_workers
+from janus_ext.data.images import View, default_workers
 from janus_ext.devices import deterministic
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.reports.evaluation import Evaluation, evaluate
@@ -77,6 +77,7 @@ class ContinualLearner:
         self._tasks: list[tuple[str, ...]] = []
         self._factors: list[Factors] = []
         self._unprotected = False
+        self._margin = View().margin
 
     @classmethod
     def from_classifier(
@@ -116,6 +117,11 @@ class ContinualLearner:
         return self._core.model.input_size
 
     @property
+    def view(self) -> View:
+        """How images become such squares: of a model trained on whole images the whole, else the middle."""
+        return View(self.input_size, self._margin)
+
+    @property
     def images_at_once(self) -> int:
         """How many images a pass takes that learns nothing: 200, or as many as need no more memory in a ViT-B/16."""
         return self._core.model.images_at_once
@@ -152,7 +158,7 @@ class ContinualLearner:
             DataError: there are no images, a class has none, one cannot be read, a label is none of the classes'.
             TrainingError: the loss or a statistic is not finite.
         """
-        found = labelled(images, classes, self.input_size, self.workers())
+        found = labelled(images, classes, self.view, self.workers())
         self._check_new(found.class_names)
         self._warn_of_unprotected()
         first = len(self.classes)
@@ -175,7 +181,7 @@ class ContinualLearner:
             ArgumentError: the method protects nothing.
             DataError: there is no image, or one cannot be read.
         """
-        split = unlabelled(images, self.input_size, self.workers())
+        split = unlabelled(images, self.view, self.workers())
         require_readable(split)
         with self._at_work(), self._core.undone_on_error():
             self._core.observe(_all_of(split, (0,)))
@@ -196,7 +202,7 @@ class ContinualLearner:
             Per image [(class name, score), ...], the best first.
         """
         temperature = 1.0 if calibrate is None else self.temperature(calibrate)
-        return list(self.classify(unlabelled(images, self.input_size, self.workers()), top, temperature))
+        return list(self.classify(unlabelled(images, self.view, self.workers()), top, temperature))
 
     def classify(self, split: Split, top: int = 5, temperature: float = 1.0) -> Iterator[list[tuple[str, float]]]:
         """`predict` image by image for a split, as its images are decoded."""
@@ -208,7 +214,7 @@ class ContinualLearner:
     def temperature(self, images: Any) -> float:
         """The T of `predict`'s ``calibrate``, fitted on labelled images."""
         self._require_classes()
-        split = labelled_as(images, self.classes, self.input_size, self.workers())
+        split = labelled_as(images, self.classes, self.view, self.workers())
         with self._at_work():
             batches = list(self._logits(_all_of(split, range(len(self.classes)))))
         return fit_temperature(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
@@ -225,7 +231,7 @@ class ContinualLearner:
             DataError: there is no image, one cannot be read, or a label is no class that the learner knows.
         """
         self._require_classes()
-        split = labelled_as(images, self.classes, self.input_size, self.workers())
+        split = labelled_as(images, self.classes, self.view, self.workers())
         return self.evaluate_split(split, self.classes)
 
     def evaluate_split(self, split: Split, class_names: Sequence[str]) -> Evaluation:
@@ -282,6 +288,7 @@ class ContinualLearner:
         learner._tasks = list(saved.tasks)
         learner._factors = [run.factors_path(task) for task in range(len(saved.tasks))]
         learner._unprotected = settings.get("unprotected", False)
+        learner._margin = margin_of(settings)
         learner._core.model.eval()
         return learner
 
@@ -291,7 +298,12 @@ class ContinualLearner:
         for task, factors in enumerate(self._factors):
             run.write_factors(task, factors, about | {"task": str(task)})
         run.write_task(len(self._tasks) - 1, core.state(), about, self._tasks)
-        own = {"seed": [core.seed], "tasks": core.planned, "unprotected": self._unprotected}
+        own = {
+            "seed": [core.seed],
+            "tasks": core.planned,
+            "unprotected": self._unprotected,
+            "view_margin": self._margin,
+        }
         network = {"network": core.model.backbone.network, "class_names": list(self.classes)}
         run.write_settings(self.config.to_json() | {"benchmark": None} | own | network)
 

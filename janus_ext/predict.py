@@ -75,7 +75,7 @@ def _classified(
         return iter(())
     if config.batch_size is not None:
         learner.images_at_once = config.batch_size
-    return learner.classify(unlabelled(paths, learner.input_size, learner.workers(config.workers)), config.top)
+    return learner.classify(unlabelled(paths, learner.view, learner.workers(config.workers)), config.top)
 
 
 def _json(path: str, classes: Sequence[tuple[str, float]]) -> str:

@@ -51,7 +51,7 @@ ALLOWED = {
     },
     "runs": {"arguments", "config", "runs"},
     "calibration": set(),
-    "assembly": {"backbone", "classifier", "config", "devices", "methods", "training.loop"},
+    "assembly": {"backbone", "classifier", "config", "data.images", "devices", "methods", "training.loop"},
     "learner": {
         "assembly",
         "backbone",

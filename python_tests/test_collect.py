@@ -16,26 +16,31 @@ from janus_ext.config import MethodName, TrainConfig
 from janus_ext.data import check, collect, folder
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.collect import labelled, labelled_as, require_readable, unlabelled
+from janus_ext.data.images import View
 from janus_ext.data.items import to_image
 from janus_ext.errors import ArgumentError, DataError
+
+SMALL = View(32)
 
 
 # the same images in every form ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("form", ["torchvision", "paths and names", "paths and ids", "pillow", "in memory", "relative"])
 def test_every_form_gives_the_bits_of_the_folder(tree, form, monkeypatch):
-    found = labelled(tree, size=32)
+    found = labelled(tree, view=SMALL)
     assert found.class_names == NAMES and found.split.samples[-1] == "eel/deep/er.JPG"
     assert torch.bincount(found.split.labels).tolist() == [5, 4, 5]
     labels = found.split.labels.tolist()
     paths = [tree / name for name in found.split.samples]
     monkeypatch.chdir(tree.parent)
     other = {
-        "torchvision": lambda: labelled(image_folder(tree), size=32),
-        "paths and names": lambda: labelled(list(zip(paths, map(NAMES.__getitem__, labels), strict=True)), size=32),
-        "paths and ids": lambda: labelled(list(zip(map(str, paths), labels, strict=True)), NAMES, size=32),
-        "pillow": lambda: labelled(Listed([plain(p, c) for p, c in zip(paths, labels, strict=True)], NAMES), size=32),
-        "in memory": lambda: labelled([plain(p, NAMES[c]) for p, c in zip(paths, labels, strict=True)], size=32),
-        "relative": lambda: labelled([(f"tree/./{n}", NAMES[n > "d"]) for n in found.split.samples[:9]], size=32),
+        "torchvision": lambda: labelled(image_folder(tree), view=SMALL),
+        "paths and names": lambda: labelled(list(zip(paths, map(NAMES.__getitem__, labels), strict=True)), view=SMALL),
+        "paths and ids": lambda: labelled(list(zip(map(str, paths), labels, strict=True)), NAMES, view=SMALL),
+        "pillow": lambda: labelled(
+            Listed([plain(p, c) for p, c in zip(paths, labels, strict=True)], NAMES), view=SMALL
+        ),
+        "in memory": lambda: labelled([plain(p, NAMES[c]) for p, c in zip(paths, labels, strict=True)], view=SMALL),
+        "relative": lambda: labelled([(f"tree/./{n}", NAMES[n > "d"]) for n in found.split.samples[:9]], view=SMALL),
     }[form]()
     if form == "relative":
         assert other.split.samples == found.split.samples[:9] and other.class_names == NAMES[:2]
@@ -64,7 +69,7 @@ def test_the_bits_do_not_depend_on_workers(tree, mode):
     items = [(pixels(c, n) // 2, c) for n in range(12) for c in range(3)]
     held = (Listed if mode == "tensors" else Noisy)(items, NAMES)
     state = torch.get_rng_state()
-    here, there = labelled(held, size=32), labelled(held, size=32, workers=2)
+    here, there = labelled(held, view=SMALL), labelled(held, view=SMALL, workers=2)
     assert_same(here.split, there.split)
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(bits(here.split, 3)[0], bits(here.split, 4)[0])
@@ -90,7 +95,7 @@ def test_classes_choose_and_order_those_that_images_bring(tree):
     for images in (tree, str(tree), image_folder(tree)):
         found = labelled(images, wanted)
         assert found.class_names == ("eel", "cat") and torch.bincount(found.split.labels).tolist() == [5, 5]
-    whole, part = labelled(tree, size=32).split, labelled(image_folder(tree), wanted, size=32).split
+    whole, part = labelled(tree, view=SMALL).split, labelled(image_folder(tree), wanted, view=SMALL).split
     assert torch.equal(bits(part)[0], bits(whole.take(whole.of_classes([0, 2])))[0])
     assert part.labels.tolist() == [1] * 5 + [0] * 5
 
@@ -125,7 +130,7 @@ def test_for_an_evaluation_classes_may_lack_images_and_no_class_may_be_unknown(t
 def test_one_image_is_enough_for_a_class(tmp_path, weights, method):
     """Every method learns from it, and remembers, without a number that is not finite."""
     folders(tmp_path / "tree", 4, 1, "class {}".format)
-    found = labelled(tmp_path / "tree", size=32)
+    found = labelled(tmp_path / "tree", view=SMALL)
     tasks = ((0, 1, 2, 3),) if method == "joint" else ((0, 1), (2, 3))
     benchmark = Benchmark("ones", found.class_names, found.split, found.split, tasks)
     changes = {"frequencies": 100} if method == "bilora" else {}
@@ -287,7 +292,7 @@ def test_an_item_that_is_no_image_is_named_by_its_position(item, reason, workers
     with pytest.raises(DataError, match=f"^images\\[20\\]: [^\n]*{re.escape(reason)}[^\n]*$"):
         labelled(held, ["a"], workers=workers)
     if isinstance(item, tuple):
-        split = unlabelled(held, size=32, workers=workers)
+        split = unlabelled(held, view=SMALL, workers=workers)
         for look in (require_readable, bits):
             with pytest.raises(DataError, match=f"^images\\[20\\]: [^\n]*{re.escape(reason)}[^\n]*$"):
                 look(split)
@@ -295,7 +300,7 @@ def test_an_item_that_is_no_image_is_named_by_its_position(item, reason, workers
 
 def test_an_item_that_fails_later_is_named_too():
     held = Listed([(pixels(c), c) for c in range(3)], NAMES)
-    split = labelled(held, size=32).split
+    split = labelled(held, view=SMALL).split
     held.items[1] = RuntimeError("out of shelf space")
     with pytest.raises(DataError, match=r"^images\[1\]: RuntimeError: out of shelf space$"):
         bits(split, 0)

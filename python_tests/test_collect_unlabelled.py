@@ -9,27 +9,28 @@ from PIL import Image
 from trees import drawing, save_jpeg
 
 from janus_ext.data.collect import find_images, labelled, readable, require_readable, unlabelled
+from janus_ext.data.images import View
 from janus_ext.errors import DataError
 
 
 def test_every_form_without_labels(tree, monkeypatch):
     monkeypatch.chdir(tree)
-    folder_bits = bits(unlabelled(tree / "cat", size=32))[0]
+    folder_bits = bits(unlabelled(tree / "cat", view=View(32)))[0]
     assert len(folder_bits) == 5
     paths = sorted((tree / "cat").glob("*.jpg"))
     forms = ["cat", "cat/*.jpg", "**/cat/*", paths, list(map(str, paths)), [plain(path, 0)[0] for path in paths]]
     lazy = [Image.open(path) for path in paths]  # nothing read yet
     for images in (*forms, Listed([plain(path, 0)[0] for path in paths]), Listed([(p, "x") for p in paths]), lazy):
-        split = unlabelled(images, size=32, workers=2 if images is lazy else 0)
+        split = unlabelled(images, view=View(32), workers=2 if images is lazy else 0)
         require_readable(split)
         assert torch.equal(bits(split)[0], folder_bits) and split.labels.tolist() == [-1] * 5
     assert unlabelled("cat").samples[0] == "cat/cat_0.jpg" and unlabelled(lazy).samples[4] == "images[4]"
-    one = bits(unlabelled(paths[0], size=32))[0]
+    one = bits(unlabelled(paths[0], view=View(32)))[0]
     assert torch.equal(one[0], folder_bits[0])
-    assert torch.equal(bits(unlabelled(Image.open(paths[0]), size=32))[0], one)
+    assert torch.equal(bits(unlabelled(Image.open(paths[0]), view=View(32)))[0], one)
     stack = torch.stack([pixels(0), pixels(1)])
-    assert torch.equal(bits(unlabelled(stack, size=32))[0], bits(unlabelled(list(stack), size=32))[0])
-    assert torch.equal(bits(unlabelled(stack[1], size=32))[0], bits(unlabelled(stack, size=32))[0][1:])
+    assert torch.equal(bits(unlabelled(stack, view=View(32)))[0], bits(unlabelled(list(stack), view=View(32)))[0])
+    assert torch.equal(bits(unlabelled(stack[1], view=View(32)))[0], bits(unlabelled(stack, view=View(32)))[0][1:])
 
 
 def test_workers_do_not_read_one_open_file_at_once(tmp_path):
@@ -37,11 +38,11 @@ def test_workers_do_not_read_one_open_file_at_once(tmp_path):
     noise = torch.randint(256, (1000, 1000, 3), dtype=torch.uint8).numpy()
     Image.fromarray(noise).save(tmp_path / "noise.png")
     with Image.open(tmp_path / "noise.png") as image:
-        split = unlabelled([image] * 64, size=32, workers=2)
-        assert (bits(split)[0] == bits(unlabelled(tmp_path / "noise.png", size=32))[0]).all()
+        split = unlabelled([image] * 64, view=View(32), workers=2)
+        assert (bits(split)[0] == bits(unlabelled(tmp_path / "noise.png", view=View(32)))[0]).all()
     with Image.open(tmp_path / "noise.png") as image:
-        split = labelled([(image, "noise")] * 64, size=32, workers=2).split
-        assert (bits(split)[0] == bits(unlabelled(tmp_path / "noise.png", size=32))[0]).all()
+        split = labelled([(image, "noise")] * 64, view=View(32), workers=2).split
+        assert (bits(split)[0] == bits(unlabelled(tmp_path / "noise.png", view=View(32)))[0]).all()
 
 
 def test_a_list_of_paths_is_taken_one_by_one(tree):

@@ -208,7 +208,7 @@ def _selection(learner, photos):
     from janus_ext.data.collect import labelled_as
     from janus_ext.learner import _all_of
 
-    return _all_of(labelled_as(photos, learner.classes, learner.input_size), range(len(learner.classes)))
+    return _all_of(labelled_as(photos, learner.classes, learner.view), range(len(learner.classes)))
 
 
 def test_evaluation_counts_what_predict_says(learned):

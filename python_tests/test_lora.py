@@ -3,7 +3,6 @@
 docs/method.md, properties 1, 2, 4, 8, 10 and 12.
 """
 
-
 import pytest
 import torch
 from conftest import assert_close, orthonormal, relative_error

@@ -25,6 +25,8 @@ class Split(Dataset):
 
     labels: Tensor
     samples: tuple[str, ...]
+    margin = 1.0
+    """How much larger than the model's square an image is made before its middle is taken; 1 shows all of it."""
 
     def __len__(self) -> int:
         return len(self.labels)

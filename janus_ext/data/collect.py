@@ -31,7 +31,7 @@ from janus_ext.errors import ArgumentError, DataError
 LABELLED = "a folder of class folders, a list of (path, label), or a map-style data set of (image, label)"
 UNLABELLED = "a folder, a pattern or path, a PIL image, a uint8 tensor, a list of these, or a map-style data set"
 CLASS_LEVEL = "hand over one of them, or name them in classes= if they are classes"
-SIZE = 224  # pixels, of a side
+SQUARE = View()  # 224 pixels, the middle of a resized image
 
 
 # with labels ---------------------------------------------------------------------------------------------------------
@@ -42,8 +42,8 @@ class Labelled(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def labelled(images: Any, classes: Sequence[str] | None = None, size: int = SIZE, workers: int = 0) -> Labelled:
-    """Images to learn, all of them decoded once, as a split for a model of ``size`` x ``size`` pixels.
+def labelled(images: Any, classes: Sequence[str] | None = None, view: View = SQUARE, workers: int = 0) -> Labelled:
+    """Images to learn, all of them decoded once, as a split whose images become what ``view`` says.
 
     ``images`` is a folder of class folders (images at any depth below, as for the benchmark "folder"), a list of (path,
     label), or a map-style data set of (image, label), where an image is what
@@ -69,10 +69,10 @@ def labelled(images: Any, classes: Sequence[str] | None = None, size: int = SIZE
     lacking = [names[label] for label in sorted(set(range(len(names))) - set(labels))]
     if lacking:
         raise DataError(f"{len(lacking)} of {len(names)} classes have no image: {shorten(lacking)}")
-    return Labelled(found.checked_split(rows, labels, size, workers), names)
+    return Labelled(found.checked_split(rows, labels, view, workers), names)
 
 
-def labelled_as(images: Any, classes: Sequence[str], size: int = SIZE, workers: int = 0) -> ImageSplit:
+def labelled_as(images: Any, classes: Sequence[str], view: View = SQUARE, workers: int = 0) -> ImageSplit:
     """Images to evaluate a model of ``classes`` on, in the forms of :func:`labelled`; labels are positions in these.
 
     Not every class needs an image, but every image's class has to be among ``classes``.
@@ -82,7 +82,7 @@ def labelled_as(images: Any, classes: Sequence[str], size: int = SIZE, workers: 
     """
     found = _find(images, None, workers)
     rows, labels = found.resolve(_checked_names(classes))
-    return found.checked_split(rows, labels, size, workers)
+    return found.checked_split(rows, labels, view, workers)
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,12 @@ class Found:
             self._refuse(culprits, names)
         return rows, labels
 
-    def checked_split(self, rows: Sequence[int], labels: Sequence[int], size: int, workers: int) -> ImageSplit:
+    def checked_split(self, rows: Sequence[int], labels: Sequence[int], view: View, workers: int) -> ImageSplit:
         """The images at ``rows``; DataError names the first files among them that cannot be read."""
         keys, samples = ([values[row] for row in rows] for values in (self.keys, self.samples))
         if isinstance(self.source, Files):
             _refuse(check.examine(self.source, keys), f"images below {self.source.root}: ")
-        return ImageSplit(self.source, keys, torch.tensor(labels, dtype=torch.int64), samples, View(size), workers)
+        return ImageSplit(self.source, keys, torch.tensor(labels, dtype=torch.int64), samples, view, workers)
 
     def _name(self, label: Label, names: Sequence[str]) -> str | None:
         """The class of a label; None for a number outside ``names``."""
@@ -202,8 +202,8 @@ def _own_names(images: Any) -> tuple[str, ...]:
 
 
 # without labels ------------------------------------------------------------------------------------------------------
-def unlabelled(images: Any, size: int = SIZE, workers: int = 0) -> ImageSplit:
-    """Images without labels (all of them -1) as a split for a model of ``size`` x ``size`` pixels.
+def unlabelled(images: Any, view: View = SQUARE, workers: int = 0) -> ImageSplit:
+    """Images without labels (all of them -1) as a split whose images become what ``view`` says.
 
     ``images`` is a folder (all images below), a pattern ("photos/**/*.jpg"), a path, a PIL image, a uint8 tensor
     [3, H, W] or several in one [N, 3, H, W], a list of paths, PIL images and tensors, or a map-style data set of
@@ -226,11 +226,11 @@ def unlabelled(images: Any, size: int = SIZE, workers: int = 0) -> ImageSplit:
     labels = torch.full((len(images),), -1)
     if isinstance(images, (list, tuple)) and all(isinstance(image, PATHS) for image in images):
         paths = [os.fspath(path) for path in images]
-        return ImageSplit(Files(Path(), upright=True), paths, labels, paths, View(size), workers)
+        return ImageSplit(Files(Path(), upright=True), paths, labels, paths, view, workers)
     if isinstance(images, (list, tuple)):
         _load(images)
     rows = range(len(images))
-    return ImageSplit(Items(images), rows, labels, [name_of(row) for row in rows], View(size), workers)
+    return ImageSplit(Items(images), rows, labels, [name_of(row) for row in rows], view, workers)
 
 
 def require_readable(split: ImageSplit) -> None:

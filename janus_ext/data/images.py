@@ -224,6 +224,7 @@ class ImageSplit(Split):
         self.labels = labels.to(torch.int64)
         self.samples = tuple(samples)
         self.view = view or View()
+        self.margin = self.view.margin
         self.workers = workers
         self._reader = Reader(source, self.view)
         self._workers = Workers(self._reader, workers)
