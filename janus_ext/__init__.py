@@ -16,7 +16,7 @@ from janus_ext.errors import (
     TrainingError,
 )
 from janus_ext.estimator import OnlineEstimator, observing
-from janus_ext.injection import Injection, inject
+from janus_ext.injection import Injection, inject, uninject
 from janus_ext.lora import LoRALinear, LoRAQKV
 from janus_ext.margin import ClassPrototypes, DecoupledMarginLoss
 from janus_ext.pairs import LoRAPair
@@ -43,4 +43,5 @@ __all__ = [
     "inject",
     "observing",
     "ops",
+    "uninject",
 ]

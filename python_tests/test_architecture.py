@@ -14,6 +14,7 @@ CSRC = ROOT / "csrc"
 ALLOWED = {
     "errors": set(),
     "_native": set(),
+    "adapter": set(),
     "reference": set(),
     "arguments": set(),
     "processes": set(),
@@ -28,14 +29,14 @@ ALLOWED = {
     "rectified": {"arguments", "ops", "lora", "pairs"},
     "rectifier": {"arguments", "ops", "estimator", "lora_arguments", "pairs", "processes", "rectified"},
     "lora_arguments": {"arguments", "ops"},
-    "lora": {"ops", "lora_arguments"},
-    "injection": {"ops", "backbone.families", "lora", "lora_arguments"},
+    "lora": {"adapter", "ops", "lora_arguments"},
+    "injection": {"adapter", "ops", "backbone.families", "lora", "lora_arguments"},
     "classifier": set(),
     "torchvision_shim": {"backbone"},
     "config": {"config"},
     "backbone": {"backbone", "runs.checkpoint"},
     "data": {"config", "data", "runs.checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
-    "methods": {"estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
+    "methods": {"adapter", "estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
     "runs": {"config", "runs"},
     "reports": {"reports", "runs"},
     "training": {
