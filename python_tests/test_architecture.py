@@ -36,6 +36,16 @@ ALLOWED = {
     "config": {"config"},
     "backbone": {"backbone", "runs.checkpoint"},
     "data": {"config", "data", "runs.checkpoint", "backbone"},  # atomic files; the guard around torchvision's import
+    "exports": {
+        "backbone",
+        "classifier",
+        "exports",
+        "injection",
+        "margin",
+        "ops",
+        "runs.checkpoint",
+        "versions",
+    },
     "methods": {"adapter", "estimator", "margin", "rectifier", "lora", "backbone.families", "injection", "methods"},
     "runs": {"config", "runs"},
     "reports": {"reports", "runs"},

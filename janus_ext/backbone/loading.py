@@ -27,6 +27,7 @@ from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.runs.checkpoint import read_tensors
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "backbone.safetensors"
+TIMMS_OWN = "vit_tiny_patch16_224"  # a VisionTransformer of timm's that takes every argument of the embedded one
 DROP_RATES = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
@@ -52,7 +53,8 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
 
     ``image_size`` is the side of the images in pixels, by default what the weights were trained with.
     Dropout and stochastic depth are off, whatever the network's default.
-    The result carries ``input_mean``, ``input_std`` (3 numbers each) and ``input_size`` (pixels).
+    The result carries ``input_mean``, ``input_std`` (3 numbers each) and ``input_size`` (pixels), and ``timm_call``, the
+    (name, arguments) that `timm.create_model` makes such a network from.
 
     Raises:
         ArgumentError: there is no such name, or the image size does not suit the network.
@@ -99,6 +101,9 @@ def _load_embedded(weights: str, image_size: int | None) -> nn.Module:
     if image_size is not None:
         _check_patches(model, image_size, "emoji")
         model.set_input_size(img_size=(image_size, image_size))
+        architecture["img_size"] = image_size
+    made_by = {key: value for key, value in architecture.items() if key not in (*DROP_RATES, "num_classes")}
+    model.timm_call = (TIMMS_OWN, made_by)
     return _describe(model, mean, std, image_size or size)
 
 
@@ -118,6 +123,7 @@ def _load_timm(source: Source, weights: str, image_size: int | None) -> nn.Modul
         model = _load_tensors(source, file, options)
     cfg = model.pretrained_cfg
     size = image_size or _first(source.options.get("img_size", cfg["input_size"][-1]))
+    model.timm_call = (source.architecture.partition(".")[0], source.options | options)
     return _describe(model, cfg["mean"], cfg["std"], size)
 
 
