@@ -148,6 +148,16 @@ def contents_on(backbone: nn.Module, classes: int = 3, **settings) -> Contents:
     return Contents(model.eval(), *linear_rows(model.heads), names, {"method": "janus", "backbone": "x"} | settings)
 
 
+def test_a_network_that_torch_cannot_follow_is_one_line():
+    class Moody(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return pixels.mean((2, 3)) * (1 if pixels.sum() > 0 else 2)
+
+    scorer = plain.Scorer(Moody(), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
+    with pytest.raises(ArgumentError, match="^torch.export cannot follow this Moody: [^\n]+$"):
+        plain.program_of(scorer, folder.random_images(8))
+
+
 def test_rows_that_do_not_fit_are_refused(contents):
     with pytest.raises(ArgumentError, match=r"must be \[5, 32\] and \[5\], got \[6, 32\] and \[6\]"):
         replace(contents, class_names=tuple("abcde"))
@@ -352,6 +362,20 @@ def test_an_update_without_low_rank_factors_is_refused(patterns, weights, tmp_pa
     contents = export.contents_of(run_of("bilora", patterns, weights, tmp_path / "run"))
     with pytest.raises(ArgumentError, match="takes low-rank factors, and the updates of --method bilora are none"):
         peft.export(contents, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_a_layer_whose_weight_alone_is_read_is_refused():
+    needs("peft")
+    from peft import LoraConfig, get_peft_model
+
+    model = load_backbone("beit_base_patch16_224", "none").eval()
+    name, pixels = "blocks.11.attn.qkv", torch.randn(1, 3, 224, 224)
+    with pytest.raises(ArgumentError, match=rf"cannot adapt {name}: Attention reads the weight of its qkv"):
+        peft._check_layers(model, [name])
+    before = model(pixels)
+    config = LoraConfig(r=2, target_modules=[name], init_lora_weights=False)
+    assert torch.equal(get_peft_model(model, config)(pixels), before), "what the refusal is for"
 
 
 def test_random_weights_are_no_base(contents, tmp_path):

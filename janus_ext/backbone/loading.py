@@ -53,8 +53,8 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
 
     ``image_size`` is the side of the images in pixels, by default what the weights were trained with.
     Dropout and stochastic depth are off, whatever the network's default.
-    The result carries ``input_mean``, ``input_std`` (3 numbers each) and ``input_size`` (pixels), and ``timm_call``, the
-    (name, arguments) that `timm.create_model` makes such a network from.
+    The result carries ``input_mean``, ``input_std`` (3 numbers each), ``input_size`` (pixels), and as ``timm_call`` the
+    name and the arguments that `timm.create_model` makes such a network from.
 
     Raises:
         ArgumentError: there is no such name, or the image size does not suit the network.

@@ -6,17 +6,16 @@ of the classes are in the file's metadata, a JSON list under "class_names".
 
 from __future__ import annotations
 
-import contextlib
-import io
+import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from janus_ext.exports import card
+from janus_ext.exports import card, usage
 from janus_ext.exports.contents import Contents
 from janus_ext.exports.folder import check_same, new_folder, random_images, require
-from janus_ext.exports.plain import scorer
+from janus_ext.exports.plain import program_of, scorer
 from janus_ext.runs.checkpoint import to_json
 
 OPSET = 18
@@ -29,32 +28,31 @@ def export(contents: Contents, folder: Path) -> None:
     """Writes model.onnx (above 2 GB with model.onnx.data beside it) and README.md; ``folder`` is new or empty.
 
     Raises:
-        ArgumentError: a package is missing, or the network has no linear classifier.
+        ArgumentError: a package is missing, the network has no linear classifier, or torch cannot translate it.
         CheckpointError: the folder cannot be written, or ONNX Runtime computes other scores.
     """
     require("onnx", "onnx", "onnxscript", "onnxruntime")
     module, images = scorer(contents), random_images(contents.model.input_size)
-    program = _program(module, images[:2])
-    program.model.metadata_props["class_names"] = to_json(contents.class_names)
+    graph = _graph(program_of(module, images[:2]))
+    graph.model.metadata_props["class_names"] = to_json(contents.class_names)
     size = sum(parameter.nbytes for parameter in module.parameters())
     with new_folder(folder) as made:
-        program.save(str(made / FILE), external_data=size > LARGEST)
+        graph.save(str(made / FILE), external_data=size > LARGEST)
         for batch in (images, images[:1]):
             with torch.no_grad():
                 check_same("ONNX Runtime computes otherwise", _scores(made / FILE, batch), module(batch), TOLERANCE)
-        card.write(made, contents, card.onnx(contents))
+        card.write(made, contents, usage.onnx(contents))
 
 
-def _program(module: nn.Module, images: Tensor) -> torch.onnx.ONNXProgram:
-    with contextlib.redirect_stdout(io.StringIO()):  # torch reports its progress there
+def _graph(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
         return torch.onnx.export(
-            module,
-            (images,),
+            program,
             input_names=["images"],
             output_names=["scores"],
             opset_version=OPSET,
             dynamo=True,
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             verbose=False,
         )
 

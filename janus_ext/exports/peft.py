@@ -19,7 +19,7 @@ from janus_ext import ops
 from janus_ext.backbone import load_backbone, prepare_torchvision
 from janus_ext.backbone.families import BIASES
 from janus_ext.errors import ArgumentError
-from janus_ext.exports import card
+from janus_ext.exports import card, usage
 from janus_ext.exports.contents import Contents, Update
 from janus_ext.exports.folder import check_same, new_folder, random_images, require
 from janus_ext.exports.plain import merged_backbone
@@ -50,7 +50,7 @@ def export(contents: Contents, folder: Path) -> None:
         rows = {"weight": contents.weight, "bias": contents.bias}
         write_tensors(made / CLASSIFIER, rows, {"class_names": to_json(contents.class_names)})
         _check_features(made, contents, base, merged)
-        card.write(made, contents, card.peft(contents))
+        card.write(made, contents, usage.peft(contents))
 
 
 def fused(update: Update, name: str, targets: tuple[str, ...], width: int) -> tuple[Tensor, Tensor]:

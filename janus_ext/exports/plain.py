@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
+from janus_ext.backbone.files import first_line
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.errors import ArgumentError
 from janus_ext.exports.contents import Contents
@@ -34,6 +36,21 @@ def scorer(contents: Contents) -> Scorer:
     """`Scorer` of the plain model, on the CPU, in evaluation mode."""
     mean, std = (buffer.cpu().clone() for buffer in (contents.model.mean, contents.model.std))
     return Scorer(plain_model(contents.model, contents.weight, contents.bias), mean, std).eval()
+
+
+def program_of(module: Scorer, images: Tensor) -> torch.export.ExportedProgram:
+    """What torch.export makes of it, for any number of images like these uint8 [b, 3, s, s].
+
+    Raises:
+        ArgumentError: the network has something that torch.export cannot follow.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+        try:
+            return torch.export.export(module, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+        except Exception as error:  # it fails in any way
+            reason = first_line(error)
+            raise ArgumentError(f"torch.export cannot follow this {type(module.model).__name__}: {reason}") from error
 
 
 def merged_backbone(classifier: ContinualClassifier) -> nn.Module:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from janus_ext.errors import ArgumentError
-from janus_ext.exports import card
+from janus_ext.exports import card, usage
 from janus_ext.exports.contents import Contents
 from janus_ext.exports.folder import check_same, new_folder, random_images
 from janus_ext.exports.plain import plain_model
@@ -39,7 +39,7 @@ def export(contents: Contents, folder: Path) -> None:
         with torch.no_grad():
             check_same("timm computes otherwise", found(pixels).softmax(-1), plain(pixels).softmax(-1), 1e-5)
         write_json(made / "config.json", _config(contents, architecture, options, found))
-        card.write(made, contents, card.timm())
+        card.write(made, contents, usage.timm())
 
 
 def call_of(model: Any) -> tuple[str, dict[str, Any]]:
