@@ -274,24 +274,26 @@ def test_timm_makes_the_same_network_at_any_size(tmp_path, name, size):
     )
 
 
-def test_a_network_that_timm_made_elsewhere(tmp_path):
+def of_timm(name: str, size: int, **options) -> nn.Module:
+    """A network without classifier that timm made, and not `load_backbone`."""
     prepare_torchvision()
     import timm as library
 
-    for options in ({}, {"img_size": 64}):
-        backbone = library.create_model("test_vit", num_classes=0, **options)
-        backbone.input_size, backbone.input_mean, backbone.input_std = (
-            options.get("img_size", 160),
-            (0.5,) * 3,
-            (0.5,) * 3,
-        )
-        timm.export(contents_on(backbone), tmp_path / str(len(options)))
-        assert json.loads((tmp_path / str(len(options)) / "config.json").read_text())["model_args"] == options
-    backbone = library.create_model("test_vit", num_classes=0, depth=2)
-    backbone.input_size, backbone.input_mean, backbone.input_std = 160, (0.5,) * 3, (0.5,) * 3
+    backbone = library.create_model(name, num_classes=0, **options)
+    backbone.input_size, backbone.input_mean, backbone.input_std = size, (0.5,) * 3, (0.5,) * 3
+    return backbone
+
+
+@pytest.mark.parametrize("options", [{}, {"img_size": 64}])
+def test_a_network_that_timm_made_elsewhere(tmp_path, options):
+    timm.export(contents_on(of_timm("test_vit", options.get("img_size", 160), **options)), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"] == options
+
+
+def test_a_network_that_timm_s_name_does_not_tell_is_refused(tmp_path):
     with pytest.raises(ArgumentError, match=r"timm's test_vit with \{\} is another network than this: "):
-        timm.export(contents_on(backbone), tmp_path / "deep")
-    assert not (tmp_path / "deep").exists()
+        timm.export(contents_on(of_timm("test_vit", 160, depth=2)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 # onnx and pt2 --------------------------------------------------------------------------------------------------------
@@ -309,6 +311,31 @@ def test_onnx_runtime_computes_the_same_scores(contents, images, tmp_path):
     for batch in (images, images[:1]):
         [scores] = session.run(["scores"], {"images": batch.numpy()})
         assert (torch.from_numpy(scores) - scores_of(contents, batch)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("beit_base_patch16_224", {"depth": 1, "embed_dim": 64, "num_heads": 4}),
+        ("hiera_tiny_224", {"stages": (1, 1, 1, 1)}),
+    ],
+)
+def test_onnx_of_networks_whose_fused_attention_torch_does_not_translate(tmp_path, name, options):
+    needs("onnx")
+    onnx.export(contents_on(of_timm(name, 224, **options)), tmp_path)
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_what_onnx_has_no_words_for_is_one_line():
+    needs("onnx")
+
+    class Spectral(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.linalg.eigvalsh(images.float() @ images.float().mT)[:, 0]
+
+    program = torch.export.export(Spectral(), (torch.zeros(2, 3, 8, 8, dtype=torch.uint8),))
+    with pytest.raises(ArgumentError, match="^torch cannot translate this network to ONNX: [^\n]+$"):
+        onnx._graph(program)
 
 
 def test_weights_beyond_the_limit_of_one_file_lie_beside_it(contents, tmp_path, monkeypatch):
@@ -349,7 +376,7 @@ def test_peft_computes_the_same_features(patterns, weights, tmp_path, images, ca
         assert (backbone(pixels) - start).norm() > 1e-3 * start.norm()
 
 
-def test_two_tasks_alone_are_the_model_of_two_tasks(contents, run, weights, tmp_path, images):
+def test_factors_that_do_not_sum_to_the_merged_weights_are_refused(contents, tmp_path):
     needs("peft")
     shorter = replace(contents, updates=contents.updates[:2])
     with pytest.raises(ArgumentError, match=r"all tasks' factors do not give the weight of blocks.0.attn.qkv, \|W0"):

@@ -165,7 +165,7 @@ def test_master_weights_are_rounded_to_the_model_s_dtype() -> None:
 
 
 @torch.no_grad()
-def test_layers_put_in_place_by_hand_are_undone(weights) -> None:
+def test_layers_put_in_place_by_hand_are_undone() -> None:
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 6)
     before = structure(model)
     model[0], model[2] = LoRALinear(model[0], 2), LoRALinear(model[2], 2)

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from janus_ext.backbone.files import first_line
+from janus_ext.classifier import unfuse_attention
+from janus_ext.errors import ArgumentError
 from janus_ext.exports import card, usage
 from janus_ext.exports.contents import Contents
 from janus_ext.exports.folder import check_same, new_folder, random_images, require
@@ -33,6 +36,7 @@ def export(contents: Contents, folder: Path) -> None:
     """
     require("onnx", "onnx", "onnxscript", "onnxruntime")
     module, images = scorer(contents), random_images(contents.model.input_size)
+    unfuse_attention(module)  # ONNX has no fused one before opset 23, and torch's translation fails for some networks
     graph = _graph(program_of(module, images[:2]))
     graph.model.metadata_props["class_names"] = to_json(contents.class_names)
     size = sum(parameter.nbytes for parameter in module.parameters())
@@ -47,14 +51,12 @@ def export(contents: Contents, folder: Path) -> None:
 def _graph(program: torch.export.ExportedProgram) -> torch.onnx.ONNXProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
-        return torch.onnx.export(
-            program,
-            input_names=["images"],
-            output_names=["scores"],
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
+        names = {"input_names": ["images"], "output_names": ["scores"]}
+        try:
+            return torch.onnx.export(program, **names, opset_version=OPSET, dynamo=True, verbose=False)
+        except torch.onnx.OnnxExporterError as error:  # a page, and the reason beneath it
+            reason = first_line(error.__cause__ or error)
+            raise ArgumentError(f"torch cannot translate this network to ONNX: {reason}") from error
 
 
 def _scores(path: Path, images: Tensor) -> Tensor:
