@@ -18,7 +18,7 @@ from janus_ext.errors import (
     TrainingError,
 )
 from janus_ext.estimator import OnlineEstimator, observing
-from janus_ext.injection import Injection, inject
+from janus_ext.injection import Injection, inject, uninject
 from janus_ext.lora import LoRALinear, LoRAQKV
 from janus_ext.margin import ClassPrototypes, DecoupledMarginLoss
 from janus_ext.pairs import LoRAPair
@@ -48,6 +48,7 @@ __all__ = [
     "inject",
     "observing",
     "ops",
+    "uninject",
 ]
 
 

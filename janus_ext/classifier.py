@@ -35,7 +35,7 @@ class ContinualClassifier(nn.Module):
         width = width if isinstance(width, int) else backbone.num_features
         self.images_at_once = max(1, min(MOST_IMAGES, NUMBERS // (patches * width)))
         if amp is not None and device.type == "cpu" and patches <= FEW_PATCHES:
-            _unfuse_attention(backbone)
+            unfuse_attention(backbone)
         if normalize not in ("model", "identity"):
             raise ArgumentError(f"normalize must be 'model' or 'identity', got {normalize!r}")
         colours = (backbone.input_mean, backbone.input_std) if normalize == "model" else ((0.0,) * 3, (1.0,) * 3)
@@ -103,7 +103,7 @@ def _patches(backbone: nn.Module) -> int:
     return found or max(1, backbone.input_size // 16) ** 2
 
 
-def _unfuse_attention(model: nn.Module) -> None:
+def unfuse_attention(model: nn.Module) -> None:
     """Attention as plain products: PyTorch's fused CPU kernel takes half of a bfloat16 step at 65 tokens.
 
     Not for many tokens: their products hold tokens^2 numbers per head and image, 9 GB in a pass at 518 pixels.

@@ -5,7 +5,17 @@ from typing import Any
 
 from torch import nn
 
-from janus_ext.backbone.families import attention_layers, folded_qkv, freeze, fused_attention, left_out, replace_qkv
+from janus_ext.adapter import Adapter
+from janus_ext.backbone.families import (
+    attention_layers,
+    folded_qkv,
+    freeze,
+    fused_attention,
+    left_out,
+    replace_qkv,
+    unfold_qkv,
+    unfreeze,
+)
 from janus_ext.errors import ArgumentError
 from janus_ext.lora import LoRAQKV
 from janus_ext.lora_arguments import check_linear, check_rank
@@ -80,3 +90,47 @@ def inject(
     for name, owner in owners.items():
         replace_qkv(owner, made[name])
     return Injection({f"{name}.qkv" if name else "qkv": layer for name, layer in made.items()}, model, targets)
+
+
+def uninject(model: nn.Module) -> nn.Module:
+    """Merge every adapter of a model, and make it the plain one that it was before `inject`, in place.
+
+    What is in the factors is added first (W + s B A_s, in float64, rounded once); then the plain nn.Linear takes its
+    place again, and a bias that was folded into it goes back beside it. Modules, names of parameters and buffers, and
+    their dtypes are those of the model that `inject` was given: its state loads into a fresh one. It can be trained as
+    a whole: every parameter needs a gradient (whatever it did before `inject`), and frozen normalisation follows
+    `train()` again. Layers that were put in place by hand (`LoRALinear`) are undone, too; bases are forgotten.
+
+    Args:
+        model: was given to `inject`, or holds such a model, or is a copy of one.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ArgumentError: it has no adapter, or the weight of one is computed from others by now; nothing is changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"uninject: model must be an nn.Module, got {type(model).__name__}")
+    places = [
+        (owner, name, module)
+        for owner in model.modules()
+        for name, module in owner.named_children()
+        if isinstance(module, Adapter)
+    ]
+    if not places:
+        raise ArgumentError(f"uninject: model must hold LoRA layers, as inject makes them, got {type(model).__name__}")
+    for _, name, adapter in places:  # all of them, before the first is touched
+        check_linear(f"uninject: {name}", adapter.linear)
+    for owner, name, adapter in places:
+        adapter.merge()
+        setattr(owner, name, _in_the_dtype_of(owner, adapter))
+        unfold_qkv(owner)
+    unfreeze(model)
+    return model
+
+
+def _in_the_dtype_of(owner: nn.Module, adapter: Adapter) -> nn.Linear:
+    """The adapter's plain map; master weights are rounded to the dtype of the linear maps beside it."""
+    beside = [child.weight.dtype for child in owner.children() if isinstance(child, nn.Linear)]
+    return adapter.linear.to(beside[0]) if adapter.has_master and beside else adapter.linear

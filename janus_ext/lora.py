@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext import ops
+from janus_ext.adapter import Adapter
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_linear, check_rank, check_scale
 from janus_ext.ops import WORKING_DTYPES
@@ -42,7 +43,7 @@ class _Task(Tensor):
         return memo.setdefault(id(self), self.as_subclass(Tensor).clone().as_subclass(_Task))
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(Adapter):
     """What `LoRALinear` and `LoRAQKV` share: a frozen linear map, factors A [..., r, n] and B [..., m, r], a basis V.
 
     Factors, V and master weights stay float32 (float64 in a float64 model), whatever dtype the model is moved to.

@@ -14,6 +14,7 @@ CSRC = ROOT / "csrc"
 ALLOWED = {
     "errors": set(),
     "_native": set(),
+    "adapter": set(),
     "arguments": set(),
     "rectification": {"arguments"},
     "reference": {"rectification", "reference"},
@@ -30,8 +31,8 @@ ALLOWED = {
     "rectified": {"arguments", "ops", "lora", "pairs", "protection", "rectification"},
     "rectifier": {"arguments", "estimator", "pairs", "processes", "rectification", "rectified"},
     "lora_arguments": {"arguments"},
-    "lora": {"ops", "lora_arguments", "protection", "rectification"},
-    "injection": {"backbone.families", "lora", "lora_arguments", "rectification"},
+    "lora": {"adapter", "ops", "lora_arguments", "protection", "rectification"},
+    "injection": {"adapter", "backbone.families", "lora", "lora_arguments", "rectification"},
     "classifier": set(),
     "torchvision_shim": {"backbone"},
     "config": {"config"},
@@ -39,6 +40,7 @@ ALLOWED = {
     # atomic files; the guard around torchvision's import
     "data": {"arguments", "backbone", "config", "data", "runs.checkpoint"},
     "methods": {
+        "adapter",
         "backbone.families",
         "estimator",
         "injection",
@@ -48,6 +50,16 @@ ALLOWED = {
         "protection",
         "rectification",
         "rectifier",
+    },
+    "exports": {
+        "backbone",
+        "classifier",
+        "exports",
+        "injection",
+        "margin",
+        "ops",
+        "runs.checkpoint",
+        "versions",
     },
     "runs": {"arguments", "config", "runs"},
     "calibration": set(),

@@ -175,12 +175,19 @@ def folded_qkv(layer: nn.Module) -> nn.Linear:
     if getattr(layer, "q_bias", None) is None:
         return layer.qkv
     weight = layer.qkv.weight
-    folded = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    folded = _Folded(weight.shape[1], weight.shape[0], device="meta")
+    folded.had_bias = layer.qkv.bias is not None
     bias = torch.cat([getattr(layer, part).detach() for part in BIASES])
     if layer.qkv.bias is not None:
         bias = bias + layer.qkv.bias.detach()
     folded.weight, folded.bias = weight, nn.Parameter(bias, requires_grad=False)
     return folded.train(layer.training)
+
+
+class _Folded(nn.Linear):
+    """A qkv with the parts of the bias that its layer kept beside it; ``had_bias``: and with a bias of its own."""
+
+    had_bias: bool
 
 
 def replace_qkv(layer: nn.Module, adapter: nn.Module) -> None:
@@ -189,6 +196,23 @@ def replace_qkv(layer: nn.Module, adapter: nn.Module) -> None:
     for part in BIASES:
         if getattr(layer, part, None) is not None:
             setattr(layer, part, None)  # these classes then call their qkv as it is
+
+
+@torch.no_grad()
+def unfold_qkv(layer: nn.Module) -> None:
+    """Take the parts of the bias out again once `folded_qkv(layer)` itself is the `qkv`; other layers stay as they are.
+
+    A qkv that had a bias of its own gets zeros: what was in it is in the parts, and the layer computes the same.
+    """
+    folded = getattr(layer, "qkv", None)
+    if not isinstance(folded, _Folded):
+        return
+    for part, values in zip(BIASES, folded.bias.chunk(3), strict=True):
+        is_parameter = part in layer._parameters  # or else a buffer, such as the zeros that K has for a bias
+        setattr(layer, part, nn.Parameter(values.clone()) if is_parameter else values.clone())
+    folded.bias = nn.Parameter(torch.zeros_like(folded.bias)) if folded.had_bias else None
+    del folded.had_bias
+    folded.__class__ = nn.Linear
 
 
 def freeze(model: nn.Module) -> None:
@@ -201,6 +225,15 @@ def freeze(model: nn.Module) -> None:
     for module in model.modules():
         if any(name.startswith("running_") for name, _ in module.named_buffers(recurse=False)):
             _keep_in_evaluation(module)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """The inverse of `freeze`: every parameter needs a gradient, and normalisation is in the model's mode again."""
+    model.requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, _InEvaluation):
+            module.__class__ = type(module).__mro__[2]  # behind the made class and _InEvaluation
+            module.train(model.training)
 
 
 def _keep_in_evaluation(module: nn.Module) -> None:

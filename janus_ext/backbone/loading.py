@@ -21,12 +21,13 @@ from janus_ext.backbone.files import (
     read_checkpoint,
     sizes_of_npz,
 )
-from janus_ext.backbone.network import attach, make_vision_transformer
+from janus_ext.backbone.network import DROP_RATES, attach, make_vision_transformer
 from janus_ext.backbone.sources import HUB, Source, find_source, hub
 from janus_ext.backbone.torchvision_guard import prepare_torchvision
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.runs.checkpoint import read_tensors
 
+TIMMS_OWN = "vit_tiny_patch16_224"  # a VisionTransformer of timm's that takes every argument of the embedded one
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "backbone.safetensors"
 
 
@@ -99,7 +100,8 @@ def _load_embedded(weights: str, image_size: int | None) -> nn.Module:
         _check_patches(model, image_size, "emoji")
         model.set_input_size(img_size=(image_size, image_size))
         options["img_size"] = size = image_size
-    return attach(model, mean, std, size, {"options": options})
+    made_by = {key: value for key, value in options.items() if key not in (*DROP_RATES, "num_classes")}
+    return attach(model, mean, std, size, {"name": TIMMS_OWN, "options": made_by, "cfg": None})
 
 
 def _load_timm(source: Source, weights: str, image_size: int | None) -> nn.Module:

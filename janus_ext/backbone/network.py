@@ -20,8 +20,7 @@ CALLED = ("forward_features", "forward_head", "num_features", "reset_classifier"
 def attach(model: nn.Module, mean: Sequence[float], std: Sequence[float], size: int, network: dict) -> nn.Module:
     """Tells ``model`` what images must look like and what it is; dropout is switched off.
 
-    ``network`` has "options" of timm's VisionTransformer, or "name", "options" and "cfg" (of the weights, where that is
-    not timm's) of a model that timm makes.
+    ``network`` has "name" and "options" of what timm makes, and "cfg" of the weights where that is not timm's.
     """
     without_dropout(model)
     model.input_mean, model.input_std, model.input_size = tuple(mean), tuple(std), int(size)
@@ -33,11 +32,8 @@ def rebuild(network: dict[str, Any]) -> nn.Module:
     """The backbone that was so described, with random weights; CheckpointError where that is no description."""
     prepare_torchvision()
     try:
-        kind = {key: network[key] for key in ("name", "options", "cfg") if key in network}
-        if "name" in kind:
-            model = Source("of this run", kind["name"], kind["cfg"], kind["options"]).create()
-        else:
-            model = make_vision_transformer(kind["options"])
+        kind = {key: network[key] for key in ("name", "options", "cfg")}
+        model = Source("of this run", kind["name"], kind["cfg"], kind["options"]).create()
         return attach(model, network["mean"], network["std"], network["size"], kind)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"no backbone can be made as it is described here: {network} ({error})") from error

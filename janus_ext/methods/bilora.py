@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from janus_ext.adapter import Adapter
 from janus_ext.backbone.families import folded_qkv, freeze, fused_attention, replace_qkv
 from janus_ext.errors import ArgumentError
 from janus_ext.methods.base import Method, Task, TaskReport
@@ -53,7 +54,7 @@ class BiLoRA(Method):
         return report
 
 
-class SpectralQKV(nn.Module):
+class SpectralQKV(Adapter):
     """A frozen fused qkv projection [3 m, n] with trained frequencies on its K and V slices."""
 
     def __init__(self, linear: nn.Linear, frequencies: int, scale: float) -> None:

@@ -1,0 +1,86 @@
+"""The model card beside an export: what was learned of which data, how well, and the lines that load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from janus_ext.exports.contents import Contents
+from janus_ext.runs.checkpoint import replace_file
+from janus_ext.versions import installed
+
+PRIVATE = {  # settings that say where things lie or how a machine is used, not what the model is
+    "data_dir",
+    "split_files",
+    "class_list",
+    "class_names",
+    "output",
+    "resume",
+    "plots",
+    "tensorboard",
+    "workers",
+    "cache_images",
+    "check_data",
+    "device",
+}
+
+
+def write(folder: Path, contents: Contents, loading: str) -> None:
+    """Writes README.md; ``loading`` is the section that says how to load the files beside it."""
+    parts = (_head(contents), loading, _classes(contents), _accuracy(contents.results), _settings(contents.settings))
+    text = "\n".join(part for part in parts if part)
+    replace_file(folder / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _head(contents: Contents) -> str:
+    settings, count = contents.settings, len(contents.class_names)
+    tasks = f", learned in {len(contents.updates)} tasks one after another" if contents.updates else ""
+    scores = (
+        "Scores are the softmax of cosines to class means times the length of the feature."
+        if settings.get("head") == "ncm"
+        else "Scores are the softmax over all classes."
+    )
+    made = ", ".join(f"{name} {installed(name)}" for name in ("janus-ext", "timm", "torch"))
+    return (
+        f"# An image classifier of {count} classes\n\n"
+        f"The backbone `{settings['backbone']}` with the classes below{tasks}, by `{settings['method']}` of janus_ext, "
+        f"on `{settings.get('benchmark', 'images of its own')}`. Weights are float32, images "
+        f"{contents.model.input_size} x {contents.model.input_size} pixels. {scores} Made with {made}.\n"
+    )
+
+
+def _classes(contents: Contents) -> str:
+    groups = [update.class_names for update in contents.updates] or [contents.class_names]
+    lines = [f"{index}. {', '.join(map(_cell, names))}" for index, names in enumerate(groups, 1)]
+    kind = "Classes, task by task" if contents.updates else "Classes"
+    return f"## {kind}\n\n" + "\n".join(lines) + "\n"
+
+
+def _accuracy(results: Mapping[str, Any] | None) -> str:
+    """The accuracy matrix, in per cent."""
+    matrix: Sequence[Sequence[float]] = (results or {}).get("accuracy_matrix", ())
+    if not matrix:
+        return ""
+    tasks = range(1, len(matrix) + 1)
+    head = f"| after task | {' | '.join(f'on {t}' for t in tasks)} | mean |\n|{'---|' * (len(matrix) + 2)}\n"
+    rows = []
+    for task, row in enumerate(matrix, 1):
+        cells = [f"{value:.2f}" for value in row] + [""] * (len(matrix) - len(row))
+        rows.append(f"| {task} | {' | '.join(cells)} | {sum(row) / len(row):.2f} |")
+    return (
+        "## Accuracy\n\nIn per cent, on test images, among all classes seen so far.\n\n" + head + "\n".join(rows) + "\n"
+    )
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    shown = {key: value for key, value in settings.items() if key not in PRIVATE and value not in (None, [], ())}
+    if "weights" in shown:
+        shown["weights"] = Path(shown["weights"]).name
+    rows = [f"| {key} | {_cell(str(value))} |" for key, value in shown.items()]
+    return "## Settings\n\n| setting | value |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text that stands for itself in a table or a list of Markdown, on one line."""
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
