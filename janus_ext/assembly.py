@@ -13,7 +13,6 @@ from torch import nn
 from janus_ext.backbone import adopt, load_backbone, rebuild
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig
-from janus_ext.data.images import View
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.methods import METHODS
@@ -90,10 +89,35 @@ def network_of(settings: Mapping[str, Any], backbone: nn.Module | None = None) -
     return load_backbone(settings["backbone"], "none" if weights == "pretrained" else weights, settings["image_size"])
 
 
-def margin_of(settings: Mapping[str, Any]) -> float:
-    """How much larger than its square an image was made before its middle was taken, when the run was evaluated."""
-    whole = settings["benchmark"] in ("emoji", "cifar100")  # of runs before that was stored
-    return settings.get("view_margin", 1.0 if whole else View().margin)
+def take_classifier(core: Learner, model: nn.Module, names: tuple[str, ...]) -> None:
+    """Makes the classifier of ``model``, a copy of which is the learner's backbone, the head of the first task.
+
+    Raises:
+        ArgumentError: the names do not fit it, or it is no linear map of the backbone's features.
+    """
+    linear = model.get_classifier()
+    if not isinstance(linear, nn.Linear) or linear.out_features != len(names) or len(set(names)) != len(names):
+        found = f"{linear.out_features} outputs" if isinstance(linear, nn.Linear) else f"a {type(linear).__name__}"
+        raise ArgumentError(f"class_names must name the model's outputs, each once: {len(names)} names, {found}")
+    if core.config.head == "ncm":
+        raise ArgumentError('head="ncm" needs the means of all classes, and those of the model are not known')
+    head = core.model.add_task(len(names))
+    bias = torch.zeros(len(names)) if linear.bias is None else linear.bias
+    head.load_state_dict({"weight": linear.weight, "bias": bias})
+    _check_same(core, model)
+
+
+@torch.no_grad()
+def _check_same(core: Learner, model: nn.Module) -> None:
+    """ArgumentError unless the first head on the backbone's features is what ``model`` computes."""
+    mode, size = model.training, core.model.input_size
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    want = model.eval()(pixels.to(next(model.parameters()))).cpu().float()
+    model.train(mode)
+    got = core.model.eval().heads[0](core.model.embed(pixels.to(core.device))).cpu()
+    if not float((got - want).norm()) <= 1e-3 * float(want.norm()):
+        kind = type(model).__name__
+        raise ArgumentError(f"model must be a linear classifier behind forward_head(pre_logits=True), {kind} is not")
 
 
 def _is_there(device: str) -> bool:

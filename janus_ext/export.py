@@ -14,7 +14,6 @@ from tyro.conf import Positional, arg
 from janus_ext.exports import onnx, peft, pt2, timm
 from janus_ext.exports.contents import Contents
 from janus_ext.learner import ContinualLearner
-from janus_ext.runs.run import Run
 from janus_ext.terminal import command
 
 FORMATS: dict[str, Callable[[Contents, Path], None]] = {
@@ -49,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(config: ExportConfig) -> None:
     """Writes the folder and says where it is."""
-    run = Run.open(config.run)
-    learner = ContinualLearner.load(config.run, device="cpu")
-    FORMATS[config.format](learner.contents(run.results() if run.is_finished else None), config.output)
+    FORMATS[config.format](ContinualLearner.load(config.run, device="cpu").contents(), config.output)
     print(f"{config.output}: README.md there says how to load it")
 
 

@@ -10,14 +10,14 @@ learner.save("animals")                 # ContinualLearner.load("animals") goes 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from janus_ext.assembly import make_learner, margin_of, network_of, resolve, stored_config
+from janus_ext.assembly import make_learner, network_of, resolve, stored_config, take_classifier
 from janus_ext.backbone import adopt
 from janus_ext.calibration import fit_temperature, probabilities
 from janus_ext.classifier import COSINES
@@ -26,6 +26,9 @@ from janus_ext.data.collect import labelled, labelled_as, require_readable, unla
 from janus_ext.data.images import View, default_workers
 from janus_ext.devices import deterministic
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
+from janus_ext.exports.contents import Contents, Update, linear_rows, prototype_rows
+from janus_ext.exports.plain import plain_model
+from janus_ext.past import Past
 from janus_ext.reports.evaluation import Evaluation, evaluate
 from janus_ext.runs.checkpoint import replace_folder
 from janus_ext.runs.run import Run
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
     from janus_ext.methods.base import TaskReport
 
 PLANNED = 10
-Factors = Mapping[str, Tensor] | Path
 
 
 class ContinualLearner:
@@ -74,10 +76,7 @@ class ContinualLearner:
         config = resolve({"backbone": name, "method": method, "head": head} | settings)
         with deterministic(torch.device(config.device)):
             self._core = make_learner(config, seed, planned_tasks, made)
-        self._tasks: list[tuple[str, ...]] = []
-        self._factors: list[Factors] = []
-        self._unprotected = False
-        self._margin = View().margin
+        self._past = Past(own_backbone=made is not None)
 
     @classmethod
     def from_classifier(
@@ -98,18 +97,20 @@ class ContinualLearner:
             ArgumentError: the model has no such classifier, or another number of outputs.
         """
         learner = cls(model, method, **settings)
-        learner._take_classifier(model, tuple(class_names))
+        take_classifier(learner._core, model, tuple(class_names))
+        learner._past.add(tuple(class_names), {})
+        learner._past.unprotected = True
         return learner
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of all classes learned so far, in the order of the model's outputs."""
-        return tuple(name for task in self._tasks for name in task)
+        return self._past.classes
 
     @property
     def tasks(self) -> tuple[tuple[str, ...], ...]:
         """The same, task by task."""
-        return tuple(self._tasks)
+        return tuple(self._past.tasks)
 
     @property
     def input_size(self) -> int:
@@ -119,7 +120,7 @@ class ContinualLearner:
     @property
     def view(self) -> View:
         """How images become such squares: of a model trained on whole images the whole, else the middle."""
-        return View(self.input_size, self._margin)
+        return View(self.input_size, self._past.margin)
 
     @property
     def images_at_once(self) -> int:
@@ -165,10 +166,9 @@ class ContinualLearner:
         selection = _all_of(found.split, range(first, first + len(found.class_names)))
         steps = self._core.step_count(len(selection))
         with self._at_work(), self._core.undone_on_error(), make_bar(steps, 0) as bar:
-            progress = Progress(bar, max(self._core.planned, len(self._tasks) + 1), self.config.epochs)
+            progress = Progress(bar, max(self._core.planned, len(self._past.tasks) + 1), self.config.epochs)
             report = self._core.learn(selection, len(found.class_names), progress, lambda epoch: None)
-        self._tasks.append(found.class_names)
-        self._factors.append(report.factors)
+        self._past.add(found.class_names, report.factors)
         return report
 
     def observe(self, images: Any) -> None:
@@ -185,7 +185,7 @@ class ContinualLearner:
         require_readable(split)
         with self._at_work(), self._core.undone_on_error():
             self._core.observe(_all_of(split, (0,)))
-        self._unprotected = False
+        self._past.unprotected = False
 
     # using ------------------------------------------------------------------------------------------------------------
     def predict(self, images: Any, top: int = 5, calibrate: Any = None) -> list[list[tuple[str, float]]]:
@@ -248,7 +248,7 @@ class ContinualLearner:
         positions = torch.tensor([outputs.get(name, -1) for name in class_names], dtype=torch.int64)
         with self._at_work():
             batches = self._core.scores(Selection(split, rows, positions))
-            return evaluate(batches, self.classes, [len(task) for task in self._tasks])
+            return evaluate(batches, self.classes, [len(task) for task in self._past.tasks])
 
     # leaving ----------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:
@@ -285,27 +285,47 @@ class ContinualLearner:
         learner._core = make_learner(config, settings["seed"][0], settings["tasks"], network_of(settings, backbone))
         with run.fitting():
             learner._core.restore([len(names) for names in saved.tasks], saved.model, saved.method)
-        learner._tasks = list(saved.tasks)
-        learner._factors = [run.factors_path(task) for task in range(len(saved.tasks))]
-        learner._unprotected = settings.get("unprotected", False)
-        learner._margin = margin_of(settings)
+        learner._past = Past.of(run, settings, saved)
         learner._core.model.eval()
         return learner
+
+    def model(self) -> nn.Module:
+        """The plain timm model, merged, with one classifier for all classes: a copy on the CPU, float32.
+
+        It takes normalised pixels and gives a score a class: logits, or with ``head="ncm"`` products with the unit
+        means, which have the order of the cosines.
+
+        Raises:
+            ArgumentError: nothing was learned yet, or the network has no linear classifier on its features.
+        """
+        contents = self.contents()
+        return plain_model(contents.model, contents.weight, contents.bias).eval()
+
+    def contents(self) -> Contents:
+        """What exports are made of."""
+        self._require_classes()
+        core, of_means = self._core, self.config.head == "ncm"
+        known = len(self.classes)
+        rows = prototype_rows(core.method.prototypes, known) if of_means else linear_rows(core.model.heads)
+        updates = [
+            Update(self._past.factors(task), self.config.scale, names) for task, names in enumerate(self._past.tasks)
+        ]
+        about = (self._settings(), tuple(updates), self._past.results, of_means, 1 / self._past.margin)
+        return Contents(core.model, *rows, self.classes, *about)
+
+    def _settings(self) -> dict[str, Any]:
+        """What ``config.json`` holds of a saved learner."""
+        core = self._core
+        own = {"seed": [core.seed], "tasks": core.planned, "network": core.model.backbone.description}
+        return self.config.to_json() | own | self._past.to_json()
 
     def _write(self, folder: Path) -> None:
         run, core = Run(folder), self._core
         about = {"method": self.config.method, "scale": str(self.config.scale)}
-        for task, factors in enumerate(self._factors):
+        for task, factors in enumerate(self._past.kept):
             run.write_factors(task, factors, about | {"task": str(task)})
-        run.write_task(len(self._tasks) - 1, core.state(), about, self._tasks)
-        own = {
-            "seed": [core.seed],
-            "tasks": core.planned,
-            "unprotected": self._unprotected,
-            "view_margin": self._margin,
-        }
-        network = {"network": core.model.backbone.network, "class_names": list(self.classes)}
-        run.write_settings(self.config.to_json() | {"benchmark": None} | own | network)
+        run.write_task(len(self._past.tasks) - 1, core.state(), about, self._past.tasks)
+        run.write_settings(self._settings() | {"benchmark": None})
 
     # details ----------------------------------------------------------------------------------------------------------
     def _at_work(self) -> Any:
@@ -322,7 +342,7 @@ class ContinualLearner:
         return [(self.classes[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
     def _require_classes(self) -> None:
-        if not self._tasks:
+        if not self._past.tasks:
             raise ArgumentError("nothing was learned yet: call learn() first")
 
     def _check_new(self, names: Sequence[str]) -> None:
@@ -336,41 +356,12 @@ class ContinualLearner:
             )
 
     def _warn_of_unprotected(self) -> None:
-        if self._unprotected:
+        if self._past.unprotected:
             warnings.warn(
                 "nothing of what the model knew is protected: observe() takes images of that kind, without labels",
                 stacklevel=3,
             )
-            self._unprotected = False
-
-    def _take_classifier(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        """Makes the model's own classifier the head of the first task."""
-        linear = model.get_classifier()
-        if not isinstance(linear, nn.Linear) or linear.out_features != len(names) or len(set(names)) != len(names):
-            found = f"{linear.out_features} outputs" if isinstance(linear, nn.Linear) else type(linear).__name__
-            raise ArgumentError(f"class_names must name the model's outputs, each once: {len(names)} names, {found}")
-        if self.config.head == "ncm":
-            raise ArgumentError('head="ncm" needs the means of all classes, and those of the model are not known')
-        head = self._core.model.add_task(len(names))
-        bias = torch.zeros(len(names)) if linear.bias is None else linear.bias
-        head.load_state_dict({"weight": linear.weight, "bias": bias})
-        self._check_same(model)
-        self._tasks, self._factors, self._unprotected = [names], [{}], True
-
-    @torch.no_grad()
-    def _check_same(self, model: nn.Module) -> None:
-        """ArgumentError unless the first head on the backbone's features is what ``model`` computes."""
-        core, mode = self._core.model, model.training
-        pixels = torch.randn(2, 3, core.input_size, core.input_size)
-        want = model.eval()(pixels.to(next(model.parameters()))).cpu().float()
-        model.train(mode)
-        core.eval()
-        got = core.heads[0](core.embed(pixels.to(self._core.device))).cpu()
-        if not float((got - want).norm()) <= 1e-3 * float(want.norm()):
-            kind = type(model).__name__
-            raise ArgumentError(
-                f"model must be a linear classifier behind forward_head(pre_logits=True), {kind} is not"
-            )
+            self._past.unprotected = False
 
 
 def _all_of(split: Split, outputs: Sequence[int]) -> Selection:

@@ -101,7 +101,7 @@ def fill(
     """Trains what is left of a run, from its beginning unless it is ``going_on``; returns its results."""
     learner = make_learner(config, config.seed[0], len(benchmark.tasks))
     trainer = Trainer(config, benchmark.at(learner.model.input_size), learner, run)
-    about = settings | {"network": learner.model.backbone.network, "view_margin": benchmark.test.margin}
+    about = settings | {"network": learner.model.backbone.description, "view_margin": benchmark.test.margin}
     with run.opened(about, begin=not going_on), logging_to(run.folder / "log.txt"), naming_lost_workers():
         LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), run.folder)
         for line in opening.lines(trainer):

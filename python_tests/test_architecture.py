@@ -63,7 +63,8 @@ ALLOWED = {
     },
     "runs": {"arguments", "config", "runs"},
     "calibration": set(),
-    "assembly": {"backbone", "classifier", "config", "data.images", "devices", "methods", "training.loop"},
+    "assembly": {"backbone", "classifier", "config", "devices", "methods", "training.loop"},
+    "past": {"data.images", "runs"},
     "learner": {
         "assembly",
         "backbone",
@@ -72,6 +73,7 @@ ALLOWED = {
         "data",
         "devices",
         "exports",
+        "past",
         "reports",
         "runs",
         "training",

@@ -8,42 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, make_trainer
+from conftest import assert_close
+from exported import (
+    EXPORTS,
+    METHODS,
+    PACKAGES,
+    assert_untouched,
+    contents_of,
+    contents_on,
+    needs,
+    run_of,
+    scores_of,
+    state,
+)
 from PIL import Image
 from torch import Tensor, nn
 
-from janus_ext import ArgumentError, CheckpointError, export, inject
+from janus_ext import ArgumentError, CheckpointError, export
 from janus_ext.backbone import load_backbone, prepare_torchvision
 from janus_ext.classifier import ContinualClassifier
-from janus_ext.exports import card, folder, onnx, peft, plain, pt2, timm
-from janus_ext.exports.contents import Contents, linear_rows, prototype_rows
-from janus_ext.runs.checkpoint import write_json
-
-PACKAGES = {"timm": (), "pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "peft": ("peft",)}
-EXPORTS = {"timm": timm.export, "onnx": onnx.export, "pt2": pt2.export, "peft": peft.export}
-METHODS = {
-    "janus": {"scale": 0.7},
-    "janus, ncm": {"head": "ncm"},
-    "lora": {},
-    "lora-gpm": {},
-    "inflora": {},
-    "lora-drs": {},
-    "bilora": {"frequencies": 100},
-}
-
-
-def needs(name: str) -> None:
-    prepare_torchvision()
-    for package in PACKAGES[name]:
-        pytest.importorskip(package)
-
-
-def run_of(case: str, patterns, weights, path: Path) -> Path:
-    """The folder of a finished run on three tasks."""
-    trainer = make_trainer(patterns, weights, path, method=case.split(",")[0], epochs=2, **METHODS[case])
-    trainer.run()
-    write_json(path / "config.json", trainer.config.to_json())
-    return path
+from janus_ext.exports import card, folder, onnx, peft, pt2, timm
+from janus_ext.exports.contents import Contents
 
 
 @pytest.fixture(scope="module")
@@ -53,114 +38,12 @@ def run(patterns, weights, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def contents(run) -> Contents:
-    return export.contents_of(run)
+    return contents_of(run)
 
 
 @pytest.fixture
 def images(patterns) -> Tensor:
     return patterns.test.images
-
-
-@torch.no_grad()
-def scores_of(contents: Contents, images: Tensor) -> Tensor:
-    """The scores of the run itself, adapters and all."""
-    return (contents.model.eval().features(images) @ contents.weight.T + contents.bias).softmax(-1)
-
-
-def assert_untouched(contents: Contents, before: dict[str, Tensor]) -> None:
-    after = contents.model.state_dict()
-    assert after.keys() == before.keys() and all(torch.equal(value, before[key]) for key, value in after.items())
-
-
-def state(contents: Contents) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in contents.model.state_dict().items()}
-
-
-# the plain model -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("case", METHODS)
-def test_the_plain_model_scores_as_the_run_whatever_the_method(patterns, weights, tmp_path, images, case):
-    contents = export.contents_of(run_of(case, patterns, weights, tmp_path / "run"))
-    before, random = state(contents), torch.get_rng_state()
-    scores = plain.scorer(contents)(images)
-    assert_close(scores, scores_of(contents, images), torch.float32)
-    assert_untouched(contents, before)
-    assert torch.equal(random, torch.get_rng_state())
-    right = (scores.argmax(-1) == patterns.positions[patterns.test.labels]).float()
-    rows = [patterns.test.of_classes(classes) for classes in patterns.tasks]
-    assert contents.results["accuracy_matrix"][-1] == [pytest.approx(100 * float(right[r].mean())) for r in rows]
-    assert contents.class_names == ("f", "e", "d", "c", "b", "a")
-
-
-def test_what_is_still_in_the_factors_is_in_the_plain_model(run, images):
-    contents = export.contents_of(run)
-    before = scores_of(contents, images)
-    for module in contents.model.modules():
-        if hasattr(module, "effective_A"):
-            nn.init.normal_(module.B)
-    wanted = scores_of(contents, images)
-    assert (wanted - before).norm() > 1e-2
-    assert_close(plain.scorer(contents)(images), wanted, torch.float32)
-
-
-def test_pixels_may_be_floats(contents, images):
-    scorer = plain.scorer(contents)
-    assert torch.equal(scorer(images.float()), scorer(images))
-
-
-def test_heads_stand_one_below_the_other(contents):
-    weight, bias = linear_rows(contents.model.heads)
-    features = torch.randn(5, 32)
-    assert_close(features @ weight.T + bias, contents.model.classify(features), torch.float32)
-
-
-def test_a_class_without_a_prototype_never_wins(contents):
-    from janus_ext import ClassPrototypes
-
-    prototypes = ClassPrototypes(32)
-    prototypes.add(torch.randn(4, 32), torch.tensor([3, 0, 3, 5]))
-    weight, bias = prototype_rows(prototypes, 7)
-    features = torch.randn(100, 32)
-    scores = features @ weight.T + bias
-    assert sorted(scores.argmax(-1).unique().tolist()) == [0, 3, 5]
-    cosines = prototypes.cosines(features) * features.norm(dim=1, keepdim=True)
-    assert_close(scores[:, prototypes.classes], cosines, torch.float32)
-
-
-@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "swinv2_cr_tiny_ns_224", "xcit_nano_12_p16_224"])
-def test_classifiers_of_other_networks(name):
-    contents = contents_on(load_backbone(name, "none"))
-    images = torch.randint(256, (1, 3, 224, 224), dtype=torch.uint8)
-    assert_close(plain.scorer(contents)(images), scores_of(contents, images), torch.float32)
-
-
-def test_a_classifier_that_is_no_linear_map_of_the_features_is_refused():
-    contents = contents_on(load_backbone("volo_d1_224", "none"))
-    with pytest.raises(ArgumentError, match="VOLO .*linear"):
-        plain.scorer(contents)
-
-
-def contents_on(backbone: nn.Module, classes: int = 3, **settings) -> Contents:
-    """A model that has learned nothing yet, with random heads."""
-    model = ContinualClassifier(backbone)
-    inject(backbone, rank=2)
-    model.add_task(classes, "default")
-    names = tuple(f"class {index}" for index in range(classes))
-    return Contents(model.eval(), *linear_rows(model.heads), names, {"method": "janus", "backbone": "x"} | settings)
-
-
-def test_a_network_that_torch_cannot_follow_is_one_line():
-    class Moody(nn.Module):
-        def forward(self, pixels: Tensor) -> Tensor:
-            return pixels.mean((2, 3)) * (1 if pixels.sum() > 0 else 2)
-
-    scorer = plain.Scorer(Moody(), torch.zeros(3, 1, 1), torch.ones(3, 1, 1))
-    with pytest.raises(ArgumentError, match="^torch.export cannot follow this Moody: [^\n]+$"):
-        plain.program_of(scorer, folder.random_images(8))
-
-
-def test_rows_that_do_not_fit_are_refused(contents):
-    with pytest.raises(ArgumentError, match=r"must be \[5, 32\] and \[5\], got \[6, 32\] and \[6\]"):
-        replace(contents, class_names=tuple("abcde"))
 
 
 # what every format owes ----------------------------------------------------------------------------------------------
@@ -270,7 +153,7 @@ def test_timm_makes_the_same_network_at_any_size(tmp_path, name, size):
     timm.export(again, tmp_path / "second")
     assert (
         json.loads((tmp_path / "second" / "config.json").read_text())["model_args"]
-        == contents.model.backbone.network["options"]
+        == contents.model.backbone.description["options"]
     )
 
 
@@ -360,7 +243,7 @@ def test_peft_computes_the_same_features(patterns, weights, tmp_path, images, ca
     needs("peft")
     from peft import PeftModel
 
-    contents = export.contents_of(run_of(case, patterns, weights, tmp_path / "run"))
+    contents = contents_of(run_of(case, patterns, weights, tmp_path / "run"))
     out = tmp_path / "out"
     peft.export(contents, out)
     names = ["task-0", "task-1", "task-2"]
@@ -386,7 +269,7 @@ def test_factors_that_do_not_sum_to_the_merged_weights_are_refused(contents, tmp
 
 def test_an_update_without_low_rank_factors_is_refused(patterns, weights, tmp_path):
     needs("peft")
-    contents = export.contents_of(run_of("bilora", patterns, weights, tmp_path / "run"))
+    contents = contents_of(run_of("bilora", patterns, weights, tmp_path / "run"))
     with pytest.raises(ArgumentError, match="takes low-rank factors, and the updates of --method bilora are none"):
         peft.export(contents, tmp_path / "out")
 
@@ -421,7 +304,7 @@ def test_the_command_writes_a_folder(run, tmp_path, capsys):
 def test_what_is_no_run_is_one_line(tmp_path, capsys):
     assert export.main([str(tmp_path), "--format", "timm", "--output", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("janus_ext.export: ") and "is no run with a finished task" in message
+    assert message.startswith("janus_ext.export: ") and "holds no run of this program" in message
     assert message.count("\n") == 1
 
 

@@ -181,8 +181,8 @@ def test_the_model_of_a_run_comes_back_whatever_the_method(patterns, weights, tm
     trainer = make_trainer(
         patterns, weights, tmp_path, method=method, **({"frequencies": 100} if method == "bilora" else {})
     )
-    model, images = trainer.model.eval(), patterns.test.images[:4]
-    for layer in trainer.method.layers.values():
+    model, images = trainer.learner.model.eval(), patterns.test.images[:4]
+    for layer in trainer.learner.method.layers.values():
         nn.init.normal_(layer.coefficients if isinstance(layer, SpectralQKV) else layer.B)
     learned = model.features(images)
     uninject(model)

@@ -53,8 +53,8 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
 
     ``image_size`` is the side of the images in pixels, by default what the weights were trained with.
     Dropout and stochastic depth are off, whatever the network's default.
-    The result carries ``input_mean``, ``input_std`` (3 numbers each), ``input_size`` (pixels), and ``network``, from
-    which `rebuild` makes the same network with random weights, whatever has become of the name's source.
+    The result carries ``input_mean``, ``input_std`` (3 numbers each), ``input_size`` (pixels), and ``description``,
+    from which `rebuild` makes the same network with random weights, whatever has become of the name's source.
 
     Raises:
         ArgumentError: there is no such name, or the image size does not suit the network.

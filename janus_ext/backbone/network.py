@@ -24,7 +24,7 @@ def attach(model: nn.Module, mean: Sequence[float], std: Sequence[float], size: 
     """
     without_dropout(model)
     model.input_mean, model.input_std, model.input_size = tuple(mean), tuple(std), int(size)
-    model.network = network | {"mean": list(mean), "std": list(std), "size": int(size)}
+    model.description = network | {"mean": list(mean), "std": list(std), "size": int(size)}
     return model
 
 
@@ -50,7 +50,7 @@ def make_vision_transformer(options: dict[str, Any]) -> nn.Module:
 def adopt(model: nn.Module) -> nn.Module:
     """A copy of somebody's timm model as a backbone: without its classifier, dropout off, told what images it takes.
 
-    Its ``network`` is None unless timm makes a network of the same tensors from the name and image size it has.
+    Its ``description`` is None unless timm makes a network of the same tensors from the name and image size it has.
 
     Raises:
         ArgumentError: it is none of timm's models.
@@ -63,13 +63,13 @@ def adopt(model: nn.Module) -> nn.Module:
             f"backbone must be a name or a model of timm's, got {type(model).__name__} without {lacking}"
         )
     model = copy.deepcopy(model)
-    known = getattr(model, "network", None)
+    known = getattr(model, "description", None)
     model.reset_classifier(0)
     if known is not None:
         return model
     size = _image_size(model)
     attach(model, cfg["mean"], cfg["std"], size, {})
-    model.network = _recognised(model, size)
+    model.description = _recognised(model, size)
     return model
 
 

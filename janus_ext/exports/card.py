@@ -10,8 +10,14 @@ from janus_ext.exports.contents import Contents
 from janus_ext.runs.checkpoint import replace_file
 from janus_ext.versions import installed
 
-PRIVATE = {  # settings that say where things lie or how a machine is used, not what the model is
+PRIVATE = {  # settings that say where things lie, how a machine is used, or what stands elsewhere in the card
     "data_dir",
+    "task_list",
+    "network",
+    "view_margin",
+    "own_backbone",
+    "unprotected",
+    "split_sha256",
     "split_files",
     "class_list",
     "class_names",
@@ -37,8 +43,9 @@ def _head(contents: Contents) -> str:
     settings, count = contents.settings, len(contents.class_names)
     tasks = f", learned in {len(contents.updates)} tasks one after another" if contents.updates else ""
     scores = (
-        "Scores are the softmax of cosines to class means times the length of the feature."
-        if settings.get("head") == "ncm"
+        "Scores are the softmax of 16 times the cosines to class means (of the plain timm model: of dot products with "
+        "them, which have the same order)."
+        if contents.of_means
         else "Scores are the softmax over all classes."
     )
     made = ", ".join(f"{name} {installed(name)}" for name in ("janus-ext", "timm", "torch"))

@@ -37,6 +37,7 @@ class Contents:
         settings: of the run, as its config.json has them ("backbone", "weights", "image_size", "method", ...).
         updates: one a task, oldest first.
         results: of the run, as its results.json has them; None where nothing was measured.
+        of_means: whether the rows are unit means of the classes, and scores cosines to them.
         crop: side of the middle square that the model was shown, as a part of an image's shorter side.
     """
 
@@ -47,6 +48,7 @@ class Contents:
     settings: Mapping[str, Any]
     updates: tuple[Update, ...] = ()
     results: Mapping[str, Any] | None = None
+    of_means: bool = False
     crop: float = PUBLISHED_CROP
 
     def __post_init__(self) -> None:

@@ -78,6 +78,8 @@ def _targets(contents: Contents) -> dict[str, tuple[str, ...]]:
 
 def _base(settings: Mapping[str, Any]) -> nn.Module:
     """The backbone that the run began with, without a classifier."""
+    if settings.get("own_backbone"):
+        raise ArgumentError("--format peft needs a backbone that has a name, and this one was handed over as a model")
     if settings["weights"] == "none":
         raise ArgumentError("--format peft needs pretrained weights to stand on: --weights none drew them at random")
     return load_backbone(settings["backbone"], settings["weights"], settings.get("image_size")).eval()

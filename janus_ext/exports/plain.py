@@ -6,10 +6,11 @@ import warnings
 from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.backbone.files import first_line
-from janus_ext.classifier import ContinualClassifier
+from janus_ext.classifier import COSINES, ContinualClassifier
 from janus_ext.errors import ArgumentError
 from janus_ext.exports.contents import Contents
 from janus_ext.exports.folder import random_images
@@ -19,23 +20,33 @@ from janus_ext.injection import uninject
 class Scorer(nn.Module):
     """Pixels [b, 3, s, s] from 0 to 255, uint8 or float32 -> float32 [b, C]: softmax over the classes.
 
-    Colours are normalised as they were in training; nothing is resized.
+    Colours are normalised as they were in training; nothing is resized. The scores are those of
+    `ContinualLearner.predict`: of logits, or of cosines to class means, where ``means`` [C, d] has unit rows for them
+    and ``known`` [C] is 0, or very negative for a class without one.
     """
 
-    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, mean: Tensor, std: Tensor, means: Tensor | None = None, known: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
+        for name, buffer in (("mean", mean), ("std", std), ("means", means), ("known", known)):
+            self.register_buffer(name, buffer)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model((images.float() - self.mean) / self.std).softmax(-1)
+        pixels = (images.float() - self.mean) / self.std
+        if self.means is None:
+            return self.model(pixels).softmax(-1)
+        features = self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
+        cosines = F.normalize(features, dim=-1) @ self.means.T
+        return (COSINES * cosines + self.known).softmax(-1)
 
 
 def scorer(contents: Contents) -> Scorer:
     """`Scorer` of the plain model, on the CPU, in evaluation mode."""
     mean, std = (buffer.cpu().clone() for buffer in (contents.model.mean, contents.model.std))
-    return Scorer(plain_model(contents.model, contents.weight, contents.bias), mean, std).eval()
+    rows = [part.cpu().clone() for part in (contents.weight, contents.bias)] if contents.of_means else []
+    return Scorer(plain_model(contents.model, contents.weight, contents.bias), mean, std, *rows).eval()
 
 
 def program_of(module: Scorer, images: Tensor) -> torch.export.ExportedProgram:

@@ -48,7 +48,7 @@ def call_of(model: Any) -> tuple[str, dict[str, Any]]:
     `load_backbone` knows; of a network that came from elsewhere, timm's own description and the size of its images.
     """
     backbone = model.backbone
-    network = getattr(backbone, "network", None)
+    network = getattr(backbone, "description", None)
     if network is not None:
         return network["name"].partition(".")[0], network["options"]
     described = getattr(backbone, "pretrained_cfg", None) or {}
