@@ -224,6 +224,10 @@ def test_no_path_of_somebodys_machine(name):
     assert not re.findall(r"(?<![\w.~/<>-])/(?:work|tmp|home|root|opt|mnt)/\S*", DOCUMENTS[name])
 
 
+def test_the_readme_stays_short():
+    assert len(DOCUMENTS["README.md"].splitlines()) <= 150, "details belong in docs/"
+
+
 def test_the_map_of_the_house_has_every_room():
     table = DOCUMENTS["CONTRIBUTING.md"].partition("The rooms and files of `janus_ext`")[2].partition("\n## ")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
