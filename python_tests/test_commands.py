@@ -81,6 +81,13 @@ def test_mistakes_are_one_line_and_status_two(place, capsys, call, message):
     assert err.count("\n") == 1 and err.startswith("janus_ext.predict: ") and message in err
 
 
+def test_of_several_seeds_one_has_to_be_named(place, tmp_path, capsys):
+    for seed in (0, 1):
+        shutil.copytree(place / "run", tmp_path / "many" / f"seed-{seed}")
+    assert predict.main([str(tmp_path / "many"), str(place / "photos")]) == 2
+    assert f"holds the runs of 2 seeds: name one, such as {tmp_path}/many/seed-0" in capsys.readouterr().err
+
+
 # learn ---------------------------------------------------------------------------------------------------------------
 def test_classes_are_added_and_the_run_stays(place, tmp_path, capsys):
     before = files_of(place / "run")

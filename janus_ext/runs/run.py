@@ -59,6 +59,9 @@ class Run:
         """The run or the saved learner in ``folder``; ArgumentError if there is none."""
         run = cls(folder)
         if not run.is_begun:
+            seeds = sorted(run.folder.glob("seed-*/config.json"))
+            if seeds:
+                raise ArgumentError(f"{folder} holds the runs of {len(seeds)} seeds: name one, such as {seeds[0].parent}")
             kind = "holds no run of this program" if run.folder.is_dir() else "is no folder"
             raise ArgumentError(f"{folder} {kind}; wanted is what janus_ext.train or ContinualLearner.save wrote")
         return run
