@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from janus_ext.backbone import adopt, load_backbone, rebuild
+from janus_ext.backbone import adopt, attach, load_backbone, probe, rebuild
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig
+from janus_ext.config.checks import check_learning
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.methods import METHODS
@@ -67,7 +70,8 @@ def stored_config(settings: Mapping[str, Any], device: str | None = None) -> Lea
         raise CheckpointError(f"config.json lacks {', '.join(missing[:3])}: another version of this program wrote it")
     try:
         config = LearnConfig(**{name: settings[name] for name in FIELDS})
-    except ArgumentError as error:
+        check_learning(config)
+    except (ArgumentError, TypeError) as error:
         raise CheckpointError(f"config.json holds what cannot be: {error}") from error
     chosen = pick_device(device or (config.device if _is_there(config.device) else "auto"))
     amp = config.amp if chosen.type == torch.device(config.device).type else pick_amp("auto", chosen)
@@ -76,11 +80,14 @@ def stored_config(settings: Mapping[str, Any], device: str | None = None) -> Lea
 
 def network_of(settings: Mapping[str, Any], backbone: nn.Module | None = None) -> nn.Module:
     """The network of a run with random weights, as ``config.json`` describes it; ``backbone`` where it does not."""
-    if backbone is not None:
-        return adopt(backbone)
-    if settings.get("network") is not None:
-        return rebuild(settings["network"])
-    if "network" in settings:
+    network = settings.get("network")
+    if network is not None and backbone is not None:
+        made = adopt(backbone)
+        kept = {key: network[key] for key in ("name", "options", "cfg")}
+        return attach(made, network["mean"], network["std"], network["size"], kept)
+    if network is not None and network["name"] is not None:
+        return rebuild(network)
+    if network is not None:
         raise ArgumentError(
             f"this learner was made of a {settings['backbone']} that timm does not make by a name: pass backbone= a "
             "model of the same architecture"
@@ -100,7 +107,10 @@ def take_classifier(core: Learner, model: nn.Module, names: tuple[str, ...]) -> 
         found = f"{linear.out_features} outputs" if isinstance(linear, nn.Linear) else f"a {type(linear).__name__}"
         raise ArgumentError(f"class_names must name the model's outputs, each once: {len(names)} names, {found}")
     if core.config.head == "ncm":
-        raise ArgumentError('head="ncm" needs the means of all classes, and those of the model are not known')
+        default = f", the default of {core.config.method}," if core.config.method == "lora-drs" else ""
+        raise ArgumentError(
+            f'head="ncm"{default} needs the means of all classes: the model has none; use head="linear"'
+        )
     head = core.model.add_task(len(names))
     bias = torch.zeros(len(names)) if linear.bias is None else linear.bias
     head.load_state_dict({"weight": linear.weight, "bias": bias})
@@ -110,14 +120,47 @@ def take_classifier(core: Learner, model: nn.Module, names: tuple[str, ...]) -> 
 @torch.no_grad()
 def _check_same(core: Learner, model: nn.Module) -> None:
     """ArgumentError unless the first head on the backbone's features is what ``model`` computes."""
-    mode, size = model.training, core.model.input_size
+    size = core.model.input_size
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    want = model.eval()(pixels.to(next(model.parameters()))).cpu().float()
-    model.train(mode)
+    with torch.random.fork_rng(devices=[]):
+        want = copy.deepcopy(model).float().eval()(pixels.to(next(model.parameters()).device)).cpu()
     got = core.model.eval().heads[0](core.model.embed(pixels.to(core.device))).cpu()
     if not float((got - want).norm()) <= 1e-3 * float(want.norm()):
         kind = type(model).__name__
         raise ArgumentError(f"model must be a linear classifier behind forward_head(pre_logits=True), {kind} is not")
+
+
+def stored_numbers(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """(seed, planned tasks) of a run's ``config.json``; CheckpointError where they are none."""
+    seeds, tasks = settings.get("seed"), settings.get("tasks")
+    fits = isinstance(seeds, list) and len(seeds) == 1 and isinstance(tasks, int) and tasks >= 1
+    if not fits or not isinstance(seeds[0], int) or seeds[0] < 0:
+        raise CheckpointError(f"config.json must have one seed and a number of tasks, got {seeds!r} and {tasks!r}")
+    return seeds[0], tasks
+
+
+def shown(model: nn.Module) -> dict[str, Any]:
+    """How a model of timm's wants to be shown its images: margin and interpolation of a `View`."""
+    cfg = model.pretrained_cfg
+    known = cfg.get("interpolation") in ("bilinear", "bicubic", "nearest")
+    return {
+        "margin": 1 / (cfg.get("crop_pct") or 1.0),
+        "interpolation": cfg["interpolation"] if known else "bilinear",
+    }
+
+
+def check_network(core: Learner, wanted: list[float] | None, folder: Path) -> None:
+    """CheckpointError unless the network computes what it did when it was saved: names and shapes do not tell that."""
+    if wanted is None:  # a training run, whose network has a name
+        return
+    found = torch.tensor(network_probe(core))
+    if len(wanted) != len(found) or not float((found - torch.tensor(wanted)).norm()) <= 1e-2 * float(found.norm()):
+        raise CheckpointError(f"the network that {folder} was saved with computed something else than this one")
+
+
+def network_probe(core: Learner) -> list[float]:
+    """A few features of two images of noise, to know the network by."""
+    return probe(core.model.backbone)[:, :8].flatten().tolist()
 
 
 def _is_there(device: str) -> bool:

@@ -15,24 +15,32 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """T > 0 for which softmax(logits / T) gives held-out ``labels`` the largest likelihood.
+    """T > 0 for which softmax(logits / T) fits held-out ``labels`` best.
 
-    The negative log likelihood is convex in 1 / T, so it falls to one minimum along log T, which golden sections find
-    within [0.001, 1000]; at an end of it where every image is right, or nothing better than chance is known.
+    Targets are smoothed by 1 / (N + 2) as Platt (1999) does: so the T of images that are all right is a number, too.
+    The cross entropy is convex in 1 / T, so it falls to one minimum along log T, which golden sections find within
+    [0.001, 1000].
 
     Args:
         logits: [N, C], any float dtype; -inf for classes that cannot be.
         labels: int64 [N], columns of it.
 
     Raises:
-        ArgumentError: there is no image.
+        ArgumentError: there is no image, or one of a class that cannot be.
     """
     if not len(labels):
         raise ArgumentError("calibrate needs at least one labelled image, got none")
     logits = logits.double()
+    possible = torch.isfinite(logits)
+    if not bool(possible.gather(1, labels[:, None]).all()):
+        raise ArgumentError("calibrate needs images of classes with finite scores, got one without: leave it out")
+    smoothing = 1 / (len(labels) + 2)
+    uniform = possible / possible.sum(1, keepdim=True)
+    targets = smoothing * uniform + (1 - smoothing) * F.one_hot(labels, logits.shape[1])
 
     def loss(log_temperature: float) -> float:
-        return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
+        likelihoods = torch.log_softmax(logits / math.exp(log_temperature), 1).where(possible, 0.0)
+        return -float((targets * likelihoods).sum(1).mean())
 
     low, high = math.log(COLDEST), math.log(HOTTEST)
     inner = [high - GOLDEN * (high - low), low + GOLDEN * (high - low)]
@@ -50,5 +58,5 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """softmax(logits / T) over the last dimension, float32."""
-    return torch.softmax(logits.float() / temperature, dim=-1)
+    """softmax(logits / T) over the last dimension, float64: no order is lost to rounding where it can be told."""
+    return torch.softmax(logits.double() / temperature, dim=-1)

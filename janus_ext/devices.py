@@ -80,6 +80,17 @@ def be_deterministic(device: torch.device) -> None:
 
 
 @contextmanager
+def at_work(device: torch.device) -> Iterator[None]:
+    """`deterministic` within it, and the caller's random numbers go on behind it as if nothing had been drawn.
+
+    PyTorch's generators and switches are the process's: not for two threads at once.
+    """
+    cards = [device] if device.type == "cuda" else []
+    with deterministic(device), torch.random.fork_rng(devices=cards):
+        yield
+
+
+@contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
     """`be_deterministic` within it; what the caller had is the caller's again behind it."""
     mode = torch.get_deterministic_debug_mode()

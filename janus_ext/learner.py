@@ -11,20 +11,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from janus_ext.assembly import make_learner, network_of, resolve, stored_config, take_classifier
+from janus_ext.arguments import check_integer
+from janus_ext.assembly import (
+    check_network,
+    make_learner,
+    network_of,
+    network_probe,
+    resolve,
+    shown,
+    stored_config,
+    stored_numbers,
+    take_classifier,
+)
 from janus_ext.backbone import adopt
 from janus_ext.calibration import fit_temperature, probabilities
 from janus_ext.classifier import COSINES
 from janus_ext.data.benchmark import Selection
-from janus_ext.data.collect import labelled, labelled_as, require_readable, unlabelled
+from janus_ext.data.collect import checked_names, labelled, labelled_as, require_readable, unlabelled
 from janus_ext.data.images import View, default_workers
-from janus_ext.devices import deterministic
+from janus_ext.devices import at_work
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.exports.contents import Contents, Update, linear_rows, prototype_rows
 from janus_ext.exports.plain import plain_model
@@ -73,10 +85,12 @@ class ContinualLearner:
     ) -> None:
         made = None if isinstance(backbone, str) else adopt(backbone)
         name = backbone if made is None else type(backbone).__name__
+        check_integer("seed", seed, lambda n: n >= 0, "not negative")
+        check_integer("planned_tasks", planned_tasks, lambda n: n >= 1, "positive")
         config = resolve({"backbone": name, "method": method, "head": head} | settings)
-        with deterministic(torch.device(config.device)):
+        with at_work(torch.device(config.device)):
             self._core = make_learner(config, seed, planned_tasks, made)
-        self._past = Past(own_backbone=made is not None)
+        self._past = Past() if made is None else Past(own_backbone=True, **shown(backbone))
 
     @classmethod
     def from_classifier(
@@ -96,9 +110,11 @@ class ContinualLearner:
         Raises:
             ArgumentError: the model has no such classifier, or another number of outputs.
         """
+        names = checked_names(class_names)
         learner = cls(model, method, **settings)
-        take_classifier(learner._core, model, tuple(class_names))
-        learner._past.add(tuple(class_names), {})
+        with learner._at_work():
+            take_classifier(learner._core, model, names)
+        learner._past.add(names, {})
         learner._past.unprotected = True
         return learner
 
@@ -120,7 +136,7 @@ class ContinualLearner:
     @property
     def view(self) -> View:
         """How images become such squares: of a model trained on whole images the whole, else the middle."""
-        return View(self.input_size, self._past.margin)
+        return View(self.input_size, self._past.margin, self._past.interpolation)
 
     @property
     def images_at_once(self) -> int:
@@ -160,7 +176,7 @@ class ContinualLearner:
             TrainingError: the loss or a statistic is not finite.
         """
         found = labelled(images, classes, self.view, self.workers())
-        self._check_new(found.class_names)
+        self._check_new(checked_names(found.class_names))
         self._warn_of_unprotected()
         first = len(self.classes)
         selection = _all_of(found.split, range(first, first + len(found.class_names)))
@@ -196,10 +212,11 @@ class ContinualLearner:
             top: how many classes, at most.
             calibrate: held-out images with labels, as in `evaluate`: the scores become softmax(logits / T), with the T
                 that fits these best (Guo et al., ICML 2017), so that 0.8 means right in 80 of 100. Which class comes
-                first stays the same.
+                first stays the same. With few images, or none that is wrong, T says little.
 
         Returns:
-            Per image [(class name, score), ...], the best first.
+            Per image [(class name, score), ...], the best first; images of a folder or pattern are sorted by path, in
+            the order of `janus_ext.data.collect.find_images`.
         """
         temperature = 1.0 if calibrate is None else self.temperature(calibrate)
         return list(self.classify(unlabelled(images, self.view, self.workers()), top, temperature))
@@ -207,9 +224,21 @@ class ContinualLearner:
     def classify(self, split: Split, top: int = 5, temperature: float = 1.0) -> Iterator[list[tuple[str, float]]]:
         """`predict` image by image for a split, as its images are decoded."""
         self._require_classes()
-        with self._at_work():
-            for logits, _ in self._logits(_all_of(split, (0,))):
-                yield from (self._named(row, top) for row in probabilities(logits, temperature))
+        check_integer("top", top, lambda n: n >= 1, "positive")
+        return self._classify(self._logits(_all_of(split, (0,))), top, temperature)
+
+    def _classify(
+        self, batches: Iterator[tuple[Tensor, Tensor]], top: int, temperature: float
+    ) -> Iterator[list[tuple[str, float]]]:
+        """PyTorch's switches are set while a batch is computed, and the caller's own while he has the answers."""
+        while True:
+            with self._at_work():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            scores = probabilities(batch[0], temperature)
+            for order, row in zip(batch[0].sort(descending=True, stable=True).indices, scores, strict=True):
+                yield [(self.classes[c], float(row[c])) for c in order[:top].tolist()]
 
     def temperature(self, images: Any) -> float:
         """The T of `predict`'s ``calibrate``, fitted on labelled images."""
@@ -282,9 +311,11 @@ class ContinualLearner:
             raise CheckpointError(f"{folder} has not finished a task yet: there is nothing to load")
         learner = cls.__new__(cls)
         config = stored_config(settings, device)
-        learner._core = make_learner(config, settings["seed"][0], settings["tasks"], network_of(settings, backbone))
-        with run.fitting():
-            learner._core.restore([len(names) for names in saved.tasks], saved.model, saved.method)
+        with at_work(torch.device(config.device)):
+            learner._core = make_learner(config, *stored_numbers(settings), network_of(settings, backbone))
+            with run.fitting():
+                learner._core.restore([len(names) for names in saved.tasks], saved.model, saved.method)
+            check_network(learner._core, settings.get("probe"), run.folder)
         learner._past = Past.of(run, settings, saved)
         learner._core.model.eval()
         return learner
@@ -308,7 +339,8 @@ class ContinualLearner:
         known = len(self.classes)
         rows = prototype_rows(core.method.prototypes, known) if of_means else linear_rows(core.model.heads)
         updates = [
-            Update(self._past.factors(task), self.config.scale, names) for task, names in enumerate(self._past.tasks)
+            Update(factors, self.config.scale, names)
+            for factors, names in zip(self._past.factors, self._past.tasks, strict=True)
         ]
         about = (self._settings(), tuple(updates), self._past.results, of_means, 1 / self._past.margin)
         return Contents(core.model, *rows, self.classes, *about)
@@ -322,24 +354,20 @@ class ContinualLearner:
     def _write(self, folder: Path) -> None:
         run, core = Run(folder), self._core
         about = {"method": self.config.method, "scale": str(self.config.scale)}
-        for task, factors in enumerate(self._past.kept):
+        for task, factors in enumerate(self._past.factors):
             run.write_factors(task, factors, about | {"task": str(task)})
         run.write_task(len(self._past.tasks) - 1, core.state(), about, self._past.tasks)
-        run.write_settings(self._settings() | {"benchmark": None})
+        run.write_settings(self._settings() | {"benchmark": None, "probe": network_probe(core)})
 
     # details ----------------------------------------------------------------------------------------------------------
-    def _at_work(self) -> Any:
-        return deterministic(self._core.device)
+    def _at_work(self) -> AbstractContextManager[None]:
+        return at_work(self._core.device)
 
     def _logits(self, selection: Selection) -> Iterator[tuple[Tensor, Tensor]]:
         """What `probabilities` takes: logits, or cosines to class means as sharp as they are in the margin loss."""
         sharpness = COSINES if self.config.head == "ncm" else 1.0
         for scores, labels in self._core.scores(selection):
             yield sharpness * scores, labels
-
-    def _named(self, scores: Tensor, top: int) -> list[tuple[str, float]]:
-        best = scores.topk(min(top, len(scores)))
-        return [(self.classes[i], s) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
 
     def _require_classes(self) -> None:
         if not self._past.tasks:
@@ -357,11 +385,10 @@ class ContinualLearner:
 
     def _warn_of_unprotected(self) -> None:
         if self._past.unprotected:
-            warnings.warn(
-                "nothing of what the model knew is protected: observe() takes images of that kind, without labels",
-                stacklevel=3,
-            )
-            self._past.unprotected = False
+            cure = "observe() takes images of that kind, without labels"
+            if not self._core.method.remembers:
+                cure = f"method {self.config.method} protects nothing"
+            warnings.warn(f"nothing of what the model knew is protected: {cure}", stacklevel=3)
 
 
 def _all_of(split: Split, outputs: Sequence[int]) -> Selection:

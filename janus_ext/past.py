@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from janus_ext.data.images import View
-from janus_ext.runs.checkpoint import read_tensors
 
 if TYPE_CHECKING:
     from janus_ext.runs.run import Run, Saved
@@ -25,18 +23,19 @@ class Past:
 
     Attributes:
         tasks: the names of the classes of each task.
-        kept: what each task has added to the weights, or the file that holds it.
+        factors: what each task has added to the weights, on the CPU, without the bases.
         benchmark: of the run that it comes from.
-        margin: how much larger than the model's square an image is made before its middle is taken.
+        margin, interpolation: of the `View` of its images.
         own_backbone: whether the network was handed over as a model, and has no name.
         unprotected: whether there are old classes of which nothing is protected.
         results: of the run that it comes from, while no task has followed.
     """
 
     tasks: list[tuple[str, ...]] = field(default_factory=list)
-    kept: list[Mapping[str, Tensor] | Path] = field(default_factory=list)
+    factors: list[dict[str, Tensor]] = field(default_factory=list)
     benchmark: str | None = None
     margin: float = View().margin
+    interpolation: str = View().interpolation
     own_backbone: bool = False
     unprotected: bool = False
     results: dict[str, Any] | None = None
@@ -47,8 +46,9 @@ class Past:
         benchmark = settings["benchmark"]
         return cls(
             tasks=list(saved.tasks),
-            kept=[run.factors_path(task) for task in range(len(saved.tasks))],
+            factors=[_without_bases(run.factors(task)) for task in range(len(saved.tasks))],
             benchmark=benchmark,
+            interpolation=settings.get("view_interpolation", View().interpolation),
             margin=settings.get("view_margin", 1.0 if benchmark in WHOLE else View().margin),
             own_backbone=settings.get("own_backbone", False),
             unprotected=settings.get("unprotected", False),
@@ -63,13 +63,8 @@ class Past:
     def add(self, names: tuple[str, ...], factors: Mapping[str, Tensor]) -> None:
         """A task was learned; results of a run were measured without it."""
         self.tasks.append(names)
-        self.kept.append(factors)
+        self.factors.append(_without_bases(factors))
         self.results = None
-
-    def factors(self, task: int) -> Mapping[str, Tensor]:
-        """What a task has added to the weights, read where it lies in a file."""
-        kept = self.kept[task]
-        return read_tensors(kept)[0] if isinstance(kept, Path) else kept
 
     def to_json(self) -> dict[str, Any]:
         """What of it ``config.json`` holds; the tasks are in the metadata of the model."""
@@ -77,6 +72,12 @@ class Past:
             "benchmark": self.benchmark,
             "class_names": list(self.classes),
             "view_margin": self.margin,
+            "view_interpolation": self.interpolation,
             "own_backbone": self.own_backbone,
             "unprotected": self.unprotected,
         }
+
+
+def _without_bases(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU; bases, the largest part by far, are not needed behind their task."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in factors.items() if not name.endswith(".basis")}

@@ -30,8 +30,8 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-def squares(size: int):
+def squares(size: int, **view):
     """uint8 [3, size, size] of a file, as `folder` prepares images for evaluation."""
     from janus_ext.data.images import View, read_image, transform
 
-    return lambda path: transform(View(size), False)(read_image(path)).numpy()
+    return lambda path: transform(View(size, **view), False)(read_image(path)).numpy()

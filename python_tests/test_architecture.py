@@ -66,6 +66,7 @@ ALLOWED = {
     "assembly": {"backbone", "classifier", "config", "devices", "methods", "training.loop"},
     "past": {"data.images", "runs"},
     "learner": {
+        "arguments",
         "assembly",
         "backbone",
         "calibration",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from janus_ext import ContinualLearner
 from janus_ext.backbone import prepare_torchvision
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, CheckpointError
 
 
 @pytest.fixture
@@ -20,7 +20,9 @@ def deployed(photos) -> nn.Module:
 
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=2, img_size=32).eval()
-    pixels = torch.stack([torch.from_numpy(squares(32)(p)) for n in FIRST for p in sorted((photos / n).iterdir())])
+    cfg = model.pretrained_cfg
+    seen = squares(32, margin=1 / cfg["crop_pct"], interpolation=cfg["interpolation"])
+    pixels = torch.stack([torch.from_numpy(seen(p)) for n in FIRST for p in sorted((photos / n).iterdir())])
     labels = torch.arange(2).repeat_interleave(5)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -34,8 +36,7 @@ def deployed(photos) -> nn.Module:
 
 def test_a_classifier_in_use_keeps_its_answers_and_learns_more(deployed, photos, tmp_path):
     before = {name: tensor.clone() for name, tensor in deployed.state_dict().items()}
-    settings = {k: v for k, v in SETTINGS.items()}
-    learner = ContinualLearner.from_classifier(deployed, FIRST, **settings)
+    learner = ContinualLearner.from_classifier(deployed, FIRST, **SETTINGS)
     old = [(path, name) for name in FIRST for path in sorted((photos / name).iterdir())]
     assert learner.evaluate(old).accuracy == 100, "what it knew"
     learner.observe([path for path, _ in old])
@@ -83,3 +84,106 @@ def test_classifiers_that_cannot_be_taken_are_named(deployed):
     learner = ContinualLearner.from_classifier(deployed, FIRST, method="lora", device="cpu", epochs=1)
     with pytest.raises(ArgumentError, match="method lora remembers no inputs"):
         learner.observe(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+# models that are not as they seem -------------------------------------------------------------------------------------
+def timms(**options) -> nn.Module:
+    prepare_torchvision()
+    import timm
+
+    torch.manual_seed(1)
+    return timm.create_model("test_vit", num_classes=2, img_size=32, **options)
+
+
+@pytest.mark.parametrize("options", [{"num_heads": 4}, {"act_layer": "relu"}, {"global_pool": "avg", "fc_norm": False}])
+def test_a_network_that_its_name_does_not_tell_needs_the_model_again(options, photos, tmp_path):
+    """Heads, activations and pooling leave no trace in names and shapes of tensors."""
+    model = timms(**options)
+    learner = ContinualLearner.from_classifier(model, FIRST, **SETTINGS)
+    learner.save(tmp_path / "saved")
+    with pytest.raises(ArgumentError, match="pass backbone= a model of the same architecture"):
+        ContinualLearner.load(tmp_path / "saved")
+    other = timms()
+    with pytest.raises(CheckpointError, match="computed something else than this one"):
+        ContinualLearner.load(tmp_path / "saved", backbone=other)
+    model.pretrained_cfg["mean"] = (0.1, 0.2, 0.3)  # what was saved holds
+    loaded = ContinualLearner.load(tmp_path / "saved", backbone=model)
+    assert loaded.predict(photos) == learner.predict(photos)
+
+
+def test_a_network_that_timm_makes_by_its_name_loads_by_itself(photos, tmp_path):
+    learner = ContinualLearner.from_classifier(timms(), FIRST, **SETTINGS)
+    learner.save(tmp_path / "saved")
+    assert ContinualLearner.load(tmp_path / "saved").predict(photos) == learner.predict(photos)
+
+
+def test_the_model_that_is_handed_over_stays_as_it_is():
+    model = timms().train()
+    model.blocks[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    ContinualLearner.from_classifier(model, FIRST, **SETTINGS)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert model.num_classes == 2 and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_in_half_precision_becomes_float32():
+    learner = ContinualLearner.from_classifier(timms().half(), FIRST, **SETTINGS)
+    assert all(p.dtype == torch.float32 for p in learner._core.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: timms(in_chans=1), "must take square images in three colours"),
+        (lambda: timms(global_pool=""), "must make one feature"),
+        (lambda: timms().blocks, "backbone must be a name or a model of timm's"),
+    ],
+)
+def test_models_that_do_not_fit_are_one_line(make, message):
+    with pytest.raises(ArgumentError, match=message) as caught:
+        ContinualLearner.from_classifier(make(), FIRST, **SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_classifier_that_is_more_than_linear_is_refused():
+    model = timms()
+    plain = type(model).forward_head
+
+    class Doubled(type(model)):
+        def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+            return plain(self, x, pre_logits) if pre_logits else 2 * plain(self, x)
+
+    model.__class__ = Doubled
+    with pytest.raises(ArgumentError, match="must be a linear classifier behind"):
+        ContinualLearner.from_classifier(model, FIRST, **SETTINGS)
+
+
+def test_it_is_said_until_something_is_protected(deployed, photos, tmp_path):
+    learner = ContinualLearner.from_classifier(deployed, FIRST, **SETTINGS)
+    learner.save(tmp_path / "saved")
+    for one in (learner, ContinualLearner.load(tmp_path / "saved")):
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="observe"), pytest.raises(KeyboardInterrupt):
+                one._core._step = interrupted
+                one.learn(photos, SECOND)
+    plain = ContinualLearner.from_classifier(deployed, FIRST, "lora", device="cpu", epochs=1, workers=0)
+    with pytest.warns(UserWarning, match="method lora protects nothing"):
+        plain.learn(photos, SECOND)
+
+
+def interrupted(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def test_observing_that_fails_leaves_the_learner_as_it_was(deployed, photos, monkeypatch):
+    learner = ContinualLearner.from_classifier(deployed, FIRST, **SETTINGS)
+    before = state_of(learner)
+    layer = list(learner._core.method.layers.values())[-1]
+
+    def failing(basis: Tensor) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(layer, "protect", failing)
+    with pytest.raises(RuntimeError, match="no"):
+        learner.observe(photos)
+    assert_same(state_of(learner), before)

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import nn
 
 from janus_ext import ContinualLearner, train
+from janus_ext.calibration import fit_temperature
+from janus_ext.data.collect import unlabelled
 from janus_ext.errors import ArgumentError, CheckpointError, DataError, JanusError
 from janus_ext.runs import checkpoint
 from janus_ext.runs.run import Run
@@ -197,7 +199,10 @@ def test_calibration_finds_the_temperature_of_the_largest_likelihood(learned):
     batches = [*learner._logits(_selection(learner, photos))]
     logits, labels = (torch.cat(parts).double() for parts in zip(*batches, strict=True))
     temperatures = (found, found * 1.01, found / 1.01)
-    losses = [float(nn.functional.cross_entropy(logits / t, labels.long())) for t in temperatures]
+    smoothing = 1 / (len(labels) + 2)  # Platt's
+    losses = [
+        float(nn.functional.cross_entropy(logits / t, labels.long(), label_smoothing=smoothing)) for t in temperatures
+    ]
     assert min(losses) == losses[0]
     plain, honest = learner.predict(photos), learner.predict(photos, calibrate=photos)
     assert [image[0][0] for image in plain] == [image[0][0] for image in honest]
@@ -228,6 +233,56 @@ def test_before_anything_was_learned(weights, photos, tmp_path):
         with pytest.raises(ArgumentError, match="nothing was learned yet"):
             call(argument)
     assert not (tmp_path / "x").exists()
+
+
+def test_the_callers_random_numbers_and_switches_are_his_own(weights, photos, tmp_path):
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    ContinualLearner.load(tmp_path / "saved").learn(photos, SECOND)
+    answers = learner.classify(unlabelled(photos, learner.view))
+    next(answers)
+    assert torch.backends.cudnn.benchmark
+    assert torch.equal(torch.rand(3), wanted)
+    torch.backends.cudnn.benchmark = False
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"seed": -1}, "seed"), ({"seed": "a"}, "seed"), ({"planned_tasks": 0}, "planned_tasks")],
+)
+def test_numbers_that_cannot_be_are_named(weights, change, message):
+    with pytest.raises(ArgumentError, match=message):
+        learner_of(weights, **change)
+
+
+def test_order_is_that_of_the_logits_however_sure_the_scores_are(learned):
+    learner, photos = learned
+    sure = list(learner.classify(unlabelled(photos, learner.view), 6, temperature=1e-3))
+    plain = list(learner.classify(unlabelled(photos, learner.view), 6))
+    assert [[name for name, _ in image] for image in sure] == [[name for name, _ in image] for image in plain]
+    for top in (0, -1, "3", None):
+        with pytest.raises(ArgumentError, match="top"):
+            learner.predict(photos, top=top)
+
+
+def test_a_class_that_cannot_be_is_not_calibrated_on():
+    logits = torch.tensor([[1.0, -float("inf")], [0.0, -float("inf")]])
+    with pytest.raises(ArgumentError, match="finite scores"):
+        fit_temperature(logits, torch.tensor([0, 1]))
+    assert 1e-3 < fit_temperature(torch.tensor([[5.0, 0.0], [0.0, 5.0]]), torch.tensor([0, 1])) < 1e3, "all right"
+
+
+def test_whole_images_are_shown_whole(weights, tmp_path):
+    """The benchmark emoji shows all of an image, `folder` the middle; who loads such a run does the same."""
+    call = f"--weights {weights} --output {tmp_path}/r --tasks 2 --limit-per-class 1 --epochs 1 --batch-size 200"
+    assert train.main([*call.split(), "--no-plots", "--energy-start", "0.5", "--energy-end", "0.5"]) == 0
+    assert ContinualLearner.load(tmp_path / "r").view.margin == 1
+    assert learner_of(weights).view.margin == 256 / 224
 
 
 # saving --------------------------------------------------------------------------------------------------------------
@@ -261,6 +316,28 @@ def test_a_save_that_fails_leaves_the_last_one(weights, photos, tmp_path, monkey
         learner.save(tmp_path / "saved")
     assert {p: p.read_bytes() for p in (tmp_path / "saved").rglob("*") if p.is_file()} == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_learner_outlives_its_folder(weights, photos, tmp_path):
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "a")
+    loaded = ContinualLearner.load(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a")
+    loaded.save(tmp_path / "b")
+    assert_same(state_of(ContinualLearner.load(tmp_path / "b")), state_of(learner))
+    assert Run(tmp_path / "b").factors(0).keys() == {f"{n}.{f}" for n in learner._core.method.layers for f in "AB"}
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("seed", []), ("tasks", None), ("lr", -1), ("epochs", 0)])
+def test_a_configuration_that_cannot_be_is_named(weights, photos, tmp_path, key, value):
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    settings = checkpoint.read_json(tmp_path / "saved" / "config.json")
+    checkpoint.write_json(tmp_path / "saved" / "config.json", settings | {key: value})
+    with pytest.raises(CheckpointError, match="config.json"):
+        ContinualLearner.load(tmp_path / "saved")
 
 
 def test_a_learner_leaves_what_it_was_saved_from_readable(weights, photos, tmp_path):

@@ -283,3 +283,15 @@ def test_a_folder_name_that_no_build_tool_takes_is_refused_at_once(built, tmp_pa
     with pytest.raises(SystemExit, match="janus-ext cannot be built in .*: CMake and Ninja take no . in a path"):
         built("build_wheel", tmp_path / name)
     assert built("build_wheel", tmp_path / "it's janus (1) [é] & more")["existed"]
+
+
+def test_the_installed_package_has_every_file_of_the_source():
+    """A pattern that keeps something out of the sources' archive may keep a room of the package out of the wheel."""
+    installed = importlib.metadata.files("janus-ext") or []
+    if not any(str(path) == "janus_ext/__init__.py" for path in installed):
+        pytest.skip("an editable installation has no files of its own")
+    root = Path(__file__).resolve().parents[1]
+    wanted = {path.relative_to(root).as_posix() for path in (root / "janus_ext").rglob("*") if path.is_file()}
+    wanted = {path for path in wanted if "__pycache__" not in path and not path.endswith(".so")}
+    missing = sorted(wanted - {path.as_posix() for path in installed})
+    assert not missing, f"not installed: {missing[:5]}; is the installation older than the source?"

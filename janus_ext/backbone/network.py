@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from janus_ext.backbone.files import first_line
 from janus_ext.backbone.sources import Source
 from janus_ext.backbone.torchvision_guard import prepare_torchvision
 from janus_ext.errors import ArgumentError, CheckpointError
@@ -48,12 +49,13 @@ def make_vision_transformer(options: dict[str, Any]) -> nn.Module:
 
 
 def adopt(model: nn.Module) -> nn.Module:
-    """A copy of somebody's timm model as a backbone: without its classifier, dropout off, told what images it takes.
+    """A copy of somebody's timm model as a backbone: float32, without its classifier, dropout off.
 
-    Its ``description`` is None unless timm makes a network of the same tensors from the name and image size it has.
+    It is told what images it takes. The name in its ``description`` is None unless timm makes a network of that name
+    and image size that computes the same from the same weights.
 
     Raises:
-        ArgumentError: it is none of timm's models.
+        ArgumentError: it is none of timm's models, or does not make one feature of a square image in three colours.
     """
     missing = [name for name in CALLED if not hasattr(model, name)]
     cfg = getattr(model, "pretrained_cfg", None)
@@ -62,15 +64,61 @@ def adopt(model: nn.Module) -> nn.Module:
         raise ArgumentError(
             f"backbone must be a name or a model of timm's, got {type(model).__name__} without {lacking}"
         )
-    model = copy.deepcopy(model)
-    known = getattr(model, "description", None)
+    model = copy.deepcopy(model).float()
     model.reset_classifier(0)
-    if known is not None:
+    if isinstance(getattr(model, "description", None), dict):  # of load_backbone
         return model
     size = _image_size(model)
-    attach(model, cfg["mean"], cfg["std"], size, {})
-    model.description = _recognised(model, size)
+    attach(model, cfg["mean"], cfg["std"], size, {"name": None, "options": {}, "cfg": None})
+    wanted = _features(model)
+    name = cfg.get("architecture")
+    found = next((options for options in ({}, {"img_size": size}) if _makes(name, options, model, wanted)), None)
+    if found is not None:
+        model.description |= {"name": name, "options": found}
     return model
+
+
+@torch.no_grad()
+def probe(model: nn.Module) -> Tensor:
+    """float64 [2, d]: what a backbone makes of two images of noise, always the same; in evaluation mode."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, model.input_size, model.input_size, generator=generator)
+    device, mode = next(model.parameters()).device, {module: module.training for module in model.modules()}
+    features = model.eval().forward_head(model.forward_features(pixels.to(device)), pre_logits=True)
+    for module, training in mode.items():
+        module.training = training
+    return features.double().cpu()
+
+
+def _features(model: nn.Module) -> Tensor:
+    """The probe of somebody's model; ArgumentError in one line where it takes or gives something else."""
+    kind = type(model).__name__
+    try:
+        features = probe(model)
+    except Exception as error:  # models of timm refuse in any way
+        raise ArgumentError(
+            f"backbone must take square images in three colours; {kind} does not take {model.input_size} pixels: "
+            f"{first_line(error)}"
+        ) from error
+    if features.shape != (2, model.num_features):
+        wanted, found = [model.num_features], list(features.shape[1:])
+        raise ArgumentError(f"backbone must make one feature {wanted} of an image, {kind} makes {found}")
+    return features
+
+
+def _makes(name: str | None, options: dict[str, Any], model: nn.Module, wanted: Tensor) -> bool:
+    """Whether timm's network of that name and options is this one: the same tensors, and features from them."""
+    if name is None:
+        return False
+    with torch.random.fork_rng(devices=[]):
+        try:
+            other = Source("", name, None, options).create()
+            other.load_state_dict(model.state_dict())
+            attach(other, (0,), (1,), model.input_size, {})
+            found = probe(other)
+        except Exception:  # timm refuses in any way what is no name of its, or no option of that network
+            return False
+    return found.shape == wanted.shape and float((found - wanted).norm()) <= 1e-4 * float(wanted.norm())
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -93,21 +141,7 @@ def without_dropout(model: nn.Module) -> None:
 
 def _image_size(model: nn.Module) -> int:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][-1]
-    return size if isinstance(size, int) else size[0]
-
-
-def _recognised(model: nn.Module, size: int) -> dict[str, Any] | None:
-    """The description of a network of timm's with the same names and shapes of tensors; None where none is found."""
-    name = model.pretrained_cfg.get("architecture")
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    for options in ({}, {"img_size": size}):
-        try:
-            with torch.device("meta"):
-                other = Source("", name, None, options).create()
-        except Exception:  # timm refuses in any way what is no name of its, or no option of that network
-            continue
-        if {key: tensor.shape for key, tensor in other.state_dict().items()} == shapes:
-            cfg = model.pretrained_cfg
-            described = {"mean": list(cfg["mean"]), "std": list(cfg["std"]), "size": size}
-            return {"name": name, "options": options, "cfg": None, **described}
-    return None
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) > 1:
+        raise ArgumentError(f"backbone must take square images, {type(model).__name__} takes {list(size)}")
+    return sides.pop()

@@ -60,7 +60,7 @@ def labelled(images: Any, classes: Sequence[str] | None = None, view: View = SQU
         DataError: there is no image, or none of a class; one cannot be read; a label is none of the classes'. The
             first culprits are named.
     """
-    wanted = None if classes is None else _checked_names(classes)
+    wanted = None if classes is None else checked_names(classes)
     found = _find(images, wanted, workers)
     if wanted and found.own:
         _require_known(wanted, found.own, images)
@@ -81,7 +81,7 @@ def labelled_as(images: Any, classes: Sequence[str], view: View = SQUARE, worker
         ArgumentError, DataError: as :func:`labelled`.
     """
     found = _find(images, None, workers)
-    rows, labels = found.resolve(_checked_names(classes))
+    rows, labels = found.resolve(checked_names(classes))
     return found.checked_split(rows, labels, view, workers)
 
 
@@ -304,7 +304,7 @@ def _require_items(images: Any, wanted: str) -> None:
         raise DataError(f"images is empty; wanted {wanted}")
 
 
-def _checked_names(classes: Sequence[str]) -> tuple[str, ...]:
+def checked_names(classes: Sequence[str]) -> tuple[str, ...]:
     """``classes`` if they are different texts, one at least."""
     if not isinstance(classes, (list, tuple)) or not classes:
         raise ArgumentError(f"classes must be a list of class names, got {shown(classes)}")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -114,11 +114,12 @@ class View:
     """How images become ``size`` x ``size``: for training a random resized crop and a flip, else resize and crop.
 
     For evaluation the shorter side becomes ``margin`` times ``size`` and the middle is taken: 256 and 224 in the
-    published protocol, no margin for CIFAR.
+    published protocol, no margin for CIFAR. ``interpolation`` is of that resizing.
     """
 
     size: int = 224
     margin: float = 256 / 224
+    interpolation: str = "bilinear"
 
 
 @lru_cache(maxsize=8)
@@ -130,7 +131,8 @@ def transform(view: View, training: bool) -> Callable[[Image], Tensor]:
     if training:
         steps: list[Any] = [transforms.RandomResizedCrop(view.size), transforms.RandomHorizontalFlip()]
     else:
-        steps = [transforms.Resize(round(view.size * view.margin)), transforms.CenterCrop(view.size)]
+        side, kind = round(view.size * view.margin), transforms.InterpolationMode(view.interpolation)
+        steps = [transforms.Resize(side, kind), transforms.CenterCrop(view.size)]
     return transforms.Compose([*steps, transforms.PILToTensor()])
 
 
@@ -250,7 +252,7 @@ class ImageSplit(Split):
         return ImageSplit(self.source, keys, self.labels[indices], samples, self.view, self.workers)
 
     def at(self, size: int) -> ImageSplit:
-        view = View(size, self.view.margin)
+        view = replace(self.view, size=size)
         return ImageSplit(self.source, self.keys, self.labels, self.samples, view, self.workers)
 
     def decoded(self) -> ImageSplit:

@@ -49,7 +49,7 @@ def call_of(model: Any) -> tuple[str, dict[str, Any]]:
     """
     backbone = model.backbone
     network = getattr(backbone, "description", None)
-    if network is not None:
+    if network is not None and network["name"] is not None:
         return network["name"].partition(".")[0], network["options"]
     described = getattr(backbone, "pretrained_cfg", None) or {}
     if "architecture" not in described:

@@ -117,6 +117,11 @@ class Method(ABC):
     def abandon_task(self) -> None:  # noqa: B027 - likewise
         """Called where a task ends in an error: lets go of what was begun; tensors are restored by the caller."""
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it protects old inputs, so that `observe` is of use."""
+        return False
+
     def observe(self, task: Task) -> None:
         """Protects the inputs of ``task``'s images, which are not learned.
 

@@ -54,6 +54,10 @@ class InfLoRA(SequentialLoRA):
             report.basis_rank[name] = self.memories[name].rank
         return report
 
+    @property
+    def remembers(self) -> bool:
+        return True
+
     def observe(self, task: Task) -> None:
         for name, H in self.second_moments(task).items():
             self.memories[name].update(H, energy(self.config, task))

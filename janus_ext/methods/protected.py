@@ -34,6 +34,10 @@ class ProtectedLoRA(SequentialLoRA):
             report.basis_rank[name] = basis.shape[1]
         return report
 
+    @property
+    def remembers(self) -> bool:
+        return bool(self.estimators)
+
     def observe(self, task: Task) -> None:
         if not self.estimators:
             super().observe(task)

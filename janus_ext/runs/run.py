@@ -61,7 +61,9 @@ class Run:
         if not run.is_begun:
             seeds = sorted(run.folder.glob("seed-*/config.json"))
             if seeds:
-                raise ArgumentError(f"{folder} holds the runs of {len(seeds)} seeds: name one, such as {seeds[0].parent}")
+                raise ArgumentError(
+                    f"{folder} holds the runs of {len(seeds)} seeds: name one, such as {seeds[0].parent}"
+                )
             kind = "holds no run of this program" if run.folder.is_dir() else "is no folder"
             raise ArgumentError(f"{folder} {kind}; wanted is what janus_ext.train or ContinualLearner.save wrote")
         return run
@@ -116,11 +118,9 @@ class Run:
         """Writes ``config.json``."""
         write_json(self.folder / "config.json", settings)
 
-    def write_factors(self, task: int, factors: Mapping[str, Tensor] | Path, about: Mapping[str, str]) -> None:
-        """Writes what a task has added to the weights, or copies the file of another run that holds it."""
+    def write_factors(self, task: int, factors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+        """Writes what a task has added to the weights."""
         make_folder(self.checkpoints)
-        if isinstance(factors, Path):
-            factors, about = read_tensors(factors)
         write_tensors(self.factors_path(task), factors, about)
 
     def write_task(
@@ -170,6 +170,10 @@ class Run:
         if of_method.get(SHA256) != about["state"]:
             raise CheckpointError(f"{beside} does not belong to {self._model_path}")
         return Saved(model, method, about, tuple(map(tuple, _task_names(about, model))))
+
+    def factors(self, task: int) -> dict[str, Tensor]:
+        """What a task has added to the weights, as it was before its merge."""
+        return read_tensors(self.factors_path(task))[0]
 
     def factors_path(self, index: int) -> Path:
         """The file of a task's factors, as they were before their merge."""

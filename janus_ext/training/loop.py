@@ -163,7 +163,10 @@ class Learner:
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Within it, whatever ends in an error or an interrupt leaves the learner as it was."""
-        sizes, states = self.sizes, [{k: v.clone() for k, v in state.items()} for state in self.state()]
+        moving = ("heads.", *(f"backbone.{name}." for name in self.method.layers))  # the rest is frozen: no copy
+        model, method = self.state()
+        model = {name: tensor.clone() if name.startswith(moving) else tensor for name, tensor in model.items()}
+        sizes, states = self.sizes, (model, {name: tensor.clone() for name, tensor in method.items()})
         try:
             yield
         except BaseException:
