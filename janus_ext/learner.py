@@ -118,6 +118,10 @@ class ContinualLearner:
         learner._past.unprotected = True
         return learner
 
+    def __repr__(self) -> str:
+        config, classes = self.config, len(self.classes)
+        return f"ContinualLearner({config.backbone}, {config.method}: {classes} classes in {len(self.tasks)} tasks)"
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of all classes learned so far, in the order of the model's outputs."""
@@ -176,7 +180,7 @@ class ContinualLearner:
             TrainingError: the loss or a statistic is not finite.
         """
         found = labelled(images, classes, self.view, self.workers())
-        self._check_new(checked_names(found.class_names))
+        self._past.check_new(checked_names(found.class_names), self.config.head)
         self._warn_of_unprotected()
         first = len(self.classes)
         selection = _all_of(found.split, range(first, first + len(found.class_names)))
@@ -372,16 +376,6 @@ class ContinualLearner:
     def _require_classes(self) -> None:
         if not self._past.tasks:
             raise ArgumentError("nothing was learned yet: call learn() first")
-
-    def _check_new(self, names: Sequence[str]) -> None:
-        known = [name for name in names if name in self.classes]
-        if known:
-            raise ArgumentError(f"classes must be new, got {', '.join(known[:3])}, which the learner knows already")
-        if len(names) == 1 and self.config.head != "ncm":
-            raise ArgumentError(
-                f"a task needs two classes at least, got {names[0]} alone, from which linear heads learn nothing; "
-                'wait for another, or use head="ncm"'
-            )
 
     def _warn_of_unprotected(self) -> None:
         if self._past.unprotected:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from janus_ext.data.images import View
+from janus_ext.errors import ArgumentError
 
 if TYPE_CHECKING:
     from janus_ext.runs.run import Run, Saved
 
+LOG = logging.getLogger("janus_ext")
 WHOLE = ("emoji", "cifar100")  # benchmarks whose images are shown whole; of runs that have not stored it
 
 
@@ -42,8 +45,14 @@ class Past:
 
     @classmethod
     def of(cls, run: Run, settings: Mapping[str, Any], saved: Saved) -> Past:
-        """What a run or a saved learner has left in its folder."""
-        benchmark = settings["benchmark"]
+        """What a run or a saved learner has left in its folder; a run that goes on later is said."""
+        benchmark, done, planned = settings["benchmark"], len(saved.tasks), settings["tasks"]
+        if benchmark is not None and done < planned:
+            known, all_of_them = sum(map(len, saved.tasks)), len(settings["class_names"])
+            LOG.warning(
+                "%s has finished %d of %d tasks and knows %d of %d classes; --resume goes on with it",
+                *(run.folder, done, planned, known, all_of_them),
+            )
         return cls(
             tasks=list(saved.tasks),
             factors=[_without_bases(run.factors(task)) for task in range(len(saved.tasks))],
@@ -59,6 +68,18 @@ class Past:
     def classes(self) -> tuple[str, ...]:
         """The names of all classes, in the order of the model's outputs."""
         return tuple(name for task in self.tasks for name in task)
+
+    def check_new(self, names: Sequence[str], head: str) -> None:
+        """ArgumentError unless a task of these classes can be learned."""
+        known = [name for name in names if name in self.classes]
+        if known:
+            some = ", ".join(known[:3]) + (f" and {len(known) - 3} more" if len(known) > 3 else "")
+            raise ArgumentError(f"classes must be new, got {some}, which the learner knows already")
+        if len(names) == 1 and head != "ncm":
+            raise ArgumentError(
+                f"a task needs two classes at least, got {names[0]} alone, from which linear heads learn nothing; "
+                'wait for another, or use head="ncm"'
+            )
 
     def add(self, names: tuple[str, ...], factors: Mapping[str, Tensor]) -> None:
         """A task was learned; results of a run were measured without it."""

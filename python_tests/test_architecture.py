@@ -54,6 +54,7 @@ ALLOWED = {
     "exports": {
         "backbone",
         "classifier",
+        "config",
         "exports",
         "injection",
         "margin",

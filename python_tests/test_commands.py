@@ -9,6 +9,7 @@ import trees
 
 from janus_ext import ContinualLearner, evaluate, learn, predict, train
 from janus_ext.runs import checkpoint
+from janus_ext.training.trainer import Trainer
 
 SETTINGS = "--rank 4 --epochs 2 --batch-size 8 --lr 0.01 --energy-start 0.6 --energy-end 0.6 --energy-power 1"
 SETTINGS += " --workers 0 --amp off --device cpu --no-plots --tasks 2"
@@ -86,6 +87,27 @@ def test_of_several_seeds_one_has_to_be_named(place, tmp_path, capsys):
         shutil.copytree(place / "run", tmp_path / "many" / f"seed-{seed}")
     assert predict.main([str(tmp_path / "many"), str(place / "photos")]) == 2
     assert f"holds the runs of 2 seeds: name one, such as {tmp_path}/many/seed-0" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_later_says_what_it_knows(place, tmp_path, monkeypatch, caplog):
+    shutil.copytree(place / "run", tmp_path / "half")
+    for name in ("results.json", "checkpoints"):
+        path = tmp_path / "half" / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    learn_task = Trainer._learn
+
+    def cut(self, index, *rest):
+        if index:
+            raise KeyboardInterrupt
+        learn_task(self, index, *rest)
+
+    monkeypatch.setattr(Trainer, "_learn", cut)
+    call = checkpoint.read_json(place / "run" / "config.json")
+    flags = f"--benchmark folder --data-dir {place}/photos --backbone emoji --weights {call['weights']} --resume"
+    assert train.main([*flags.split(), *SETTINGS.split(), "--output", str(tmp_path / "half")]) == 130
+    assert predict.main([str(tmp_path / "half"), str(place / "photos" / "class 1")]) == 0
+    assert "half has finished 1 of 2 tasks and knows 2 of 4 classes; --resume goes on with it" in caplog.text
 
 
 # learn ---------------------------------------------------------------------------------------------------------------

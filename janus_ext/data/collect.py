@@ -137,7 +137,8 @@ class Found:
 
     def _refuse(self, culprits: Sequence[int], names: Sequence[str]) -> None:
         phrases = []
-        for row in culprits[:MOST_NAMED]:
+        first = {self.labels[row]: row for row in reversed(culprits)}  # of each label
+        for row in sorted(first.values())[:MOST_NAMED]:
             label = self.labels[row]
             name = self._name(label, self.own)
             hint = f" (wanted 0..{len(self.own or names) - 1})" if name is None else similar(name, names)

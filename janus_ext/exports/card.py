@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from janus_ext.config import LearnConfig
 from janus_ext.exports.contents import Contents
 from janus_ext.runs.checkpoint import replace_file
 from janus_ext.versions import installed
@@ -18,6 +19,9 @@ PRIVATE = {  # settings that say where things lie, how a machine is used, or wha
     "own_backbone",
     "unprotected",
     "split_sha256",
+    "view_interpolation",
+    "tasks",
+    "benchmark",
     "split_files",
     "class_list",
     "class_names",
@@ -51,10 +55,15 @@ def _head(contents: Contents) -> str:
     made = ", ".join(f"{name} {installed(name)}" for name in ("janus-ext", "timm", "torch"))
     return (
         f"# An image classifier of {count} classes\n\n"
-        f"The backbone `{settings['backbone']}` with the classes below{tasks}, by `{settings['method']}` of janus_ext, "
-        f"on `{settings.get('benchmark', 'images of its own')}`. Weights are float32, images "
+        f"The backbone `{settings['backbone']}` with the classes below{tasks}, by `{settings['method']}` of janus_ext"
+        f"{_benchmark(settings)}. Weights are float32, images "
         f"{contents.model.input_size} x {contents.model.input_size} pixels. {scores} Made with {made}.\n"
     )
+
+
+def _benchmark(settings: Mapping[str, Any]) -> str:
+    name = settings.get("benchmark")
+    return f", on the benchmark `{name}`" if name not in (None, "folder") else ""
 
 
 def _classes(contents: Contents) -> str:
@@ -81,7 +90,12 @@ def _accuracy(results: Mapping[str, Any] | None) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in settings.items() if key not in PRIVATE and value not in (None, [], ())}
+    known = {name: settings[name] for name in LearnConfig.__dataclass_fields__ if name in settings}
+    idle = LearnConfig(**known).without_effect() if "estimator" in known else {}
+    left_out = PRIVATE | idle.keys()
+    shown = {key: value for key, value in settings.items() if key not in left_out and value not in (None, [], ())}
+    if isinstance(shown.get("seed"), list):
+        shown["seed"] = shown["seed"][0]
     if "weights" in shown:
         shown["weights"] = Path(shown["weights"]).name
     rows = [f"| {key} | {_cell(str(value))} |" for key, value in shown.items()]

@@ -13,6 +13,7 @@ SHIM = (
     'If an import ends with "operator torchvision::nms does not exist", the first line must be `import '
     "janus_ext.torchvision_shim`."
 )
+UPRIGHT = 'image = ImageOps.exif_transpose(Image.open("image.png")).convert("RGB")  # as the camera was held'
 SHOW = """for index in scores.argsort()[::-1][:5]:
     print(f"{scores[index]:.3f}  {names[index]}")
 """
@@ -26,14 +27,14 @@ def timm() -> str:
     )
     return _section(
         how + SHIM,
-        """import timm
+        f"""import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = timm.create_model("local-dir:.", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 names = model.pretrained_cfg["label_names"]
-image = Image.open("image.png").convert("RGB")
+{UPRIGHT}
 with torch.no_grad():
     scores = model(transform(image)[None]).softmax(-1)[0].numpy()
 """,
@@ -43,7 +44,7 @@ with torch.no_grad():
 def onnx(contents: Contents) -> str:
     """For what `exports.onnx` writes."""
     return _section(
-        "With any runtime of ONNX (opset 18). Input `images`: uint8 [batch, 3, s, s], RGB from 0 to 255; output "
+        f"With any runtime of ONNX (opset 18). Input `images`: {_input(contents)}; output "
         "`scores`: float32 [batch, classes], softmax. The names are in the file's metadata.",
         f"""import json
 
@@ -63,8 +64,7 @@ scores = session.run(["scores"], {{"images": pixels}})[0][0]
 def pt2(contents: Contents) -> str:
     """For what `exports.pt2` writes."""
     return _section(
-        "With PyTorch alone. Input: uint8 [batch, 3, s, s], RGB from 0 to 255; output: float32 [batch, classes], "
-        "softmax.",
+        f"With PyTorch alone. Input: {_input(contents)}; output: float32 [batch, classes], softmax.",
         f"""import json
 
 import numpy as np
@@ -122,10 +122,13 @@ def _section(how: str, code: str) -> str:
 
 def _image(contents: Contents) -> str:
     size, border = contents.model.input_size, (1 - contents.crop) / 2
-    return (
-        'image = Image.open("image.png").convert("RGB")\n'
-        f"image = ImageOps.fit(image, ({size}, {size}), Image.BILINEAR, bleed={border:g})"
-    )
+    kind = contents.settings.get("view_interpolation", "bilinear").upper()
+    return f"{UPRIGHT}\nimage = ImageOps.fit(image, ({size}, {size}), Image.{kind}, bleed={border:g})"
+
+
+def _input(contents: Contents) -> str:
+    size = contents.model.input_size
+    return f"uint8 [batch, 3, {size}, {size}], RGB from 0 to 255"
 
 
 def _base(contents: Contents) -> str:

@@ -64,7 +64,7 @@ class TaskReport:
     """Per class of the task the mean cosine of its features to their own centre."""
     similarity_old: list[float] | None = None
     """Per class of the task the mean cosine of its features to the nearest old prototype."""
-    factors: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """The task's update before it was merged, for the checkpoint."""
 
 
