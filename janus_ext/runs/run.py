@@ -26,7 +26,7 @@ from janus_ext.runs.checkpoint import (
     write_json_lines,
     write_tensors,
 )
-from janus_ext.runs.folder import is_finished, is_run, opened
+from janus_ext.runs.folder import is_finished, is_run, is_saved_learner, opened
 
 LOG = logging.getLogger("janus_ext")
 TASKS = "tasks"  # metadata: the names of the classes of every task, in the order of the model's outputs
@@ -61,7 +61,9 @@ class Run:
         if not run.is_begun:
             seeds = sorted(run.folder.glob("seed-*/config.json"))
             if seeds:
-                raise ArgumentError(f"{folder} holds the runs of {len(seeds)} seeds: name one, such as {seeds[0].parent}")
+                raise ArgumentError(
+                    f"{folder} holds the runs of {len(seeds)} seeds: name one, such as {seeds[0].parent}"
+                )
             kind = "holds no run of this program" if run.folder.is_dir() else "is no folder"
             raise ArgumentError(f"{folder} {kind}; wanted is what janus_ext.train or ContinualLearner.save wrote")
         return run
@@ -74,7 +76,7 @@ class Run:
     @property
     def is_saved_learner(self) -> bool:
         """Whether `ContinualLearner.save` has written it, and no training run."""
-        return self.is_begun and self.settings()["benchmark"] is None
+        return is_saved_learner(self.folder)
 
     @property
     def is_finished(self) -> bool:
