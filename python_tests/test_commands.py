@@ -74,6 +74,8 @@ def test_images_that_cannot_be_read_are_named_and_counted_and_the_rest_is_classi
         (["{place}", "{place}/photos"], "holds no run of this program"),
         (["{place}/nowhere", "{place}/photos"], "is no folder"),
         (["{place}/run", "{place}/photos", "--top", "0"], "--top must be at least 1, got 0"),
+        (["{place}/run", "{place}/photos", "--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["{place}/run"], "IMAGE: name an image at least"),
         (["{place}/run", "{place}/photos", "--device", "cuda:99"], "--device cuda:99"),
     ],
 )
@@ -81,6 +83,19 @@ def test_mistakes_are_one_line_and_status_two(place, capsys, call, message):
     assert predict.main([word.format(place=place) for word in call]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("janus_ext.predict: ") and message in err
+
+
+def test_a_name_stays_on_its_line(place, weights, tmp_path, capsys):
+    odd, escaped = "a\nb\x1b[1m é👩\u200d🎨", "a\\nb\\x1b[1m é👩\u200d🎨"
+    trees.folders(tmp_path / "images", 2, 3, lambda c: f"{c}{odd}")
+    learner = learner_of(weights)
+    learner.learn(tmp_path / "images")
+    learner.save(tmp_path / "learner")
+    (tmp_path / "images" / "bad\n.jpg").write_bytes(b"nothing")
+    assert predict.main([str(tmp_path / "learner"), str(tmp_path / "images"), "--top", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 6 and all(line.count(f"0{escaped}") >= 1 for line in out.splitlines())
+    assert "\x1b" not in out and "bad\\n.jpg is unreadable" in err
 
 
 def test_of_several_seeds_one_has_to_be_named(place, tmp_path, capsys):
