@@ -241,13 +241,36 @@ def test_a_class_mean_takes_a_class_alone(place, data, weights, capsys):
 # evaluate ------------------------------------------------------------------------------------------------------------
 def test_the_runs_own_test_images_give_the_last_row_of_its_matrix(place, tmp_path, capsys):
     assert evaluate.main([str(place / "run"), "--output", str(tmp_path / "out")]) == 0
-    found = checkpoint.read_json(tmp_path / "out" / "evaluation.json")
-    results = checkpoint.read_json(place / "run" / "results.json")
-    assert [task["accuracy"] for task in found["tasks"]] == pytest.approx(results["accuracy_matrix"][-1])
-    known = [task["accuracy_task_known"] for task in found["tasks"]]
-    assert known == pytest.approx(results["accuracy_matrix_task_known"][-1])
+    assert_last_row(tmp_path / "out", place / "run")
+    assert "not those of the run" not in capsys.readouterr().err
     names = {"evaluation.json", "per_class.csv", "confusion.csv", "confusion.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
+def assert_last_row(evaluation: Path, run: Path) -> None:
+    found, results = checkpoint.read_json(evaluation / "evaluation.json"), checkpoint.read_json(run / "results.json")
+    for key, matrix in (("accuracy", "accuracy_matrix"), ("accuracy_task_known", "accuracy_matrix_task_known")):
+        assert [task[key] for task in found["tasks"]] == pytest.approx(results[matrix][-1])
+
+
+def test_of_the_embedded_images_in_a_drawn_order_and_number_too(weights, tmp_path, capsys):
+    call = f"--weights {weights} --limit-per-class 1 --shuffle-classes --seed 3 --tasks 4 --epochs 1 --rank 4"
+    call += f" --device cpu --amp off --no-plots --output {tmp_path}/run"
+    assert train.main(call.split()) == 0
+    assert evaluate.main([str(tmp_path / "run")]) == 0
+    assert_last_row(tmp_path / "run" / "evaluation", tmp_path / "run")
+    assert "not those of the run" not in capsys.readouterr().err
+
+
+def test_images_that_may_have_been_trained_on_are_said(place, tmp_path, capsys):
+    """One image more in a class moves the line between training and test."""
+    shutil.copytree(place / "photos", tmp_path / "photos")
+    shutil.copy(place / "all" / "class 4" / "class 4_0.jpg", tmp_path / "photos" / "class 0" / "new.jpg")
+    call = ["--benchmark", "folder", "--data-dir", str(tmp_path / "photos"), "--output", str(tmp_path / "out")]
+    assert evaluate.main([str(place / "run"), *call]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("janus_ext.evaluate: ")]
+    assert "the images are not those of the run, so that some may have been trained on" in line
+    assert checkpoint.read_json(tmp_path / "out" / "evaluation.json")["images"] == 4
 
 
 def test_a_folder_of_images_is_scored_by_the_names_of_its_folders(place, tmp_path, capsys):
