@@ -21,6 +21,8 @@ from janus_ext.reports.evaluation import Evaluation
 from janus_ext.runs.run import Run
 from janus_ext.terminal import command
 
+OTHERS = "the images are not those of the run, so that some may have been trained on"
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -86,6 +88,8 @@ def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config
     if config.data_dir is not None:
         asked["data_dir"] = config.data_dir
     benchmark = BENCHMARKS[name](TrainConfig(**asked)).at(learner.input_size)
+    if own and settings.get("split_sha256", benchmark.split_sha256) != benchmark.split_sha256:
+        print(f"janus_ext.evaluate: {OTHERS}", file=sys.stderr)
     return learner.evaluate_split(benchmark.test, benchmark.class_names)
 
 

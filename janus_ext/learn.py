@@ -6,18 +6,21 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
 
-from janus_ext.data.layout import find_parts
+from janus_ext.data.collect import labelled, labelled_as
+from janus_ext.data.layout import find_parts, shorten
 from janus_ext.data.listing import subfolders
 from janus_ext.data.tasks import split_classes
 from janus_ext.data.workers import naming_lost_workers
 from janus_ext.errors import ArgumentError, DataError
 from janus_ext.learner import ContinualLearner
+from janus_ext.runs.checkpoint import check_replaceable
 from janus_ext.runs.run import Run
 from janus_ext.terminal import command, logging_to
 
@@ -36,7 +39,7 @@ class LearnArguments:
     data_dir: Path
     """Folder of class folders; or of train and test with such folders, which also shows the accuracy on the latter."""
     output: Annotated[Path | None, arg(help_behavior_hint="")] = None
-    """Folder of what comes out; by default that of the run with a number behind it."""
+    """Folder of what comes out; by default that of the run with -learned behind its name."""
     tasks: int = 1
     """Number of tasks in which the new classes are learned, one after another."""
     device: Annotated[str | None, arg(help_behavior_hint="")] = None
@@ -52,24 +55,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def learn(arguments: LearnArguments) -> Path:
     """Learns the new classes, saves after every task, says where; returns the folder."""
-    output = arguments.output or _next_to(Run.open(arguments.run).folder)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ArgumentError(f"--output {output} is there already; choose another folder")
+    run = Run.open(arguments.run)
+    output = _free_output(arguments, run)
     train, test = _parts(arguments.data_dir)
-    learner = ContinualLearner.load(arguments.run, arguments.device)
-    names = subfolders(train)
-    if not names:
-        raise DataError(f"--data-dir {train} has no class folders; wanted {train}/<class>/*.jpg")
+    learner = _load(arguments, run)
     with logging_to(), naming_lost_workers():
-        for task in split_classes(range(len(names)), arguments.tasks, learner.config.head):
-            chosen = [names[c] for c in task]
-            learner.learn(train, chosen)
-            learner.save(output)
-            LOG.info("task %d learned: %s", len(learner.tasks), ", ".join(chosen))
+        _learn(learner, train, _planned(learner, train, test, arguments.tasks), output)
     print(f"{len(learner.classes)} classes in {len(learner.tasks)} tasks: {output}")
     if test is not None:
         print(f"\non the images in {test}\n\n{learner.evaluate(test).format()}")
     return output
+
+
+def _learn(learner: ContinualLearner, train: Path, tasks: Sequence[Sequence[str]], output: Path) -> None:
+    """Task after task; what ends it early leaves those that are learned, and is told how to go on with the others."""
+    left = list(tasks)
+    try:
+        while left:
+            learner.learn(train, left[0])
+            learner.save(output)
+            LOG.info("task %d learned: %s", len(learner.tasks), ", ".join(left.pop(0)))
+    finally:
+        if 0 < len(left) < len(tasks):
+            others = ", ".join(name for task in left for name in task)
+            LOG.warning("%d of %d tasks are learned and saved in %s", len(tasks) - len(left), len(tasks), output)
+            LOG.warning("janus_ext.learn %s --data-dir FOLDER goes on, with a folder of the others: %s", output, others)
+
+
+def _free_output(arguments: LearnArguments, run: Run) -> Path:
+    """--output or its default, where nothing is yet."""
+    output = arguments.output or _next_to(run.folder)
+    if check_replaceable(output).exists() and any(output.iterdir()):
+        raise ArgumentError(f"--output {output} is there already; choose another folder")
+    return output
+
+
+def _next_to(run: Path) -> Path:
+    """The first of RUN-learned, RUN-learned-2, ... that is not there: names that janus_ext.train never takes."""
+    run = run.resolve()
+    names = (f"{run.name}-learned" + ("" if number == 1 else f"-{number}") for number in count(1))
+    return next(folder for folder in map(run.with_name, names) if not folder.exists())
+
+
+def _load(arguments: LearnArguments, run: Run) -> ContinualLearner:
+    if run.settings()["method"] == "joint":
+        raise ArgumentError(f"{run.folder} is of --method joint, which learns all classes at once and none later")
+    return ContinualLearner.load(run.folder, arguments.device)
 
 
 def _parts(folder: Path) -> tuple[Path, Path | None]:
@@ -80,12 +111,20 @@ def _parts(folder: Path) -> tuple[Path, Path | None]:
     return (folder / parts[0], folder / parts[1]) if parts else (folder, None)
 
 
-def _next_to(run: Path) -> Path:
-    """The first of RUN-2, RUN-3, ... that is not there."""
-    number = 2
-    while (folder := run.with_name(f"{run.resolve().name}-{number}")).exists():
-        number += 1
-    return folder
+def _planned(learner: ContinualLearner, train: Path, test: Path | None, tasks: int) -> list[list[str]]:
+    """The names of the classes of each task; what cannot be learned or tested is an error before the first one."""
+    names = subfolders(train)
+    if not names:
+        raise DataError(f"--data-dir {train} has no class folders; wanted {train}/<class>/*.jpg")
+    known = [name for name in names if name in learner.classes]
+    if known:
+        raise ArgumentError(f"--data-dir {train}: classes must be new, and the run knows {shorten(known)} already")
+    alone = len(names) == tasks == 1  # which is for the head to refuse or to take
+    planned = [[0]] if alone else split_classes(range(len(names)), tasks, learner.config.head)
+    labelled(train, names, learner.view)  # decodes every image
+    if test is not None:
+        labelled_as(test, [*learner.classes, *names], learner.view)
+    return [[names[c] for c in task] for task in planned]
 
 
 if __name__ == "__main__":

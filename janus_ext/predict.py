@@ -12,7 +12,9 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
+from janus_ext.config import flag
 from janus_ext.data.collect import find_images, readable, unlabelled
+from janus_ext.data.names import on_one_line
 from janus_ext.errors import ArgumentError
 from janus_ext.learner import ContinualLearner
 from janus_ext.terminal import command
@@ -48,19 +50,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return predict(tyro.cli(PredictConfig, prog="janus_ext.predict", args=argv))
 
 
+def _check(config: PredictConfig) -> None:
+    for name, least in (("top", 1), ("batch_size", 1), ("workers", 0)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ArgumentError(f"{flag(name)} must be at least {least}, got {value}")
+    if not config.images:
+        raise ArgumentError("IMAGE: name an image at least, or a folder or pattern of images")
+
+
 def predict(config: PredictConfig) -> int:
     """Prints what the images are; 1 if any could not be read, else 0."""
-    for name in ("top", "batch_size"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    _check(config)
     learner = ContinualLearner.load(config.run, config.device)
     paths = find_images(config.images)
     good, problems = readable(paths)
     for problem in problems:
-        print(f"janus_ext.predict: {problem}", file=sys.stderr)
+        print(f"janus_ext.predict: {on_one_line(str(problem))}", file=sys.stderr)
         if config.json:
             print(json.dumps({"image": problem.where, "error": f"{problem.kind}: {problem.detail}".rstrip(": ")}))
-    width = max(map(len, good), default=0)
+    width = max((len(on_one_line(path)) for path in good), default=0)
     for path, classes in zip(good, _classified(learner, good, config), strict=True):
         print(_json(path, classes) if config.json else _row(path, width, classes))
     if problems:
@@ -83,7 +92,8 @@ def _json(path: str, classes: Sequence[tuple[str, float]]) -> str:
 
 
 def _row(path: str, width: int, classes: Sequence[tuple[str, float]]) -> str:
-    return f"{path:<{width}}  " + "   ".join(f"{name} {100 * score:.1f} %" for name, score in classes)
+    named = (f"{on_one_line(name)} {100 * score:.1f} %" for name, score in classes)
+    return f"{on_one_line(path):<{width}}  " + "   ".join(named)
 
 
 if __name__ == "__main__":

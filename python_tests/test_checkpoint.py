@@ -1,11 +1,12 @@
 """Files of a run: JSON without NaN, tensors that come back, and no file that is half written."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from janus_ext.errors import CheckpointError
+from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.runs import checkpoint
 
 
@@ -63,3 +64,99 @@ def test_tensors_survive_a_round_trip_and_damage_is_named(tmp_path):
         checkpoint.read_tensors(path)
     with pytest.raises(CheckpointError, match="nowhere"):
         checkpoint.read_tensors(tmp_path / "nowhere.safetensors")
+
+
+# folders -------------------------------------------------------------------------------------------------------------
+def fill(folder, version: str) -> None:
+    (folder / "config.json").write_text(version)
+    (checkpoint.make_folder(folder / "checkpoints") / f"{version}.safetensors").touch()
+
+
+def contents(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+
+
+@pytest.fixture(params=[True, False], ids=["at once", "by two renames"])
+def place(request, tmp_path, monkeypatch):
+    """A folder with a first version, on a system that exchanges two folders at once, and on another."""
+    if not request.param:
+        monkeypatch.setattr(checkpoint, "_exchange_at_once", lambda made, place: False)
+    checkpoint.replace_folder(tmp_path / "x", lambda made: fill(made, "old"))
+    return tmp_path / "x"
+
+
+def test_this_system_exchanges_folders_at_once(tmp_path):
+    for name in ("a", "b"):
+        fill(checkpoint.make_folder(tmp_path / name), name)
+    if not checkpoint._exchange_at_once(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("neither this C library nor this file system can")
+    assert [(tmp_path / name / "config.json").read_text() for name in ("a", "b")] == ["b", "a"]
+
+
+def test_a_folder_is_replaced_as_a_whole(place):
+    checkpoint.replace_folder(place, lambda made: fill(made, "new"))
+    assert contents(place) == {"config.json", "checkpoints/new.safetensors"}
+    assert (place / "config.json").read_text() == "new" and [path.name for path in place.parent.iterdir()] == ["x"]
+
+
+def test_files_of_others_in_a_replaced_folder_stay(place):
+    (place / "notes.txt").write_text("mine")
+    (checkpoint.make_folder(place / "evaluation" / "checkpoints") / "config.json").write_text("other")
+    (place / "link").symlink_to("nowhere")
+    checkpoint.replace_folder(place, lambda made: fill(made, "new"))
+    others = {"notes.txt", "evaluation/checkpoints/config.json", "link"}
+    assert contents(place) == {"config.json", "checkpoints/new.safetensors"} | others
+    assert (place / "notes.txt").read_text() == "mine" and (place / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("calls", range(4))
+def test_whatever_ends_the_exchange_a_whole_folder_is_there(place, monkeypatch, error, calls):
+    """Before, between and after the renames, and in the writing itself."""
+    (place / "notes.txt").touch()
+    replace, made = checkpoint.os.replace, []
+
+    def cut(*names):
+        made.append(names)
+        if len(made) == calls + 1:
+            raise error
+        return replace(*names)
+
+    def write(folder):
+        fill(folder, "new")
+        if calls == 3:
+            raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.os, "replace", cut)
+        try:
+            checkpoint.replace_folder(place, write)
+        except (KeyboardInterrupt, CheckpointError):
+            pass
+    version = (place / "config.json").read_text()
+    assert contents(place) == {"config.json", f"checkpoints/{version}.safetensors", "notes.txt"}
+    assert version == "old" or calls < 3
+    assert not (place.parent / f".x.{checkpoint.os.getpid()}.tmp").exists()
+    (checkpoint.make_folder(place.parent / f".x.{checkpoint.os.getpid()}.tmp") / "of a kill").touch()
+    checkpoint.replace_folder(place, lambda made: fill(made, "newer"))
+    assert contents(place) == {"config.json", "checkpoints/newer.safetensors", "notes.txt"}
+
+
+def test_of_a_link_what_it_leads_to_is_replaced(place):
+    link = place.with_name("link")
+    link.symlink_to("x")
+    checkpoint.replace_folder(link, lambda made: fill(made, "new"))
+    assert link.is_symlink() and (place / "config.json").read_text() == "new"
+    place.with_name("dangling").symlink_to("later")
+    checkpoint.replace_folder(place.with_name("dangling"), lambda made: fill(made, "new"))
+    assert (place.with_name("later") / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/", "file"])
+def test_what_no_folder_can_be_put_in_the_place_of_is_named(tmp_path, monkeypatch, name):
+    checkpoint.make_folder(tmp_path / "x")
+    (tmp_path / "x" / "file").touch()
+    monkeypatch.chdir(tmp_path / "x")
+    with pytest.raises(ArgumentError, match=f"^'?{name or '.'}'? is (a file|the current folder)"):
+        checkpoint.replace_folder(Path(name), lambda made: fill(made, "new"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "file"]

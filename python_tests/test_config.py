@@ -16,6 +16,8 @@ from janus_ext.data import BENCHMARKS
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError
 from janus_ext.methods import METHODS
+from janus_ext.runs.checkpoint import read_json, write_json
+from janus_ext.runs.settings import settings_of
 from janus_ext.training.optimization import schedule
 
 
@@ -45,6 +47,13 @@ def test_the_resolved_configuration_is_json():
     stored = json.loads(json.dumps(config.to_json(), allow_nan=False))
     assert stored["output"] == "runs/x" and stored["seed"] == [1, 2]
     assert stored.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_the_configuration_of_paths_in_a_list_is_json(tmp_path, patterns):
+    files = ("a.yaml", "sub/b.yaml")
+    config = TrainConfig(benchmark="imagenet-r", data_dir="x", split="coda", split_files=files).resolved()
+    write_json(tmp_path / "config.json", settings_of(config, patterns, None))
+    assert read_json(tmp_path / "config.json")["split_files"] == list(files)
 
 
 def test_every_field_is_explained_to_the_user():

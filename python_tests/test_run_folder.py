@@ -26,6 +26,40 @@ def test_the_default_folder_is_numbered_when_it_holds_a_finished_run(tmp_path, m
     assert run_folder.choose_folder(replace(config, seed=(1, 2))) == Path("runs/emoji-janus")
 
 
+def save_learner(folder: Path) -> dict[Path, bytes]:
+    """The files of what stands for a saved learner, which no training may touch."""
+    checkpoint.make_folder(folder / "checkpoints")
+    checkpoint.write_json(folder / "config.json", TrainConfig().resolved().to_json() | {"benchmark": None})
+    checkpoint.write_tensors(folder / "checkpoints" / "model.safetensors", {})
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_saved_learner_is_no_default_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second, third = (Path("runs") / f"emoji-janus-0{end}" for end in ("", "-2", "-3"))
+    plain, resuming = (TrainConfig(resume=resume).resolved() for resume in (False, True))
+    save_learner(second)
+    checkpoint.write_json(checkpoint.make_folder(first) / "results.json", {})
+    assert run_folder.choose_folder(plain) == third and run_folder.choose_folder(resuming) == first
+    checkpoint.make_folder(third)
+    assert run_folder.choose_folder(resuming) == third
+    save_learner(Path("runs") / "emoji-janus-1")
+    for resume in (False, True):
+        config = TrainConfig(resume=resume, seed=(1,)).resolved()
+        assert run_folder.choose_folder(config) == Path("runs/emoji-janus-1-2")
+
+
+@pytest.mark.parametrize("call", [[], ["--resume"], ["--seed", "0", "1"]])
+def test_a_saved_learner_is_refused_and_stays(tmp_path, capsys, call):
+    files = save_learner(tmp_path)
+    assert train.main(["--output", str(tmp_path), *call]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "holds a saved learner; choose another folder with --output" in message
+    with pytest.raises(ArgumentError, match="holds a saved learner"), opened(tmp_path):
+        pass
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
 def test_an_unfinished_run_starts_over(tmp_path):
     with opened(tmp_path):
         pass

@@ -203,4 +203,4 @@ def _plain(value: Any) -> Any:
     """``value`` as JSON knows it: paths as text, tuples as lists."""
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -6,6 +6,8 @@ tensors carries the SHA-256 of what is in it, so that one which was altered is n
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import math
@@ -20,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext.errors import CheckpointError
+from janus_ext.errors import ArgumentError, CheckpointError
 
 SHA256 = "janus_ext_sha256"  # of a file of tensors, in its metadata
-
+OWN = {"config.json", "checkpoints"}  # what is replaced in a folder even where the new one has none
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's
 
 NUMBERS = re.compile(r"\[\n( *)([-+.\w,\s]+?)\n *\]")  # a list of numbers, indented; no JSON text holds a line feed
 LINE, SHORT = 120, 90  # columns; those of a list that has a line with its key
@@ -175,26 +178,86 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Lets ``write`` fill a new folder beside ``folder``, then puts it in that one's place; an error leaves that alone.
+def check_replaceable(folder: str | Path) -> Path:
+    """The folder that ``folder`` stands for, links followed, in whose place `replace_folder` may put another.
 
     Raises:
+        ArgumentError: it is a file, or the current folder, or one above that.
+    """
+    place = Path(os.path.realpath(folder))
+    if os.path.lexists(place) and not place.is_dir():
+        raise ArgumentError(f"{folder} is a file; wanted is a folder, or a name that is free")
+    if Path.cwd().is_relative_to(place):
+        raise ArgumentError(f"{str(folder)!r} is the current folder or one above it; name another folder")
+    return place
+
+
+def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
+    """Lets ``write`` fill a new folder beside ``folder``, then puts it in that one's place, in one step.
+
+    A link stays and what it leads to is replaced. Files that ``write`` does not make stay, but for what `OWN` names.
+    After an error, and after Ctrl-C, the folder is as it was.
+
+    Raises:
+        ArgumentError: see `check_replaceable`.
         CheckpointError: it cannot be written.
     """
-    made, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    make_folder(made)
+    place = check_replaceable(folder)
+    made = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    shutil.rmtree(made, ignore_errors=True)  # of a process that was killed and had the same number
     try:
+        make_folder(made)
         write(made)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(made, folder)
+        if place.exists():
+            _copy_others(place, made)
+            _exchange(made, place)
+        else:
+            os.replace(made, place)
     except OSError as error:
-        if old.exists():
-            os.replace(old, folder)
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)  # what was in the folder before, or was to be
+
+
+def _copy_others(folder: Path, made: Path) -> None:
+    """Copies the files that somebody else has put into ``folder``."""
+    ours = OWN | {path.name for path in made.iterdir()}
+    shutil.copytree(
+        folder,
+        made,
+        symlinks=True,
+        ignore=lambda place, names: ours if Path(place) == folder else (),
+        dirs_exist_ok=True,
+    )
+
+
+def _exchange(made: Path, place: Path) -> None:
+    """Lets two folders change their names: at once, or where the system cannot do that, so that an error undoes it."""
+    if _exchange_at_once(made, place):
+        return
+    old = made.with_name(f"{made.name}.old")
     shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.replace(place, old)
+        os.replace(made, place)
+    except BaseException:
+        if not place.exists():
+            os.replace(old, place)
+        raise
+    os.replace(old, made)
+
+
+def _exchange_at_once(made: Path, place: Path) -> bool:
+    """False where the C library or the file system cannot do it."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(made), AT_FDCWD, os.fsencode(place), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(place))
 
 
 def _finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ OTHER = "choose another folder with --output"
 def choose_folder(config: TrainConfig) -> Path:
     """--output, or the first of runs/<benchmark>-<method>-<seed>, ...-2, ...-3 without a finished run in it.
 
-    With --resume a finished run may be chosen, too: --output, or the last of these.
+    With --resume a finished run may be chosen, too: --output, or the last of these. A saved learner is never chosen.
     """
     several = len(config.seed) > 1
     if config.output is not None:
@@ -43,18 +44,24 @@ def choose_folder(config: TrainConfig) -> Path:
         whole = config.output / ("summary.json" if several else "results.json")
         if is_finished(config.output, several) and not (config.resume and whole.exists()):
             raise ArgumentError(f"{config.output} holds a finished run; {OTHER}")
+        _require_no_learner(config.output)
         if several and is_run(config.output):
             raise ArgumentError(f"{config.output} holds a run with one seed; {OTHER}")
         return config.output
     name = f"{config.benchmark}-{config.method}" + ("" if several else f"-{config.seed[0]}")
-    folder, number = Path("runs") / name, 1
-    while is_finished(folder, several):
-        number += 1
-        following = Path("runs") / f"{name}-{number}"
-        if config.resume and not following.exists():
-            break
-        folder = following
-    return folder
+    return _default_folder(name, several, config.resume)
+
+
+def _default_folder(name: str, several: bool, resume: bool) -> Path:
+    finished = None
+    for number in count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if resume and finished is not None and not folder.exists():
+            return finished
+        if is_finished(folder, several):
+            finished = folder
+        elif not is_saved_learner(folder):
+            return folder
 
 
 def _require_text(folder: Path) -> None:
@@ -80,6 +87,16 @@ def is_run(folder: Path) -> bool:
     return path.exists() and read_json(path).keys() >= {"benchmark", "method", "seed"}
 
 
+def is_saved_learner(folder: Path) -> bool:
+    """True if ``folder`` holds what `ContinualLearner.save` has written, and no training run."""
+    return is_run(folder) and read_json(folder / "config.json")["benchmark"] is None
+
+
+def _require_no_learner(folder: Path) -> None:
+    if is_saved_learner(folder):
+        raise ArgumentError(f"{folder} holds a saved learner; {OTHER}")
+
+
 def check_same_seeds(folder: Path, seeds: tuple[int, ...]) -> None:
     """Raises ArgumentError when the summary in ``folder`` has seeds that ``seeds`` would drop."""
     path = folder / "summary.json"
@@ -95,7 +112,8 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[None
     ``settings`` are what its ``config.json`` is to hold, see `settings_of`.
 
     Raises:
-        ArgumentError: the folder holds files but no run of this program, which are left alone, or is in use.
+        ArgumentError: the folder holds a saved learner, or files but no run of this program, which are left alone, or
+            is in use.
         CheckpointError: it cannot be made, or written.
     """
     with naming_output():
@@ -103,6 +121,7 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[None
     strangers = [path for path in folder.iterdir() if not path.match(f".config.json.{TEMPORARY}")]
     if strangers and not is_run(folder):
         raise ArgumentError(f"{folder} holds files that are no run of this program; {OTHER}")
+    _require_no_learner(folder)
     with _locked(folder):
         remove(path for glob in LEFTOVERS for path in folder.glob(glob))
         if begin:

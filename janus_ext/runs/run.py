@@ -26,7 +26,7 @@ from janus_ext.runs.checkpoint import (
     write_json_lines,
     write_tensors,
 )
-from janus_ext.runs.folder import is_finished, is_run, opened
+from janus_ext.runs.folder import is_finished, is_run, is_saved_learner, opened
 
 LOG = logging.getLogger("janus_ext")
 TASKS = "tasks"  # metadata: the names of the classes of every task, in the order of the model's outputs
@@ -76,7 +76,7 @@ class Run:
     @property
     def is_saved_learner(self) -> bool:
         """Whether `ContinualLearner.save` has written it, and no training run."""
-        return self.is_begun and self.settings()["benchmark"] is None
+        return is_saved_learner(self.folder)
 
     @property
     def is_finished(self) -> bool:
