@@ -121,7 +121,7 @@ def _planned(learner: ContinualLearner, train: Path, test: Path | None, tasks: i
         raise ArgumentError(f"--data-dir {train}: classes must be new, and the run knows {shorten(known)} already")
     alone = len(names) == tasks == 1  # which is for the head to refuse or to take
     planned = [[0]] if alone else split_classes(range(len(names)), tasks, learner.config.head)
-    labelled(train, names, learner.view)  # decodes every image
+    labelled(train, view=learner.view)  # decodes every image, and refuses a level of folders above the classes
     if test is not None:
         labelled_as(test, [*learner.classes, *names], learner.view)
     return [[names[c] for c in task] for task in planned]

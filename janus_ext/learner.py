@@ -42,7 +42,7 @@ from janus_ext.exports.contents import Contents, Update, linear_rows, prototype_
 from janus_ext.exports.plain import plain_model
 from janus_ext.past import Past
 from janus_ext.reports.evaluation import Evaluation, evaluate
-from janus_ext.runs.checkpoint import replace_folder
+from janus_ext.runs.checkpoint import check_replaceable, replace_folder
 from janus_ext.runs.run import Run
 from janus_ext.training.progress import Progress, make_bar
 
@@ -292,7 +292,7 @@ class ContinualLearner:
             CheckpointError: it cannot be written.
         """
         self._require_classes()
-        folder = Path(folder)
+        folder = check_replaceable(Path(folder))
         if folder.exists() and not Run(folder).is_saved_learner and any(folder.iterdir()):
             raise ArgumentError(f"{folder} holds files that are no saved learner; choose another folder")
         replace_folder(folder, self._write)
