@@ -15,7 +15,7 @@ from janus_ext.runs.run import Run
 OLD_RUN = Path(__file__).parent / "old_run"
 
 
-def test_saving_replaces_the_same_and_nothing_else(learned, weights, photos, tmp_path):
+def test_saving_replaces_the_same_and_nothing_else(weights, photos, tmp_path):
     learner = learner_of(weights)
     learner.learn(photos, FIRST)
     learner.save(tmp_path / "saved")
