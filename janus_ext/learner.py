@@ -185,10 +185,10 @@ class ContinualLearner:
         first = len(self.classes)
         selection = _all_of(found.split, range(first, first + len(found.class_names)))
         steps = self._core.step_count(len(selection))
-        with self._at_work(), self._core.undone_on_error(), make_bar(steps, 0) as bar:
+        with self._at_work(), make_bar(steps, 0) as bar, self._core.undone_on_error():
             progress = Progress(bar, max(self._core.planned, len(self._past.tasks) + 1), self.config.epochs)
             report = self._core.learn(selection, len(found.class_names), progress, lambda epoch: None)
-        self._past.add(found.class_names, report.factors)
+            self._past.add(found.class_names, report.factors)
         return report
 
     def observe(self, images: Any) -> None:

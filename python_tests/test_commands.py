@@ -189,6 +189,8 @@ def data(place, tmp_path) -> Path:
     (tmp_path / "strange" / "test" / "d").rename(tmp_path / "strange" / "test" / "zebra")
     next((tmp_path / "broken" / "train" / "d").iterdir()).write_bytes(b"nothing")
     shutil.copytree(tmp_path / "four" / "a", tmp_path / "one" / "a")
+    for domain in ("clipart", "photo"):
+        shutil.copytree(tmp_path / "four", tmp_path / "deep" / domain)
     shutil.copytree(place / "run", tmp_path / "joint")
     config = checkpoint.read_json(tmp_path / "joint" / "config.json")
     checkpoint.write_json(tmp_path / "joint" / "config.json", config | {"method": "joint"})
@@ -207,6 +209,7 @@ def data(place, tmp_path) -> Path:
         ("{place}/run", "{data}/broken", 2, "train: d/class 4_"),
         ("{place}/run", "{data}/nowhere", 1, "does not exist"),
         ("{place}/run", "{data}/four/a", 1, "no class folders"),
+        ("{place}/run", "{data}/deep", 1, "hand over one of them"),
         ("{data}/joint", "{data}/four", 1, "is of --method joint, which learns all classes at once"),
     ],
 )
