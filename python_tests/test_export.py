@@ -56,7 +56,10 @@ def test_the_lines_of_the_card_run_and_name_the_class(contents, weights, images,
     assert_untouched(contents, before)
     monkeypatch.chdir(tmp_path / "out" / "here")
     Path(weights.name).write_bytes(weights.read_bytes())
-    Image.fromarray(images[0].permute(1, 2, 0).numpy()).save("image.png")
+    held = Image.fromarray(images[0].permute(1, 2, 0).numpy()).transpose(Image.Transpose.ROTATE_90)
+    exif = held.getexif()
+    exif[0x0112] = 6  # the camera was held upright; whoever ignores that sees it lie on its side
+    held.save("image.png", exif=exif)
     code = Path("README.md").read_text().partition("```python\n")[2].partition("```")[0]
     exec(compile(code, "README.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()[-5:]
