@@ -10,7 +10,6 @@ from janus_ext.errors import ArgumentError
 
 MOST_IMAGES = 200  # of a pass without gradients; a ViT-B/16 takes as many at 224 pixels
 NUMBERS = MOST_IMAGES * 14**2 * 768  # of a block's output in such a pass
-COSINES = 16.0  # what cosines to class means are multiplied by before a softmax: the margin loss's temperature
 FEW_PATCHES = 256  # up to here the attention of a head of 64 takes no more memory than the block's MLP
 
 

@@ -32,13 +32,12 @@ from janus_ext.assembly import (
 )
 from janus_ext.backbone import adopt
 from janus_ext.calibration import fit_temperature, probabilities
-from janus_ext.classifier import COSINES
 from janus_ext.data.benchmark import Selection
 from janus_ext.data.collect import checked_names, labelled, labelled_as, require_readable, unlabelled
 from janus_ext.data.images import View, default_workers
 from janus_ext.devices import at_work
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
-from janus_ext.exports.contents import Contents, Update, linear_rows, prototype_rows
+from janus_ext.exports.contents import Contents, Update
 from janus_ext.exports.plain import plain_model
 from janus_ext.past import Past
 from janus_ext.reports.evaluation import Evaluation, evaluate
@@ -184,7 +183,7 @@ class ContinualLearner:
         self._warn_of_unprotected()
         first = len(self.classes)
         selection = _all_of(found.split, range(first, first + len(found.class_names)))
-        steps = self._core.step_count(len(selection))
+        steps = self._core.step_count(len(self._past.tasks), len(selection))
         with self._at_work(), make_bar(steps, 0) as bar, self._core.undone_on_error():
             progress = Progress(bar, max(self._core.planned, len(self._past.tasks) + 1), self.config.epochs)
             report = self._core.learn(selection, len(found.class_names), progress, lambda epoch: None)
@@ -229,7 +228,7 @@ class ContinualLearner:
         """`predict` image by image for a split, as its images are decoded."""
         self._require_classes()
         check_integer("top", top, lambda n: n >= 1, "positive")
-        return self._classify(self._logits(_all_of(split, (0,))), top, temperature)
+        return self._classify(self._core.scores(_all_of(split, (0,))), top, temperature)
 
     def _classify(
         self, batches: Iterator[tuple[Tensor, Tensor]], top: int, temperature: float
@@ -249,7 +248,7 @@ class ContinualLearner:
         self._require_classes()
         split = labelled_as(images, self.classes, self.view, self.workers())
         with self._at_work():
-            batches = list(self._logits(_all_of(split, range(len(self.classes)))))
+            batches = list(self._core.scores(_all_of(split, range(len(self.classes)))))
         return fit_temperature(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
 
     def evaluate(self, images: Any) -> Evaluation:
@@ -334,20 +333,18 @@ class ContinualLearner:
             ArgumentError: nothing was learned yet, or the network has no linear classifier on its features.
         """
         contents = self.contents()
-        return plain_model(contents.model, contents.weight, contents.bias).eval()
+        return plain_model(contents.model, *contents.decision.rows()).eval()
 
     def contents(self) -> Contents:
         """What exports are made of."""
         self._require_classes()
-        core, of_means = self._core, self.config.head == "ncm"
-        known = len(self.classes)
-        rows = prototype_rows(core.method.prototypes, known) if of_means else linear_rows(core.model.heads)
+        core = self._core
         updates = [
             Update(factors, self.config.scale, names)
             for factors, names in zip(self._past.factors, self._past.tasks, strict=True)
         ]
-        about = (self._settings(), tuple(updates), self._past.results, of_means, 1 / self._past.margin)
-        return Contents(core.model, *rows, self.classes, *about)
+        about = (self._settings(), tuple(updates), self._past.results, 1 / self._past.margin)
+        return Contents(core.model, core.method.decision(), self.classes, *about)
 
     def _settings(self) -> dict[str, Any]:
         """What ``config.json`` holds of a saved learner."""
@@ -366,12 +363,6 @@ class ContinualLearner:
     # details ----------------------------------------------------------------------------------------------------------
     def _at_work(self) -> AbstractContextManager[None]:
         return at_work(self._core.device)
-
-    def _logits(self, selection: Selection) -> Iterator[tuple[Tensor, Tensor]]:
-        """What `probabilities` takes: logits, or cosines to class means as sharp as they are in the margin loss."""
-        sharpness = COSINES if self.config.head == "ncm" else 1.0
-        for scores, labels in self._core.scores(selection):
-            yield sharpness * scores, labels
 
     def _require_classes(self) -> None:
         if not self._past.tasks:

@@ -17,7 +17,7 @@ from janus_ext.errors import ArgumentError, StatisticsError
 
 
 class ClassPrototypes:
-    """Unit mean features of old classes, one row a class, computed once after its task and never updated.
+    """Unit mean features of old classes, one row a class, computed once after its task and moved by `transform` alone.
 
     Attributes:
         matrix: [C, dim] float32, unit rows, in the order in which classes were added.
@@ -60,6 +60,12 @@ class ClassPrototypes:
         means = torch.stack([features[labels == c].double().mean(0) for c in new])
         self.matrix = torch.cat([self.matrix, F.normalize(means, dim=1).to(self.matrix)])
         self.classes += new
+
+    def transform(self, matrix: Tensor) -> None:
+        """Move every prototype p to p R, R [dim, dim], and bring it back to length 1: what drifted is followed."""
+        check_tensor("matrix", matrix, f"[{self.matrix.shape[1]}, {self.matrix.shape[1]}]")
+        moved = self.matrix.double() @ matrix.to(self.matrix.device, torch.float64)
+        self.matrix = F.normalize(moved, dim=1).to(self.matrix)
 
     def nearest(self, features: Tensor) -> Tensor:
         """Cosine [N] of each feature [N, dim] to its nearest prototype ("danger" is its mean over new features)."""

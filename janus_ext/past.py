@@ -75,10 +75,10 @@ class Past:
         if known:
             some = ", ".join(known[:3]) + (f" and {len(known) - 3} more" if len(known) > 3 else "")
             raise ArgumentError(f"classes must be new, got {some}, which the learner knows already")
-        if len(names) == 1 and head != "ncm":
+        if len(names) == 1 and head == "linear":
             raise ArgumentError(
                 f"a task needs two classes at least, got {names[0]} alone, from which linear heads learn nothing; "
-                'wait for another, or use head="ncm"'
+                'wait for another, or use head="ncm" or another one'
             )
 
     def add(self, names: tuple[str, ...], factors: Mapping[str, Tensor]) -> None:

@@ -23,6 +23,9 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 1, ANY),
     ("frequencies", 1, ANY),
     ("estimator_rank", 1, ANY),
+    ("head_width", 1, ANY),
+    ("merge_scale", 0, 1),
+    ("drift_budget", 0, ANY),
     ("energy_start", 0, 1),
     ("energy_end", 0, 1),
     ("share", 0, 1),
@@ -61,6 +64,7 @@ def check_learning(config: LearnConfig) -> None:
     _check_ranges(config)
     _check_energies(config)
     _check_schedule(config)
+    _check_head(config)
     _check_method(config)
 
 
@@ -133,6 +137,13 @@ def _check_energies(config: LearnConfig) -> None:
         raise ArgumentError("--compile makes a graph for every batch size with --estimator isvd: use gram")
     if config.rectify == "project" and config.estimator == "none":
         raise ArgumentError("--rectify project removes what --estimator found; with --estimator none it does nothing")
+
+
+def _check_head(config: LearnConfig) -> None:
+    if config.head_width is not None and config.head != "ridge":
+        raise ArgumentError(f"--head-width belongs to --head ridge, got --head {config.head}")
+    if config.head_width is not None and config.drift != "none":
+        raise ArgumentError("--drift moves statistics of features, those of --head-width cannot be: leave one out")
 
 
 def _check_schedule(config: LearnConfig) -> None:

@@ -33,6 +33,7 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
         """The fields that a run of this resolved configuration does not read, each with what it would take."""
         rectified = (self.rectify in ("tangent", "exact"), "--rectify tangent or exact")
         remembering = (self.estimator != "none", "a method that remembers old inputs, and an --estimator")
+        learning = (self.learn != "none", "a backbone that learns: --learn all or first")
         pushing = (self.margin_weight > 0, "--method janus or lora-drs, and a --margin-weight above 0")
         needs = {
             "rank": (self.method != "bilora", "LoRA factors, and --method bilora has --frequencies"),
@@ -46,6 +47,9 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
             "balance": rectified,
             "margin": pushing,
             "temperature": (self.method == "janus" and pushing[0], "--method janus, and a --margin-weight above 0"),
+            "merge_scale": learning,
+            "drift_budget": learning,
+            "drift": (self.learn == "all", "a backbone that learns in every task: --learn all"),
             "milestones": (max(self.milestones or (0,)) < self.epochs, f"epochs below --epochs {self.epochs}"),
         }
         return {name: wanted for name, (is_read, wanted) in needs.items() if not is_read}

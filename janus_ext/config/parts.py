@@ -21,7 +21,7 @@ Split = Literal["auto", "inflora", "coda", "folders", "random"]
 MethodName = Literal["janus", "lora", "lora-gpm", "inflora", "lora-drs", "bilora", "joint"]
 Rectify = Literal["auto", "none", "project", "tangent", "exact"]
 Estimator = Literal["auto", "gram", "isvd", "none"]
-Head = Literal["auto", "linear", "ncm"]
+Head = Literal["auto", "linear", "ncm", "lda", "ridge", "aligned"]
 HeadInit = Literal["auto", "default", "small"]
 Normalize = Literal["auto", "identity", "model"]
 
@@ -104,6 +104,14 @@ class MethodConfig(Settings):
     """Memory of inflora: dual (DualGPM) or plain (GPM); auto: plain for domainnet, as in its code, else dual."""
     frequencies: int = 3000
     """Fourier coefficients that bilora trains of each K and V projection in a task."""
+    learn: Literal["all", "first", "none"] = "all"
+    """Tasks in which the backbone learns: all, the first alone, or none (frozen; the heads alone learn)."""
+    merge_scale: float = 1.0
+    """Share of a task's update that is merged: less moves old features less."""
+    drift_budget: Maybe[float] = None
+    """Largest relative movement of a task's own features; more is merged in part. By default no limit."""
+    drift: Literal["none", "ridge"] = "none"
+    """Move what is kept of old classes along with the features, by a ridge regression on the task's own images."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,9 @@ class ModelConfig(Settings):
     rank: Maybe[int] = None
     """Rank of the LoRA factors on the K and V projections of every block; by default 8 for emoji, else 10 or 30."""
     head: Head = "auto"
-    """Classifier at test time: linear heads, or ncm, the nearest class mean; auto: ncm with lora-drs, else linear."""
+    """Classifier: the tasks' linear heads, ncm (nearest class mean), lda, ridge, or aligned; auto: the preset's."""
+    head_width: Maybe[int] = None
+    """Random ReLU features that --head ridge works on (RanPAC); by default it works on the features themselves."""
     normalize: Normalize = "auto"
     """Colours of the images: as the backbone was pretrained (model), or in [0, 1] (identity, --preset paper)."""
     scale: Maybe[float] = None

@@ -106,6 +106,11 @@ class Selection:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def spread(self, count: int) -> Selection:
+        """At most ``count`` of them, evenly spread over all."""
+        kept = torch.linspace(0, len(self) - 1, min(count, len(self))).round().to(torch.int64)
+        return replace(self, rows=self.rows[kept])
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 [b, 3, H, W], int64 [b] outputs) of ``size`` images at most, in order and as they are."""
         return self._stream(self.rows, size, None)

@@ -49,7 +49,7 @@ def _head(contents: Contents) -> str:
     scores = (
         "Scores are the softmax of 16 times the cosines to class means (of the plain timm model: of dot products with "
         "them, which have the same order)."
-        if contents.of_means
+        if contents.decision.unit
         else "Scores are the softmax over all classes."
     )
     made = ", ".join(f"{name} {installed(name)}" for name in ("janus-ext", "timm", "torch"))

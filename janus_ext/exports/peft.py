@@ -47,7 +47,7 @@ def export(contents: Contents, folder: Path) -> None:
     with new_folder(folder) as made:
         for index, update in enumerate(contents.updates):
             _write_adapter(made / f"task-{index}", update, targets, str(contents.settings["backbone"]))
-        rows = {"weight": contents.weight, "bias": contents.bias}
+        rows = dict(zip(("weight", "bias"), contents.decision.rows(), strict=True))
         write_tensors(made / CLASSIFIER, rows, {"class_names": to_json(contents.class_names)})
         _check_features(made, contents, base, merged)
         card.write(made, contents, usage.peft(contents))

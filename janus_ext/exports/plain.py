@@ -6,14 +6,14 @@ import warnings
 from copy import deepcopy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.backbone.files import first_line
-from janus_ext.classifier import COSINES, ContinualClassifier
+from janus_ext.classifier import ContinualClassifier
 from janus_ext.errors import ArgumentError
 from janus_ext.exports.contents import Contents
 from janus_ext.exports.folder import random_images
+from janus_ext.heads.base import LOWEST, Decision
 from janus_ext.injection import uninject
 
 
@@ -21,32 +21,34 @@ class Scorer(nn.Module):
     """Pixels [b, 3, s, s] from 0 to 255, uint8 or float32 -> float32 [b, C]: softmax over the classes.
 
     Colours are normalised as they were in training; nothing is resized. The scores are those of
-    `ContinualLearner.predict`: of logits, or of cosines to class means, where ``means`` [C, d] has unit rows for them
-    and ``known`` [C] is 0, or very negative for a class without one.
+    `ContinualLearner.predict`: of ``model``'s outputs, or of what a head that is no linear classifier decides.
     """
 
-    def __init__(
-        self, model: nn.Module, mean: Tensor, std: Tensor, means: Tensor | None = None, known: Tensor | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor, decision: Decision | None = None) -> None:
         super().__init__()
         self.model = model
-        for name, buffer in (("mean", mean), ("std", std), ("means", means), ("known", known)):
-            self.register_buffer(name, buffer)
+        tensors = {} if decision is None else {"weight": decision.weight, "bias": decision.bias.clamp_min(LOWEST)}
+        for name, buffer in ({"mean": mean, "std": std} | tensors).items():
+            self.register_buffer(name, buffer.cpu().clone())
+        self.decides = decision is not None
+        if decision is not None:
+            projection = decision.projection
+            self.register_buffer("projection", None if projection is None else projection.cpu().clone())
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = (images.float() - self.mean) / self.std
-        if self.means is None:
+        if not self.decides:
             return self.model(pixels).softmax(-1)
         features = self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
-        cosines = F.normalize(features, dim=-1) @ self.means.T
-        return (COSINES * cosines + self.known).softmax(-1)
+        return Decision(self.weight, self.bias, True, self.projection).scores(features).softmax(-1)
 
 
 def scorer(contents: Contents) -> Scorer:
     """`Scorer` of the plain model, on the CPU, in evaluation mode."""
-    mean, std = (buffer.cpu().clone() for buffer in (contents.model.mean, contents.model.std))
-    rows = [part.cpu().clone() for part in (contents.weight, contents.bias)] if contents.of_means else []
-    return Scorer(plain_model(contents.model, contents.weight, contents.bias), mean, std, *rows).eval()
+    decision, model = contents.decision, contents.model
+    if decision.is_linear:
+        return Scorer(plain_model(model, *decision.rows()), model.mean, model.std).eval()
+    return Scorer(merged_backbone(model), model.mean, model.std, decision).eval()
 
 
 def program_of(module: Scorer, images: Tensor) -> torch.export.ExportedProgram:
@@ -77,8 +79,7 @@ def merged_backbone(classifier: ContinualClassifier) -> nn.Module:
 def plain_model(classifier: ContinualClassifier, weight: Tensor, bias: Tensor) -> nn.Module:
     """A copy of the backbone without adapters, whose own classifier has the rows ``weight`` [C, d] and ``bias`` [C].
 
-    It takes normalised pixels and gives scores [b, C], float32. Scores of linear heads are their logits; scores of
-    prototypes as rows are cosines times the length of the feature.
+    It takes normalised pixels and gives scores [b, C], float32.
 
     Raises:
         ArgumentError: the network has no linear classifier on its features, as timm's have.

@@ -30,7 +30,7 @@ def export(contents: Contents, folder: Path) -> None:
         ArgumentError: timm cannot make this network, or it has no linear classifier.
         CheckpointError: the folder cannot be written, or what timm reads from it is not what was written.
     """
-    plain = plain_model(contents.model, contents.weight, contents.bias)
+    plain = plain_model(contents.model, *contents.decision.rows())
     architecture, options = call_of(contents.model)
     with new_folder(folder) as made:
         write_tensors(made / WEIGHTS, plain.state_dict(), {"format": "pt"})

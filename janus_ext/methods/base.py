@@ -1,28 +1,35 @@
 """What the trainer asks of a continual-learning method, and what every method measures in the same way.
 
 A method is called in this order, once per task: ``begin_task``; per epoch ``begin_epoch`` and, per step, ``loss``,
-``after_backward`` and ``after_step``; ``end_task``. A baseline needs ``trainable`` and ``close_task``.
+``after_backward`` and ``after_step``; ``end_epochs`` and ``end_task``. A baseline needs ``trainable``,
+``shrink_update`` and ``close_task``. In a task that leaves the backbone as it is, only the head is trained, and of all
+these ``begin_task``, ``loss`` and ``end_task`` alone are called.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.errors import ArgumentError
-from janus_ext.margin import ClassPrototypes
+from janus_ext.heads import HEADS
+from janus_ext.heads.base import Decision
+from janus_ext.heads.drift import drift_map, movement
+from janus_ext.heads.knowledge import Knowledge
 
-if TYPE_CHECKING:  # names for the reader; a method gets both objects handed in
+if TYPE_CHECKING:  # names for the reader; a method gets these objects handed in
     from janus_ext.classifier import ContinualClassifier
     from janus_ext.config import TrainConfig
+    from janus_ext.margin import ClassPrototypes
 
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+CLOSE_ENOUGH = 1.02  # to the budget of a movement: a share of the update is found by repeated measuring
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,14 @@ class Task:
     classes: int
     seed: int
     """Of the learner: for random choices that hold for all tasks; torch's own generator is seeded for each."""
+    head_seed: int
+    """For what a head draws, for all tasks: derived from the same."""
+    learns: bool
+    """Whether the backbone learns in it; else the head alone does."""
     clean_batches: Batches
     """Makes a fresh pass over the training images, unaugmented, on the model's device: (uint8 images, labels)."""
+    probe_batches: Batches
+    """The same of a few hundred images, spread over all of them: how far features move is measured on these."""
     augmented_batches: Batches
     """The same, augmented and in random order as in training: what rival methods take their statistics from."""
 
@@ -58,6 +71,10 @@ class TaskReport:
     """Per layer how much of it the rounding of W can be."""
     basis_rank: dict[str, int] = field(default_factory=dict)
     """Per layer the number of directions protected from the next task on (by LoRA-DRS: in this task)."""
+    movement: float | None = None
+    """|F1 - F0| / |F0| of features of the task before it and after; None where the backbone does not learn."""
+    merged: float | None = None
+    """Which share of the update was merged, 1 unless ``merge_scale`` or ``drift_budget`` say less; None likewise."""
     danger: float | None = None
     """Mean cosine of the task's features to the nearest old prototype; None for the first task."""
     similarity_own: list[float] = field(default_factory=list)
@@ -69,34 +86,59 @@ class TaskReport:
 
 
 class Method(ABC):
-    """Base of all methods: one head per task, cross entropy over the current task's classes, prototypes."""
+    """Base of all methods: one head per task, cross entropy over the current task's classes, and what heads know."""
 
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         self.model = model
         self.config = config
-        self.prototypes = ClassPrototypes(model.feature_dim, model.mean.device)
+        self.known = Knowledge(model.heads, model.feature_dim, model.mean.device, config.head_width)
+        self.learns = True
+        self._decisions: dict[str, Decision] = {}
+        self._before: Tensor | None = None  # features of the task's images, of all where old statistics will move
+        self._probe: Tensor | None = None  # the same of a few
+
+    @property
+    def prototypes(self) -> ClassPrototypes:
+        """Unit mean features of all classes of old tasks."""
+        return self.known.prototypes
 
     def begin_task(self, task: Task) -> None:
-        """Adds the head of ``task``."""
+        """Adds the head of ``task``, and looks at its features as they are."""
+        self._decisions.clear()
         self.model.add_task(task.classes, self.config.head_init)
+        self.learns = task.learns
+        if self.learns:
+            self._probe = self._features(task.probe_batches)[0]
+            if self.config.drift == "ridge" and task.index:
+                self._before = self._features(task.clean_batches)[0]
+            self.open_task(task)
+
+    def open_task(self, task: Task) -> None:  # noqa: B027 - a hook, most methods need none
+        """What a method does before the first step of a task, its head in place."""
 
     @abstractmethod
     def trainable(self) -> list[nn.Parameter]:
         """What the optimizer of the current task moves, beside the newest head."""
 
-    def begin_epoch(self, is_last: bool) -> None:  # noqa: B027 - a hook, most methods need none
+    def begin_epoch(self, is_last: bool) -> None:  # noqa: B027 - likewise
         """Called before each epoch; ``is_last`` in the last one of the task."""
 
     def loss(self, images: Tensor, targets: Tensor) -> Step:
         """Loss of uint8 images [b, 3, H, W] with targets [b] counted within the current task."""
-        features = self.model.features(images)
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            features = self.model.features(images)
         logits = self.model.heads[-1](features)
-        loss = F.cross_entropy(logits, targets) + self.penalty(features, targets)
+        loss = F.cross_entropy(logits, targets)
+        if self.learns:
+            loss = loss + self.penalty(features, targets)
         return Step(loss, (logits.detach().argmax(-1) == targets).sum())
 
     def penalty(self, features: Tensor, targets: Tensor) -> Tensor | float:
         """What a method adds to the cross entropy, from the features [b, d] and targets [b]."""
         return 0.0
+
+    def end_epochs(self) -> None:  # noqa: B027 - likewise
+        """Called after the last epoch, before anything is measured or merged."""
 
     def after_backward(self) -> None:  # noqa: B027 - likewise
         """Called with the gradients in place, before clipping and the optimizer's step."""
@@ -104,18 +146,26 @@ class Method(ABC):
     def after_step(self) -> None:  # noqa: B027 - likewise
         """Called after each step of the optimizer."""
 
-    def scores(self, images: Tensor) -> Tensor:
-        """uint8 [b, 3, H, W] -> [b, classes seen so far], the largest wins: logits, or cosines to prototypes."""
-        features = self.model.features(images)
-        logits = self.model.classify(features)
-        if self.config.head != "ncm":
-            return logits
-        scores = torch.full_like(logits, -float("inf"))  # of a class that had no training images, hence no prototype
-        scores[:, self.prototypes.classes] = self.prototypes.cosines(features)
-        return scores
+    def decision(self, head: str | None = None) -> Decision:
+        """``head`` (by default the configuration's) fitted to what is known; fitted once until more is known.
 
-    def abandon_task(self) -> None:  # noqa: B027 - likewise
+        Raises:
+            ArgumentError: it needs statistics of classes that were learned without.
+        """
+        name = head or self.config.head
+        if name == "linear":  # trained, not fitted
+            return HEADS[name](self.known)
+        if name not in self._decisions:
+            self._decisions[name] = HEADS[name](self.known)
+        return self._decisions[name]
+
+    def scores(self, images: Tensor) -> Tensor:
+        """uint8 [b, 3, H, W] -> [b, classes seen so far], the largest wins: what the configuration's head says."""
+        return self.decision().scores(self.model.features(images))
+
+    def abandon_task(self) -> None:
         """Called where a task ends in an error: lets go of what was begun; tensors are restored by the caller."""
+        self._before = self._probe = None
 
     @property
     def remembers(self) -> bool:
@@ -131,31 +181,61 @@ class Method(ABC):
         raise ArgumentError(f"method {self.config.method} remembers no inputs: there is nothing that it could protect")
 
     @abstractmethod
+    def shrink_update(self, share: float) -> None:
+        """Multiplies the current task's update of the backbone by ``share``."""
+
+    @abstractmethod
     def close_task(self, task: Task) -> TaskReport:
         """Consolidates the task: afterwards the model is what will be evaluated, and what the next task starts from."""
 
     def end_task(self, task: Task) -> TaskReport:
-        """Closes the task, measures its features against the old prototypes, then adds its own."""
-        report = self.close_task(task)
-        features, labels = self._clean_features(task)
+        """Closes the task, measures its features against the old prototypes, adds what they say, fits the head."""
+        report = self._consolidate(task) if self.learns else TaskReport()
+        features, labels = self._features(task.clean_batches)
+        if self._before is not None:
+            self.known.move(drift_map(self._before, features))
         self._measure(features, labels, report)
-        self.prototypes.add(features, labels)
+        self.known.add(features, labels, task.head_seed)
+        self._before = self._probe = None
+        self._decisions.clear()
+        self.decision()
         return report
+
+    @torch.no_grad()
+    def _consolidate(self, task: Task) -> TaskReport:
+        """Merges as much of the update as ``merge_scale`` and ``drift_budget`` allow."""
+        merged = self.config.merge_scale
+        if merged < 1:
+            self.shrink_update(merged)
+        budget = self.config.drift_budget
+        moved = self._movement(task)
+        while budget is not None and moved > CLOSE_ENOUGH * budget:
+            share = budget / moved  # of a movement that is nearly linear in the update
+            self.shrink_update(share)
+            merged, moved = merged * share, self._movement(task)
+        report = self.close_task(task)
+        report.merged, report.movement = merged, moved
+        return report
+
+    def _movement(self, task: Task) -> float:
+        return movement(self._probe, self._features(task.probe_batches)[0])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Named tensors that the method keeps from task to task, beside the model."""
-        return {f"prototypes.{key}": value for key, value in self.prototypes.state_dict().items()}
+        return self.known.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores what ``state_dict`` gave."""
-        self.prototypes.load_state_dict(below("prototypes.", state))
+        self._decisions.clear()
+        self.known.load_state_dict(state)
 
     @torch.no_grad()
-    def _clean_features(self, task: Task) -> tuple[Tensor, Tensor]:
-        """Features [N, d] and labels [N] of the task's training images in evaluation mode."""
+    def _features(self, batches: Batches) -> tuple[Tensor, Tensor]:
+        """Features [N, d] and labels [N] of a pass over images, in evaluation mode."""
+        training = self.model.training
         self.model.eval()
-        passes = [(self.model.features(images), labels) for images, labels in task.clean_batches()]
-        self.model.train()
+        passes = [(self.model.features(images), labels) for images, labels in batches()]
+        self.model.train(training)
         return torch.cat([f for f, _ in passes]), torch.cat([y for _, y in passes])
 
     def _measure(self, features: Tensor, labels: Tensor, report: TaskReport) -> None:
@@ -168,20 +248,3 @@ class Method(ABC):
             nearest = self.prototypes.nearest(features)
             report.similarity_old = [float(nearest[labels == c].mean()) for c in classes]
             report.danger = float(nearest.mean())
-
-
-def states(group: str, parts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of all ``parts``' state dictionaries, as "<group>.<part>.<tensor>"."""
-    named = {f"{group}.{name}": part.state_dict() for name, part in parts.items()}
-    return {f"{name}.{key}": tensor for name, state in named.items() for key, tensor in state.items()}
-
-
-def load_states(group: str, parts: Mapping[str, Any], state: dict[str, Tensor]) -> None:
-    """Gives every part back what ``states`` took from it."""
-    for name, part in parts.items():
-        part.load_state_dict(below(f"{group}.{name}.", state))
-
-
-def below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of ``state`` whose names begin with ``prefix``, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

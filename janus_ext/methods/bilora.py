@@ -38,13 +38,16 @@ class BiLoRA(Method):
             self.layers[f"{name}.qkv"] = SpectralQKV(folded_qkv(owner), config.frequencies, config.scale)
             replace_qkv(owner, self.layers[f"{name}.qkv"])
 
-    def begin_task(self, task: Task) -> None:
-        super().begin_task(task)
+    def open_task(self, task: Task) -> None:
         for layer in self.layers.values():
             layer.place(positions(task.index, layer.grid, self.config.frequencies, task.seed))
 
     def trainable(self) -> list[nn.Parameter]:
         return [layer.coefficients for layer in self.layers.values()]
+
+    def shrink_update(self, share: float) -> None:
+        for layer in self.layers.values():
+            layer.coefficients.mul_(share)
 
     def close_task(self, task: Task) -> TaskReport:
         report = TaskReport()

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from janus_ext.methods.base import Task, TaskReport, load_states, states
+from janus_ext.methods.base import Task, TaskReport
 from janus_ext.methods.dual_gpm import DualGPM
 from janus_ext.methods.lora import SequentialLoRA
 from janus_ext.methods.protected import energy
+from janus_ext.named_tensors import load_states, states
 
 if TYPE_CHECKING:
     from janus_ext.classifier import ContinualClassifier
@@ -39,8 +40,7 @@ class InfLoRA(SequentialLoRA):
     def trainable(self) -> list[nn.Parameter]:
         return [layer.B for layer in self.layers.values()]
 
-    def begin_task(self, task: Task) -> None:
-        super().begin_task(task)
+    def open_task(self, task: Task) -> None:
         for name, H in self.second_moments(task).items():
             self._warn_of_little_room(name)
             layer, U = self.layers[name], torch.linalg.svd(self.memories[name].free(H)).U

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from janus_ext.estimator import observing
 from janus_ext.margin import DecoupledMarginLoss
-from janus_ext.methods.base import Task, TaskReport
 from janus_ext.methods.protected import ProtectedLoRA
 
 if TYPE_CHECKING:
@@ -38,12 +37,12 @@ class Janus(ProtectedLoRA):
         if is_last:
             self.observing.enter_context(observing(self.layers, self.estimators))
 
-    def abandon_task(self) -> None:
+    def end_epochs(self) -> None:
         self.observing.close()
 
-    def close_task(self, task: Task) -> TaskReport:
+    def abandon_task(self) -> None:
+        super().abandon_task()
         self.observing.close()
-        return super().close_task(task)
 
     def penalty(self, features: Tensor, targets: Tensor) -> Tensor | float:
         if self.config.margin_weight == 0 or not len(self.prototypes):

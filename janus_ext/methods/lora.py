@@ -48,6 +48,10 @@ class SequentialLoRA(Method):
         if self.rectifier is not None:
             self.rectifier.rectify()
 
+    def shrink_update(self, share: float) -> None:
+        for layer in self.layers.values():
+            layer.B.mul_(share)
+
     def close_task(self, task: Task) -> TaskReport:
         report = TaskReport(factors=self._factors())
         for name, layer in self.layers.items():

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from janus_ext.methods.base import Task, TaskReport, below
+from janus_ext.methods.base import Task, TaskReport
 from janus_ext.methods.lora import SequentialLoRA
 from janus_ext.methods.protected import energy
+from janus_ext.named_tensors import below, prefixed
 
 if TYPE_CHECKING:
     from janus_ext.classifier import ContinualClassifier
@@ -42,8 +43,7 @@ class LoRADRS(SequentialLoRA):
         self.pretrained = {name: torch.stack(layer.target_weights()) for name, layer in self.layers.items()}
         self.start: dict[str, Tensor] = {}
 
-    def begin_task(self, task: Task) -> None:
-        super().begin_task(task)
+    def open_task(self, task: Task) -> None:
         if task.index:
             for name, basis in self._outside_drift_resistant_space(task).items():
                 self.layers[name].protect(basis)
@@ -92,11 +92,11 @@ class LoRADRS(SequentialLoRA):
                 target.copy_(weight)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return super().state_dict() | {f"pretrained.{name}": weight for name, weight in self.pretrained.items()}
+        return super().state_dict() | prefixed("pretrained", self.pretrained)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         super().load_state_dict(state)
-        stored = below("pretrained.", state)
+        stored = below("pretrained", state)
         self.pretrained = {name: stored[name].to(weight, copy=True) for name, weight in self.pretrained.items()}
 
 

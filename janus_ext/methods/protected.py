@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from janus_ext.methods.base import Task, TaskReport, load_states, states
+from janus_ext.methods.base import Task, TaskReport
 from janus_ext.methods.lora import SequentialLoRA
+from janus_ext.named_tensors import load_states, states
 
 if TYPE_CHECKING:
     from janus_ext.classifier import ContinualClassifier

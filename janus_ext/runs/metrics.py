@@ -10,6 +10,7 @@ t is a list of the t + 1 numbers of tasks 0..t. T is the number of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,6 +153,18 @@ def summarize(matrix: Matrix, known: Matrix, recognised: Matrix, test_sizes: Seq
         "task_recognition": task_recognition(recognised),
         "acc_sample_weighted": accuracy_sample_weighted(matrix, test_sizes),
         "maa_sample_weighted": mean_average_accuracy_sample_weighted(matrix, test_sizes),
+    }
+
+
+def summarize_head(matrix: Matrix) -> dict[str, Any]:
+    """R of one of several heads of a run, and what follows from it, under the names of ``results.json``."""
+    return {
+        "accuracy_matrix": matrix,
+        "acc": accuracy(matrix),
+        "maa": mean_average_accuracy(matrix),
+        "bwt": backward_transfer(matrix),
+        "forgetting": forgetting(matrix),
+        "plasticity": plasticity(matrix),
     }
 
 

@@ -104,11 +104,11 @@ class Run:
         """Appends a line to ``metrics.jsonl``."""
         append_json_line(self.folder / "metrics.jsonl", record)
 
-    def keep_epochs(self, tasks: int, epochs: int) -> None:
-        """Drops the lines of ``metrics.jsonl`` that belong to tasks which were not finished."""
+    def keep_epochs(self, epochs: Sequence[int]) -> None:
+        """Drops the lines of ``metrics.jsonl`` that belong to no finished task; ``epochs`` has the number of each."""
         path = self.folder / "metrics.jsonl"
         lines = self.epochs()
-        wanted = [(task, epoch) for task in range(tasks) for epoch in range(epochs)]
+        wanted = [(task, epoch) for task, number in enumerate(epochs) for epoch in range(number)]
         kept = [line for line in lines if (line.get("task"), line.get("epoch")) in wanted]
         if [(line["task"], line["epoch"]) for line in kept] != wanted:
             LOG.warning("%s was altered: it does not hold every epoch of the finished tasks once", path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from janus_ext.classifier import ContinualClassifier
     from janus_ext.config import LearnConfig
     from janus_ext.data.benchmark import Selection
+    from janus_ext.heads.base import Decision
     from janus_ext.methods.base import Method, TaskReport
     from janus_ext.training.progress import Progress
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Record = Callable[[dict[str, Any]], None]
+PROBE = 256  # images on which it is measured how far features move
+TRAINED = ("linear", "aligned")  # heads that epochs of their own serve, even where the backbone stays as it is
+FITTED = ["ncm", "lda", "ridge"]  # in a moment, from statistics alone
 
 
 class Learner:
@@ -73,11 +77,14 @@ class Learner:
     def _learn(self, task: Task, images: Selection, progress: Progress, record: Record) -> TaskReport:
         torch.manual_seed(derive_seed(self.seed, task.index, -1, "factors and head"))
         self.method.begin_task(task)
-        optimizer = make_optimizer(self.config, self.method.trainable(), list(self.model.heads[-1].parameters()))
+        trained = self.method.trainable() if task.learns else []
+        optimizer = make_optimizer(self.config, trained, list(self.model.heads[-1].parameters()))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
         self.model.train()
-        for epoch in range(self.config.epochs):
+        for epoch in range(self.epochs(task.index)):
             record(self._train_epoch(task, epoch, images, optimizer, scaler, progress))
+        if task.learns:
+            self.method.end_epochs()
         torch.manual_seed(derive_seed(self.seed, task.index, self.config.epochs, "next factors"))
         return self.method.end_task(task)
 
@@ -95,10 +102,11 @@ class Learner:
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak"]
         torch.manual_seed(derive_seed(self.seed, task.index, epoch, "model"))
-        self.method.begin_epoch(is_last=epoch == self.config.epochs - 1)
+        if task.learns:
+            self.method.begin_epoch(is_last=epoch == self.config.epochs - 1)
         progress.begin_epoch(task.index, epoch)
         for batch, labels in self._training_batches(images, task.index, epoch):
-            step = self._step(batch, labels - task.first, optimizer, scaler)
+            step = self._step(batch, labels - task.first, optimizer, scaler, task.learns)
             progress.add(step.loss, step.correct, len(batch))
         progress.read()
         if scaler.get_scale() < 1:  # 1 without a scaler; halved at every step that was left out
@@ -113,7 +121,12 @@ class Learner:
         return {"task": task.index, "epoch": epoch, **values, "seconds": seconds}
 
     def _step(
-        self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+        self,
+        images: Tensor,
+        targets: Tensor,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        learns: bool,
     ) -> Step:
         """forward, backward, unscale, rectify, clip, step.
 
@@ -122,13 +135,15 @@ class Learner:
         optimizer.zero_grad(set_to_none=True)
         step = self._forward_backward(images, targets, scaler)
         scaler.unscale_(optimizer)
-        self.method.after_backward()
+        if learns:
+            self.method.after_backward()
         if self.config.clip_norm is not None:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         scaler.step(optimizer)
         scaler.update()
-        self.method.after_step()
+        if learns:
+            self.method.after_step()
         return step
 
     def _forward_backward(self, images: Tensor, targets: Tensor, scaler: torch.amp.GradScaler) -> Step:
@@ -175,22 +190,44 @@ class Learner:
             raise
 
     @torch.no_grad()
-    def count_hits(self, task: int, images: Selection) -> list[int]:
-        """Of images of one task: how many are right, right with the task known, and recognised as of their task."""
+    def count_hits(self, task: int, images: Selection, decisions: Mapping[str, Decision]) -> dict[str, list[int]]:
+        """Of images of one task, by each of ``decisions``, from one pass of the backbone.
+
+        How many are right, right with the task known, and recognised as of their task.
+        """
         span = sum(self.sizes[:task]), self.sizes[task]
         self.model.eval()
+        totals = {name: torch.zeros(3, dtype=torch.int64, device=self.device) for name in decisions}
         with compiling(), repeatable():
-            counts = [hits(self.method.scores(batch), labels, *span) for batch, labels in self.clean_batches(images)]
+            for batch, labels in self.clean_batches(images):
+                features = self.model.features(batch)
+                for name, decision in decisions.items():
+                    totals[name] += hits(decision.scores(features), labels, *span)
         self.model.train()
-        return torch.stack(counts).sum(0).tolist()
+        return {name: total.tolist() for name, total in totals.items()}
+
+    def decisions(self) -> dict[str, Decision]:
+        """The configuration's head, and beside it all heads that are fitted at no cost to what the method knows."""
+        names = [self.config.head]
+        names += ["linear"] if self.epochs(len(self.sizes) - 1) else []
+        names += FITTED if self.method.known.is_complete else []
+        return {name: self.method.decision(name) for name in dict.fromkeys(names)}
+
+    def learns(self, task: int) -> bool:
+        """Whether the backbone learns in a task."""
+        return self.config.learn == "all" or (self.config.learn == "first" and task == 0)
+
+    def epochs(self, task: int) -> int:
+        """How many epochs a task is trained for: none where there is nothing to train, and the head is fitted."""
+        return self.config.epochs if self.learns(task) or self.config.head in TRAINED else 0
 
     def clean_batches(self, images: Selection) -> Batches:
         """Images as they are, as many at once as a pass without gradients takes, on the model's device."""
         return self._to_device(images.batches(self.model.images_at_once))
 
-    def step_count(self, images: int) -> int:
+    def step_count(self, task: int, images: int) -> int:
         """Number of steps in a task with so many training images."""
-        return self.config.epochs * -(-images // self.config.batch_size)
+        return self.epochs(task) * -(-images // self.config.batch_size)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tensors of the model, and those that the method keeps beside it, between two tasks."""
@@ -212,7 +249,10 @@ class Learner:
             first=sum(self.sizes),
             classes=classes,
             seed=self.seed,
+            head_seed=derive_seed(self.seed, -1, -1, "heads"),
+            learns=self.learns(index),
             clean_batches=lambda: self.clean_batches(images),
+            probe_batches=lambda: self.clean_batches(images.spread(PROBE)),
             augmented_batches=lambda: self._training_batches(images, index, self.config.epochs),
         )
 

@@ -27,10 +27,13 @@ REPORTED = (  # as in a TaskReport
     "violation_per_layer",
     "violation_rounding_per_layer",
     "basis_rank",
+    "movement",
+    "merged",
     "danger",
     "similarity_own",
     "similarity_old",
 )
+LATER = ("movement", "merged")  # of these, what runs of earlier versions lack
 
 
 class Trainer:
@@ -46,6 +49,9 @@ class Trainer:
         self.matrix: list[list[float]] = []
         self.known: list[list[float]] = []
         self.recognised: list[list[float]] = []
+        self.heads: dict[
+            str, list[list[float]]
+        ] = {}  # R of every head that is measured, the configuration's among them
         self.reports: list[TaskReport] = []
         self.seconds: list[float] = []
         self._check_tasks()
@@ -62,13 +68,14 @@ class Trainer:
             sizes = [len(classes) for classes in self.benchmark.tasks[: len(self.matrix)]]
             with run.fitting():
                 self.learner.restore(sizes, saved.model, saved.method)
-        run.keep_epochs(len(self.matrix), self.config.epochs)
+        run.keep_epochs([self.learner.epochs(task) for task in range(len(self.matrix))])
         run.remove_methods_before(len(self.matrix) - 1)
         LOG.info("taken up behind task %d/%d", len(self.matrix), len(self.benchmark.tasks))
 
     def _restore_results(self, results: dict[str, Any]) -> None:
         """The inverse of ``results``; the factors of old tasks stay in their files."""
         folder = self.run_on_disk.folder
+        results = {"heads": {}} | dict.fromkeys(LATER, [None] * len(results.get("seconds", []))) | results
         if not results.keys() >= {"split_sha256", "versions", *MATRICES, "seconds", *REPORTED}:
             raise CheckpointError(
                 f"{folder}/checkpoints/model.safetensors lacks results: an earlier version of this program wrote it"
@@ -79,6 +86,7 @@ class Trainer:
         if others:
             LOG.warning("begun with other versions or threads (%s): bits may differ from now on", ", ".join(others))
         self.matrix, self.known, self.recognised = (results[name] for name in MATRICES)
+        self.heads = {name: measured["accuracy_matrix"] for name, measured in results["heads"].items()}
         self.seconds = results["seconds"]
         self.reports = [TaskReport(*row) for row in zip(*(results[name] for name in REPORTED), strict=True)]
 
@@ -88,12 +96,11 @@ class Trainer:
         done, total = len(self.matrix), len(self.benchmark.tasks)
         scalars = self.run_on_disk.folder / "tensorboard" if self.config.tensorboard else None
         bar = make_bar(self.step_count(total), self.step_count(done))
-        with bar, events.writing(scalars, done * self.config.epochs) as write:
+        with bar, events.writing(scalars, self._epochs_before(done)) as write:
             progress = Progress(bar, total, self.config.epochs)
             for index in range(done, total):
                 self._learn(index, progress, write)
-                for matrix, row in zip((self.matrix, self.known, self.recognised), self._evaluate(index), strict=True):
-                    matrix.append(row)
+                self._evaluate(index)
                 self._write_task(index, write)
                 self._save(index)
                 self._log_task(index)
@@ -104,15 +111,19 @@ class Trainer:
         return {
             "benchmark": self.benchmark.name,
             "method": self.config.method,
+            "head": self.config.head,
             "seed": self.learner.seed,
             "class_order": list(self.benchmark.class_order),
             "class_names": list(self.benchmark.class_names),
             "split_sha256": self.benchmark.split_sha256,
             **dict(zip(MATRICES, (self.matrix, self.known, self.recognised), strict=True)),
             **metrics.summarize(self.matrix, self.known, self.recognised, self._test_sizes()),
+            "heads": {name: metrics.summarize_head(matrix) for name, matrix in self.heads.items()},
             "violation": [_mean_or_none(report.violation.values()) for report in self.reports],
             "violation_per_layer": [report.violation for report in self.reports],
             "violation_rounding_per_layer": [report.violation_rounding for report in self.reports],
+            "movement": [report.movement for report in self.reports],
+            "merged": [report.merged for report in self.reports],
             "danger": [report.danger for report in self.reports],
             "similarity_own": [report.similarity_own for report in self.reports],
             "similarity_old": [report.similarity_old for report in self.reports],
@@ -124,7 +135,7 @@ class Trainer:
 
     def step_count(self, tasks: int) -> int:
         """Number of steps in the first ``tasks`` tasks."""
-        return sum(self.learner.step_count(len(images)) for images in self.train_images[:tasks])
+        return sum(self.learner.step_count(task, len(self.train_images[task])) for task in range(tasks))
 
     def _learn(self, index: int, progress: Progress, write: events.Write) -> None:
         """One task: trained, consolidated, reported, timed."""
@@ -132,19 +143,39 @@ class Trainer:
         def record(epoch: dict[str, Any]) -> None:
             self.run_on_disk.write_epoch(epoch)
             scalars = {name: epoch[name] for name in ("loss", "accuracy", "lr", "head_lr")}
-            write("epoch", scalars, index * self.config.epochs + epoch["epoch"] + 1)
+            write("epoch", scalars, self._epochs_before(index) + epoch["epoch"] + 1)
 
         started = time.perf_counter()
         classes = len(self.benchmark.tasks[index])
         self.reports.append(self.learner.learn(self.train_images[index], classes, progress, record))
         self.seconds.append(time.perf_counter() - started)
 
-    def _evaluate(self, index: int) -> list[list[float]]:
-        """Row ``index`` of the three matrices of `metrics`, from one pass over the test images of tasks 0..index."""
-        shares = []
-        for task, images in enumerate(self.test_images[: index + 1]):
-            shares.append([100 * count / len(images) for count in self.learner.count_hits(task, images)])
-        return [list(row) for row in zip(*shares, strict=True)]
+    def _evaluate(self, index: int) -> None:
+        """Row ``index`` of the three matrices of `metrics`, and of R for all heads, from one pass over the test images.
+
+        A head that could not be fitted after an earlier task is not measured any more.
+        """
+        decisions = self.learner.decisions()
+        counts = [
+            self.learner.count_hits(task, images, decisions)
+            for task, images in enumerate(self.test_images[: index + 1])
+        ]
+        sizes = [len(images) for images in self.test_images[: index + 1]]
+        rows = {
+            name: [
+                [100 * hits[kind] / n for hits, n in zip((c[name] for c in counts), sizes, strict=True)]
+                for kind in range(3)
+            ]
+            for name in decisions
+        }
+        for matrix, row in zip((self.matrix, self.known, self.recognised), rows[self.config.head], strict=True):
+            matrix.append(row)
+        earlier = {name: self.heads.get(name, []) for name in decisions}
+        self.heads = {name: [*R, rows[name][0]] for name, R in earlier.items() if len(R) == index}
+
+    def _epochs_before(self, task: int) -> int:
+        """Number of epochs in the tasks before this one."""
+        return sum(self.learner.epochs(earlier) for earlier in range(task))
 
     def _save(self, index: int) -> None:
         """Writes what a run keeps of a task."""

@@ -1,0 +1,73 @@
+"""``ridge``: ridge regression of one-hot targets, its strength by generalised cross-validation.
+
+On the features, or on M random ReLU features of them (``--head-width``; RanPAC, McDonnell et al., NeurIPS 2023).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from janus_ext.heads.base import Decision, require_statistics
+from janus_ext.heads.knowledge import Knowledge
+
+STRENGTHS = torch.logspace(-5, 2, 20, dtype=torch.float64).tolist()  # of lambda, relative to the mean eigenvalue of G
+
+
+class Ridge(NamedTuple):
+    """argmin_W |Y - X W|^2 + lambda |W|^2, as `ridge` finds it."""
+
+    W: Tensor
+    """[d, C] float64."""
+    penalty: float
+    """lambda."""
+    variance: float
+    """RSS / ((N - degrees of freedom) C), of what is left of one target."""
+    score: float
+    """RSS / (N - degrees of freedom)^2, what cross-validation compares."""
+
+
+def fit(known: Knowledge) -> Decision:
+    """Regression of centred targets on centred features.
+
+    Targets that scatter around the regression with the same variance v in all classes have the class probabilities
+    softmax(y / v): scores are y / v.
+    """
+    require_statistics(known)
+    statistics = known.expanded or known.statistics
+    counts, rows = statistics.counts.double(), max(1, statistics.rows)
+    mean, share = statistics.sums.sum(0) / rows, counts / rows
+    G = statistics.gram - rows * torch.outer(mean, mean)
+    Q = statistics.sums.mT - torch.outer(mean, counts)
+    found = ridge(G, Q, float(rows - (counts * share).sum()), rows, spent=1)
+    sharpness = 1 / found.variance if found.variance > 0 else 1.0
+    weight, bias = found.W.mT, share - mean @ found.W
+    return Decision.of(sharpness * weight, sharpness * bias, statistics.seen, projection=known.projection)
+
+
+def ridge(G: Tensor, Q: Tensor, total: float, rows: int, spent: int = 0) -> Ridge:
+    """Ridge regression from second moments alone, for the lambda that generalised cross-validation likes best.
+
+    GCV(lambda) = RSS / (N - sum_i s_i / (s_i + lambda))^2 (Golub, Heath & Wahba, 1979), s the eigenvalues of G.
+
+    Args:
+        G: X^T X [d, d] float64.
+        Q: X^T Y [d, C] float64.
+        total: |Y|^2.
+        rows: N, of X and Y.
+        spent: degrees of freedom that went into their means.
+    """
+    s, U = torch.linalg.eigh(G)
+    s = s.clamp_min(0)
+    Z = U.mT @ Q
+    z = Z.square().sum(1)
+    tried = []
+    for strength in STRENGTHS:
+        penalty = strength * float(s.mean()) or 1.0  # no feature varies: any
+        rss = max(0.0, total - float((z * (s + 2 * penalty) / (s + penalty).square()).sum()))
+        left = max(1e-9, rows - spent - float((s / (s + penalty)).sum()))
+        tried.append((rss / left**2, penalty, rss / left))
+    score, penalty, variance = min(tried)
+    return Ridge(U @ (Z / (s + penalty)[:, None]), penalty, variance / Q.shape[1], score)

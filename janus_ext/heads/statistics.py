@@ -1,0 +1,160 @@
+"""The one statistic behind all closed-form heads: counts, sums and second moments of features, additive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from janus_ext import ops
+from janus_ext.arguments import check_integer, check_tensor, shown
+from janus_ext.errors import ArgumentError, StatisticsError
+
+NAMES = ("counts", "sums", "gram")
+
+
+class FeatureStatistics:
+    """n_c, the sum of f over the images of every class c, and G = sum f f^T over all images.
+
+    All three are additive over batches, tasks and processes, so that heads fitted to them need no old image.
+
+    Attributes:
+        counts: n_c, int64 [C]; 0 for a class without images.
+        sums: [C, dim] float64.
+        gram: G [dim, dim] float64.
+
+    Args:
+        dim: width of the features.
+        device: where they are kept.
+
+    Raises:
+        ArgumentError: dim is not a positive integer.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
+        check_integer("FeatureStatistics: dim", dim, lambda n: n >= 1, "positive")
+        self.counts = torch.zeros(0, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(0, dim, dtype=torch.float64, device=device)
+        self.gram = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def __repr__(self) -> str:
+        return f"FeatureStatistics(dim={self.dim}): {self.rows} features of {len(self.counts)} classes"
+
+    @property
+    def dim(self) -> int:
+        """Width of the features."""
+        return len(self.gram)
+
+    @property
+    def rows(self) -> int:
+        """N, how many features were seen."""
+        return int(self.counts.sum())
+
+    @property
+    def seen(self) -> Tensor:
+        """bool [C]: which classes have images."""
+        return self.counts > 0
+
+    @torch.no_grad()
+    def observe(self, features: Tensor, labels: Tensor) -> None:
+        """Adds features [n, dim] of any floating dtype; labels [n] are classes, counted from 0.
+
+        Raises:
+            ArgumentError: the shapes or dtypes are others.
+            StatisticsError: a feature is not finite; nothing is added.
+        """
+        self._check(features, labels)
+        if not bool(torch.isfinite(features).all()):
+            raise StatisticsError(f"features must be finite, got NaN or infinity among {list(features.shape)}")
+        if len(labels):
+            self._grow(int(labels.max()) + 1)
+        labels = labels.to(self.counts)
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
+        for c in labels.unique().tolist():  # sums in the order of the rows: index_add_ has no such order on a GPU
+            self.sums[c] += features[labels == c].double().sum(0)
+        ops.gram_update_(self.gram, features.to(self.gram.device))
+
+    @torch.no_grad()
+    def merge(self, other: FeatureStatistics) -> None:
+        """Adds what other statistics of the same width have seen, class by class."""
+        if not isinstance(other, FeatureStatistics) or other.dim != self.dim:
+            found = f"a width of {other.dim}" if isinstance(other, FeatureStatistics) else shown(other)
+            raise ArgumentError(f"other must be FeatureStatistics of width {self.dim}, got {found}")
+        self._grow(len(other.counts))
+        for name in NAMES:
+            own, added = getattr(self, name), getattr(other, name)
+            own[: len(added)] += added.to(own)
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Adds up the statistics of all processes of a ``torch.distributed`` group; all have the same afterwards."""
+        classes = torch.tensor(len(self.counts), device=self.counts.device)
+        torch.distributed.all_reduce(classes, torch.distributed.ReduceOp.MAX, group=group)
+        self._grow(int(classes))
+        for name in NAMES:
+            torch.distributed.all_reduce(getattr(self, name), group=group)
+
+    @torch.no_grad()
+    def transform(self, matrix: Tensor) -> None:
+        """Replaces every feature f seen so far by f R: means become mean R, covariances R^T S R.
+
+        Args:
+            matrix: R [dim, dim].
+        """
+        check_tensor("matrix", matrix, f"[{self.dim}, {self.dim}]")
+        if list(matrix.shape) != [self.dim, self.dim]:
+            raise ArgumentError(f"matrix must be [{self.dim}, {self.dim}], got {list(matrix.shape)}")
+        R = matrix.to(self.gram)
+        self.sums = self.sums @ R
+        moved = R.mT @ self.gram @ R
+        self.gram = (moved + moved.mT) / 2
+
+    def means(self) -> Tensor:
+        """mu_c, [C, dim] float64; 0 for classes without images."""
+        return self.sums / self.counts.clamp_min(1)[:, None]
+
+    def covariance(self) -> Tensor:
+        """S = (G - sum_c n_c mu_c mu_c^T) / (N - C), the pooled covariance within the C classes that have images.
+
+        [dim, dim] float64; the divisor is at least 1: with one image a class S is 0, up to rounding.
+        """
+        scaled = self.sums / self.counts.clamp_min(1).sqrt()[:, None]
+        within = self.gram - scaled.mT @ scaled
+        return within / max(1, self.rows - int(self.seen.sum()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """counts, sums and gram: copies."""
+        return {name: getattr(self, name).clone() for name in NAMES}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from `state_dict()`; ArgumentError where it is none, or of another width."""
+        if not isinstance(state, Mapping) or not set(NAMES) <= set(state):
+            raise ArgumentError(f"state must be what state_dict() gave, with {', '.join(NAMES)}")
+        C, d = len(state["counts"]), self.dim
+        for name, shape in (("counts", [C]), ("sums", [C, d]), ("gram", [d, d])):
+            if list(state[name].shape) != shape:
+                raise ArgumentError(f"state must have {name} {shape}, got {list(state[name].shape)}")
+        for name in NAMES:
+            setattr(self, name, state[name].detach().to(getattr(self, name), copy=True))
+
+    def _grow(self, classes: int) -> None:
+        """Room for classes 0 .. classes - 1."""
+        missing = classes - len(self.counts)
+        if missing > 0:
+            self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
+            self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
+
+    def _check(self, features: Tensor, labels: Tensor) -> None:
+        check_tensor("features", features, f"[n, {self.dim}]")
+        if features.dim() != 2 or features.shape[1] != self.dim or not features.is_floating_point():
+            raise ArgumentError(
+                f"features must be floating [n, {self.dim}], got {list(features.shape)} of {features.dtype}"
+            )
+        check_tensor("labels", labels, f"[{len(features)}] of integers")
+        integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if tuple(labels.shape) != (len(features),) or not integers or (len(labels) and int(labels.min()) < 0):
+            raise ArgumentError(
+                f"labels must be [{len(features)}] integers from 0 on, one a feature, got {list(labels.shape)} of "
+                f"{labels.dtype}"
+            )
