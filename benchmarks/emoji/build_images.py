@@ -14,8 +14,7 @@ import hashlib
 import io
 import json
 import re
-import subprocess
-import tarfile
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,9 @@ from pathlib import Path
 import numpy as np
 import resvg_py
 from PIL import Image, ImageOps
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from npm_package import Package  # noqa: E402 - lies in the folder above
 
 SIZE = 64
 SEED = 2026
@@ -41,6 +43,7 @@ PACKAGES = {
 STYLES = list(PACKAGES)
 FAMILIES = [["openmoji", "openmoji-black"], ["fluent-3d", "fluent-flat"]]
 SINGLES = [style for style in STYLES if not any(style in family for family in FAMILIES)]
+UNUSED = ("/sheets", "/src/")  # sprite sheets and sources
 ASSETS = Path(__file__).resolve().parents[2] / "janus_ext" / "assets"
 
 SKIN_TONES = {f"1f3f{digit}" for digit in "bcdef"}
@@ -82,35 +85,6 @@ class Concept:
     def base_points(self) -> set[str]:
         """The code points that make up the concept, modifiers left out."""
         return set(self.code.split("-")) - MODIFIERS
-
-
-class Package:
-    """Read access to the files of one npm tarball, fetched into ``cache`` when missing."""
-
-    def __init__(self, spec: str, cache: Path) -> None:
-        name, _, version = spec.rpartition("@")
-        path = cache / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
-        if not path.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            subprocess.run(["npm", "pack", "--silent", spec], cwd=cache, check=True)
-        with tarfile.open(path) as tar:
-            self._files = {m.name: tar.extractfile(m).read() for m in tar if m.isfile() and _is_wanted(m.name)}
-
-    def json(self, path: str) -> dict | list:
-        """Parsed JSON file at ``path`` below the package root."""
-        return json.loads(self._files[f"package/{path}"])
-
-    def folder(self, path: str) -> Iterator[tuple[str, bytes]]:
-        """(file stem, bytes) of every file directly in the folder ``path``, sorted by name."""
-        for name in sorted(self._files):
-            parent, _, leaf = name.rpartition("/")
-            if parent == f"package/{path}":
-                yield leaf.rpartition(".")[0], self._files[name]
-
-
-def _is_wanted(name: str) -> bool:
-    """True for the drawings and tables; sprite sheets and sources only cost memory."""
-    return not any(part in name for part in ("/sheets", "/src/"))
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -212,7 +186,7 @@ def skin_names(found: dict[str, str], known: set[str]) -> Iterator[tuple[str, st
 
 def read_styles(cache: Path) -> tuple[list[Concept], list[Concept], dict[str, Drawings]]:
     """All concepts, the extra concepts, and per style the drawings by code (rendered only when called)."""
-    packages = {spec: Package(spec, cache) for spec in dict.fromkeys(PACKAGES.values())}
+    packages = {spec: Package(spec, cache, UNUSED) for spec in dict.fromkeys(PACKAGES.values())}
     of = {style: packages[spec] for style, spec in PACKAGES.items()}
     table = of["noto"].json("emoji.json")
     openmoji = of["openmoji"].json("data/openmoji.json")
