@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 
 from janus_ext.config import BenchmarkName, TrainConfig
 from janus_ext.data import BENCHMARKS
+from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.layout import find_parts
 from janus_ext.data.workers import naming_lost_workers
 from janus_ext.errors import ArgumentError, DataError
@@ -84,13 +85,19 @@ def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config
         raise ArgumentError(f"{config.run} was not trained on a benchmark; name one with --benchmark, or a --data-dir")
     own = name == settings["benchmark"]
     kept = {field.name for field in fields(TrainConfig)} & settings.keys() if own else set()
-    asked = {key: settings[key] for key in kept} | {"benchmark": name}
+    asked = {key: settings[key] for key in kept} | {"benchmark": name, "validation": None}  # the test images
     if config.data_dir is not None:
         asked["data_dir"] = config.data_dir
     benchmark = BENCHMARKS[name](TrainConfig(**asked)).at(learner.input_size)
-    if own and settings.get("split_sha256", benchmark.split_sha256) != benchmark.split_sha256:
+    if own and "split_sha256" in settings and settings["split_sha256"] != _split_sha256(benchmark, settings):
         print(f"janus_ext.evaluate: {OTHERS}", file=sys.stderr)
     return learner.evaluate_split(benchmark.test, benchmark.class_names)
+
+
+def _split_sha256(benchmark: Benchmark, settings: Mapping[str, Any]) -> str:
+    """Fingerprint of the benchmark as a run with these settings took it, with images held out or not."""
+    share = settings.get("validation")
+    return (benchmark if share is None else benchmark.with_validation(share, settings["seed"][0])).split_sha256
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from janus_ext.errors import CheckpointError
 from janus_ext.reports import plots, table
 from janus_ext.runs.checkpoint import write_json
 from janus_ext.runs.folder import check_same_seeds, choose_folder
+from janus_ext.runs.metrics import measured_on
 from janus_ext.runs.run import Run
 from janus_ext.runs.settings import check_same_settings, settings_of
 from janus_ext.terminal import command, logging_to
@@ -64,8 +65,9 @@ def check_data(config: TrainConfig) -> None:
     """Loads the benchmark, which decodes every image and prints what is wrong with it; DataError if it is unusable."""
     benchmark = BENCHMARKS[config.benchmark](config)
     print(
-        f"{benchmark.name}: {len(benchmark.train):,} training and {len(benchmark.test):,} test images, "
-        f"{len(benchmark.class_names)} classes in {len(benchmark.tasks)} tasks, split {benchmark.split_sha256}"
+        f"{benchmark.name}: {len(benchmark.train):,} training and {len(benchmark.test):,} "
+        f"{measured_on(benchmark.validation)}, {len(benchmark.class_names)} classes in {len(benchmark.tasks)} tasks, "
+        f"split {benchmark.split_sha256}"
     )
 
 

@@ -60,6 +60,7 @@ ALLOWED = {
         "margin",
         "ops",
         "runs.checkpoint",
+        "runs.metrics",
         "versions",
     },
     "runs": {"arguments", "config", "runs"},

@@ -73,6 +73,9 @@ def test_every_field_is_explained_to_the_user():
         ({"accumulate": 0}, "--accumulate"),
         ({"tasks": 0}, "--tasks"),
         ({"limit_per_class": 0}, "--limit-per-class"),
+        ({"validation": 0.0}, "--validation must lie between 0 and 1, got 0"),
+        ({"validation": 1.0}, "--validation must lie between 0 and 1, got 1"),
+        ({"validation": float("nan")}, "--validation"),
         ({"lr": 0.0}, "--lr"),
         ({"lr": float("nan")}, "--lr"),
         ({"head_lr": -1.0}, "--head-lr"),
@@ -175,6 +178,7 @@ def test_every_method_has_values_on_every_benchmark(method, name):
     left_open = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
     by_benchmark = {"data_dir", "split", "tasks", "task_list", "class_list", "workers", "image_size"}
     assert left_open <= by_benchmark | {"estimator_rank", "limit_per_class", "milestones", "clip_norm", "device"} | {
+        "validation",
         "amp",
         "output",
     }

@@ -172,7 +172,7 @@ def test_augmentation_without_amplitude_changes_nothing(embedded):
 
 
 def test_a_damaged_archive_is_named(tmp_path):
-    table = {"styles": ["noto"], "concepts": [{"code": "1f600", "name": "grin", "test_styles": []}]}
+    table = {"styles": ["noto"], "families": [], "concepts": [{"code": "1f600", "name": "grin", "test_styles": []}]}
     (tmp_path / "emoji.json").write_text(json.dumps(table))
     (tmp_path / "emoji.zip").write_bytes(b"not a zip")
     with pytest.raises(DataError, match="emoji.zip cannot be read"):

@@ -104,6 +104,8 @@ def test_values_that_no_run_writes_are_named_and_left_out(tmp_path, key, value):
         ({"split_sha256": "c" * 64}, {}, 2),
         ({"shuffle_classes": True, "split_sha256": "c" * 64}, {"shuffle_classes": True}, 1),
         ({"shuffle_classes": True, "class_names": ["other"]}, {"shuffle_classes": True}, 2),
+        ({"validation": 0.2, "split_sha256": "c" * 64}, {"validation": 0.2}, 1),
+        ({"validation": 0.2}, {"validation": 0.3}, 2),
         ({"data_dir": "/here"}, {"data_dir": "/there"}, 1),
         ({"split_sha256": None, "data_dir": "/here"}, {"split_sha256": None, "data_dir": "/there"}, 2),
         ({"device": "cuda:0"}, {"device": "cuda:1"}, 1),

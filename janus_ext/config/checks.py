@@ -76,6 +76,8 @@ def check_data(config: TrainConfig) -> None:
             raise ArgumentError(
                 f"--benchmark {config.benchmark} has no {flag(name)}; it belongs to {', '.join(benchmarks)}"
             )
+    if config.validation is not None and not 0 < config.validation < 1:
+        raise ArgumentError(f"--validation must lie between 0 and 1, got {config.validation:g}")
     if config.task_list is not None and config.shuffle_classes:
         raise ArgumentError("--task-list fixes the order of the classes, --shuffle-classes draws it: leave one out")
     if config.split_files and (config.split != "coda" or len(config.split_files) != 2):

@@ -60,6 +60,8 @@ class DataConfig(Settings):
     """Draw the order of the classes from the seed instead of the benchmark's fixed order."""
     limit_per_class: Maybe[int] = None
     """At most so many images of each class, in training and in test, for trial runs; by default all."""
+    validation: Maybe[float] = None
+    """Share of each class's training images that is held out and measured, instead of test images; by default none."""
     domains: tuple[Domain, ...] = ("clipart", "infograph", "painting", "real", "sketch")
     """Domains of domainnet, mixed in every task; the papers leave quickdraw out."""
     split: Split = "auto"

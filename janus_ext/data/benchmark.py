@@ -6,13 +6,18 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from janus_ext.data.tasks import split_sha256
+from janus_ext.data.layout import shorten
+from janus_ext.data.tasks import draw_share, split_sha256
 from janus_ext.errors import ArgumentError, DataError
+
+if TYPE_CHECKING:
+    from janus_ext.config import TrainConfig
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -134,6 +139,10 @@ class Benchmark:
     train: Split
     test: Split
     tasks: tuple[tuple[int, ...], ...]
+    validation: bool = False
+    """Whether ``test`` is training images that were held out, and not the benchmark's test images."""
+    family: Callable[[str], str] = str
+    """Of a sample's name: one text for all samples that stay on one side of a split, as drawings of the same shapes."""
 
     @property
     def class_order(self) -> tuple[int, ...]:
@@ -151,7 +160,7 @@ class Benchmark:
         return Selection(self.train, self.train.of_classes(self.tasks[task]), self.positions)
 
     def testing(self, task: int) -> Selection:
-        """The test images of a task."""
+        """The test images of a task, or those held out."""
         return Selection(self.test, self.test.of_classes(self.tasks[task]), self.positions)
 
     @property
@@ -164,6 +173,35 @@ class Benchmark:
         if per_class < 1:
             raise ArgumentError(f"--limit-per-class must be at least 1, got {per_class}")
         return self._each(lambda split: split.take(split.first_per_class(per_class)))
+
+    def with_validation(self, share: float, seed: int) -> Benchmark:
+        """The same benchmark with ``share`` of each class's training images held out, in the place of the test images.
+
+        Which ones depends on ``seed`` and on the images' names, see :func:`~janus_ext.data.tasks.draw_share`.
+
+        Raises:
+            DataError: of a class none can be held out.
+        """
+        held, lacking = [], []
+        for label, name in enumerate(self.class_names):
+            rows = self.train.of_classes([label]).tolist()
+            drawn = draw_share([self.train.samples[row] for row in rows], share, seed, self.family)
+            held += [rows[place] for place in drawn]
+            lacking += [] if drawn else [name]
+        if lacking:
+            raise DataError(
+                "--validation needs two different training images of each class, one to hold out and one to learn; "
+                f"{len(lacking)} of {len(self.class_names)} classes have fewer: {shorten(lacking)}"
+            )
+        kept = torch.ones(len(self.train), dtype=torch.bool)
+        kept[held] = False
+        train, test = (self.train.take(rows.nonzero().flatten()) for rows in (kept, ~kept))
+        return replace(self, train=train, test=test, validation=True)
+
+    def as_asked(self, config: TrainConfig) -> Benchmark:
+        """What --limit-per-class leaves of the benchmark, with --validation images of that held out."""
+        left = self if config.limit_per_class is None else self.limited(config.limit_per_class)
+        return left if config.validation is None else left.with_validation(config.validation, config.seed[0])
 
     def at(self, size: int) -> Benchmark:
         """The same benchmark for a model of ``size`` x ``size`` pixels."""

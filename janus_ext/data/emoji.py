@@ -11,6 +11,7 @@ import io
 import json
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,8 +83,9 @@ def load(config: TrainConfig, assets: Path = ASSETS) -> Benchmark:
         train=_build_split(parts["train"], concepts, images, RandomAffine()),
         test=_build_split(parts["test"], concepts, images, None),
         tasks=make_tasks(config, names, DEFAULT_TASKS, ORDER_SEED),
+        family=partial(_origin, {style: family[0] for family in table["families"] for style in family}),
     )
-    return benchmark if config.limit_per_class is None else benchmark.limited(config.limit_per_class)
+    return benchmark.as_asked(config)
 
 
 def read_table(path: Path) -> dict:
@@ -92,8 +94,8 @@ def read_table(path: Path) -> dict:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"the embedded emoji table {path} cannot be read: {error}") from error
-    if not {"styles", "concepts"} <= table.keys():
-        raise DataError(f"{path} lacks 'styles' or 'concepts'")
+    if not {"styles", "families", "concepts"} <= table.keys():
+        raise DataError(f"{path} lacks 'styles', 'families' or 'concepts'")
     return table
 
 
@@ -117,6 +119,12 @@ def read_images(path: Path) -> dict[str, Tensor]:
 def _is(part: str, concept: dict, style: str) -> bool:
     """True if the drawing of ``concept`` in ``style`` belongs to ``part`` ("train" or "test")."""
     return (style in concept["test_styles"]) == (part == "test")
+
+
+def _origin(families: dict[str, str], sample: str) -> str:
+    """The same for drawings of a concept in styles of one family, which show the same shapes."""
+    style, code = sample.split("/")
+    return f"{families.get(style, style)}/{code}"
 
 
 def _build_split(

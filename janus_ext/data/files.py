@@ -59,9 +59,9 @@ def assemble(
     default_tasks: int,
     config: TrainConfig,
 ) -> Benchmark:
-    """The tasks that the configuration wants, and at most --limit-per-class images a class."""
+    """The tasks and the images that the configuration wants."""
     benchmark = Benchmark(name, tuple(class_names), train, test, make_tasks(config, class_names, default_tasks))
-    return benchmark if config.limit_per_class is None else benchmark.limited(config.limit_per_class)
+    return benchmark.as_asked(config)
 
 
 def _require_sound(listing: Listing) -> None:

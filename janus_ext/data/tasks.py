@@ -1,10 +1,10 @@
-"""Class order, division of classes into tasks, and the fingerprint of a split: no images."""
+"""Class order, division of classes into tasks, what is held out, and the fingerprint of a split: no images."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from janus_ext.data.names import to_bytes
@@ -92,6 +92,25 @@ def _take_single_classes(head: str, complaint: str) -> None:
     if head in LINEAR:
         raise ArgumentError(complaint)
     LOG.warning("tasks of one class teach --head %s alone: their cross entropy is 0, the backbone rests", head)
+
+
+def draw_share(samples: Sequence[str], share: float, seed: int, family: Callable[[str], str] = str) -> list[int]:
+    """Places of ``share`` of a class's ``samples``, to the nearest whole number, one at least and never all.
+
+    Samples of one ``family`` are drawn together, and a family of more than is still wanted is passed over. Where all
+    are too large one of the smallest is drawn, and none where there is no second one. The draw sorts SHA-256 digests:
+    it is the same for every Python, PyTorch and platform.
+    """
+    wanted = min(max(1, round(share * len(samples))), len(samples) - 1)
+    families: dict[str, list[int]] = {}
+    for place, sample in enumerate(samples):
+        families.setdefault(family(sample), []).append(place)
+    names = sorted(families, key=lambda name: hashlib.sha256(to_bytes(f"{seed}/validation/{name}")).digest())
+    in_order, drawn = [families[name] for name in names], list[int]()
+    for places in in_order:
+        if len(drawn) + len(places) <= wanted:
+            drawn += places
+    return drawn or (min(in_order, key=len) if len(in_order) > 1 else [])
 
 
 def split_sha256(train: Iterable[str], test: Iterable[str], tasks: Sequence[Sequence[int]]) -> str:

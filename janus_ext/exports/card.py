@@ -9,6 +9,7 @@ from typing import Any
 from janus_ext.config import LearnConfig
 from janus_ext.exports.contents import Contents
 from janus_ext.runs.checkpoint import replace_file
+from janus_ext.runs.metrics import measured_on
 from janus_ext.versions import installed
 
 PRIVATE = {  # settings that say where things lie, how a machine is used, or what stands elsewhere in the card
@@ -75,7 +76,8 @@ def _classes(contents: Contents) -> str:
 
 def _accuracy(results: Mapping[str, Any] | None) -> str:
     """The accuracy matrix, in per cent."""
-    matrix: Sequence[Sequence[float]] = (results or {}).get("accuracy_matrix", ())
+    results = results or {}
+    matrix: Sequence[Sequence[float]] = results.get("accuracy_matrix", ())
     if not matrix:
         return ""
     tasks = range(1, len(matrix) + 1)
@@ -84,9 +86,9 @@ def _accuracy(results: Mapping[str, Any] | None) -> str:
     for task, row in enumerate(matrix, 1):
         cells = [f"{value:.2f}" for value in row] + [""] * (len(matrix) - len(row))
         rows.append(f"| {task} | {' | '.join(cells)} | {sum(row) / len(row):.2f} |")
-    return (
-        "## Accuracy\n\nIn per cent, on test images, among all classes seen so far.\n\n" + head + "\n".join(rows) + "\n"
-    )
+    images = measured_on(results.get("validation", False))
+    about = f"## Accuracy\n\nIn per cent, on {images}, among all classes seen so far.\n\n"
+    return about + head + "\n".join(rows) + "\n"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

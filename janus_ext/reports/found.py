@@ -153,6 +153,7 @@ def _is(kind: type) -> Callable[[Any, int], bool]:
 SHAPES: dict[str, Callable[[Any, int], bool]] = {
     **dict.fromkeys(("benchmark", "method"), _is(str)),
     "seed": _is(int),
+    "validation": _is(bool),
     "versions": _is(dict),
     **dict.fromkeys(("accuracy_matrix", "accuracy_matrix_task_known", "task_recognition_matrix"), _triangle),
     **dict.fromkeys(("violation", "danger", "seconds"), _per_task),

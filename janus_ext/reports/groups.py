@@ -11,6 +11,7 @@ from typing import Any
 from janus_ext.config import TrainConfig, flag
 from janus_ext.errors import ArgumentError
 from janus_ext.reports.found import FoundRun
+from janus_ext.reports.table import measured
 from janus_ext.runs.checkpoint import to_json
 from janus_ext.runs.settings import CONTENTS, NOT_COMPARED
 
@@ -57,7 +58,8 @@ def _settings(run: FoundRun) -> dict[str, Any]:
     """What the run read of its configuration and what it was on, but for the seed and what no result depends on."""
     unread = NOT_COMPARED | {"seed", "class_names"} | _without_effect(run.settings)
     settings = {flag(name): value for name, value in run.settings.items() if name not in unread}
-    return settings | ({"--split-sha256": "of each seed"} if run.settings.get("shuffle_classes") else {})
+    drawn = run.settings.get("shuffle_classes") or run.settings.get("validation") is not None
+    return settings | ({"--split-sha256": "of each seed"} if drawn else {})
 
 
 def _without_effect(settings: dict[str, Any]) -> set[str]:
@@ -81,9 +83,15 @@ def _identity(run: FoundRun) -> str:
 
 
 def _names(groups: Sequence[Group]) -> list[str]:
-    """The method; before it the benchmark where there are several; behind it what tells groups of one name apart."""
+    """The method; before it the benchmark where there are several; behind it what tells groups of one name apart.
+
+    Where some were measured on test images and others not, each says on which.
+    """
     several = len({group.runs[0].results["benchmark"] for group in groups}) > 1
     names = [_method(group, several) for group in groups]
+    kinds = [measured(group.runs[0].results) for group in groups]
+    if len(set(kinds)) > 1:
+        names = [f"{name} on {kind}" for name, kind in zip(names, kinds, strict=True)]
     for name in dict.fromkeys(names):
         alike = [index for index, other in enumerate(names) if other == name]
         if len(alike) > 1:

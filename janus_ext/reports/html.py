@@ -12,6 +12,7 @@ from typing import Any
 from janus_ext.reports import spreads
 from janus_ext.reports.found import FoundRun
 from janus_ext.reports.groups import Group, differences, group_runs
+from janus_ext.reports.table import measured
 from janus_ext.runs.checkpoint import replace_file, to_json
 
 PROGRAM = ("elements.js", "scales.js", "tables.js", "lines.js", "scatter.js", "page.js")  # in this order
@@ -35,6 +36,7 @@ def page_data(runs: Sequence[FoundRun], skipped: Sequence[str] = ()) -> dict[str
     groups = group_runs(runs)
     return {
         "title": _title(groups),
+        "measured": _measured(groups),
         "groups": [spreads.of_group(group) for group in groups],
         "differences": [{"name": name, "values": values} for name, values in differences(groups)],
         "skipped": list(skipped),
@@ -47,10 +49,16 @@ def render(data: dict[str, Any]) -> str:
     read = {name: (folder / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", *PROGRAM)}
     return Template(read["page.html"]).substitute(
         title=html.escape(data["title"]),
+        measured=html.escape(data["measured"]),
         style=read["page.css"],
         data=to_json(data).translate(IN_SCRIPT),
         program="\n".join(read[name] for name in PROGRAM),
     )
+
+
+def _measured(groups: Sequence[Group]) -> str:
+    """On which images all the numbers are."""
+    return " or ".join(dict.fromkeys(measured(group.runs[0].results) for group in groups))
 
 
 def _title(groups: Sequence[Group]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from janus_ext.reports.table import measured
 from janus_ext.runs.checkpoint import make_folder, replace_file
 from janus_ext.runs.metrics import trajectory
 
@@ -88,7 +89,11 @@ def draw_accuracy_matrix(figure: Figure, results: Results) -> bool:
     _count_tasks(axes.xaxis, tasks)
     _count_tasks(axes.yaxis, tasks)
     axes.tick_params(length=0)
-    axes.set(xlabel="tested on task", ylabel="after learning task", title=_title("Accuracy of every task", results))
+    axes.set(
+        xlabel=f"{measured(results)} of task",
+        ylabel="after learning task",
+        title=_title("Accuracy of every task", results),
+    )
     figure.colorbar(image, ax=axes, label="accuracy (%)").outline.set_visible(False)
     return True
 
@@ -112,7 +117,7 @@ def draw_trajectory(figure: Figure, results: Results) -> bool:
             ends.append((share[-1], color))
     style = {"color": MUTED, "marker": dot, "ms": 3.5, "ls": "-" if many else "--", "lw": 0.5 if many else 1.2}
     axes.plot(tasks, [row[-1] for row in matrix], zorder=1, label="newest task", **style)
-    axes.set(xlabel="tasks learned", ylabel="share of test images (%)", ylim=(0, 103))
+    axes.set(xlabel="tasks learned", ylabel=f"share of {measured(results)} (%)", ylim=(0, 103))
     axes.set_title(_title("Accuracy as tasks arrive", results))
     _count_tasks(axes.xaxis, len(tasks))
     axes.set_xlim(1 - 0.03 * len(tasks), len(tasks) * 1.16)

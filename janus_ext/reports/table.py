@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from janus_ext.runs.metrics import mean_and_std, trajectory
+from janus_ext.runs.metrics import mean_and_std, measured_on, trajectory
 
 Results = dict[str, Any]
 HEADLINES = {
@@ -38,7 +38,9 @@ def format_table(results: Results, width: int | None = None) -> str:
     lines = [
         f"{results['benchmark']}, method {results['method']}, seed {results['seed']}",
         "",
-        *textwrap.wrap("accuracy (%) on test images of task j after task t, over all classes seen so far", width),
+        *textwrap.wrap(
+            f"accuracy (%) on {measured(results)} of task j after task t, over all classes seen so far", width
+        ),
         *_task_columns(results, width),
         "",
         *_headlines(results, width),
@@ -50,7 +52,7 @@ def format_summary(runs: Sequence[Results], width: int | None = None) -> str:
     """Mean and deviation over several seeds as text, in lines of at most ``width`` characters."""
     summary = summarize_runs(runs)
     cells = [f"{label} {_mean_std(summary[key])}" for key, label in HEADLINES.items() if key in summary]
-    heading = f"{len(runs)} seeds, mean +- standard deviation:"
+    heading = f"{len(runs)} seeds, on {measured(runs[0])}, mean +- standard deviation:"
     return "\n".join([heading, *_flow(cells, width or shutil.get_terminal_size().columns)])
 
 
@@ -59,9 +61,14 @@ def summarize_runs(runs: Sequence[Results]) -> Results:
 
     A metric that some run lacks, which an earlier version wrote, is left out.
     """
-    head = {key: runs[0][key] for key in ("benchmark", "method")}
+    head = {key: runs[0][key] for key in ("benchmark", "method", "validation") if key in runs[0]}
     spreads = {key: spread([run[key] for run in runs]) for key in NUMBERS if all(key in run for run in runs)}
     return head | {"seeds": [run["seed"] for run in runs]} | spreads
+
+
+def measured(results: Results) -> str:
+    """What a run has measured, in words; an earlier version knew test images alone."""
+    return measured_on(results.get("validation", False))
 
 
 def violations_rounded(results: Results) -> list[bool]:
@@ -142,7 +149,7 @@ def _headlines(results: Results, width: int) -> list[str]:
     cells.append(f"danger {'-' if danger is None else format(danger, '.3f')}")
     weighted = f"ACC {_number(results['acc_sample_weighted'])}   MAA {_number(results['maa_sample_weighted'])}"
     footnote = textwrap.wrap(ROUNDED, width - 2) if any(rounded) else []
-    return [*_flow(cells, width), f"  weighted by test images: {weighted}", *(f"  {line}" for line in footnote)]
+    return [*_flow(cells, width), f"  weighted by images: {weighted}", *(f"  {line}" for line in footnote)]
 
 
 def _flow(cells: Iterable[str], width: int) -> list[str]:

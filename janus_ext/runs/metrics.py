@@ -21,6 +21,11 @@ from janus_ext.errors import ArgumentError
 Matrix = Sequence[Sequence[float]]
 
 
+def measured_on(validation: bool) -> str:
+    """What a run measures, in words: its test images, or training images that it has held out for validation."""
+    return "held-out training images" if validation else "test images"
+
+
 def hits(scores: Tensor, labels: Tensor, first: int, classes: int) -> Tensor:
     """int64 [3]: of images of one task, those right over all classes seen, right over its own, and recognised.
 

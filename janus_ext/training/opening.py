@@ -8,6 +8,7 @@ import torch
 
 from janus_ext.backbone.families import attention_layers, left_out
 from janus_ext.devices import device_name
+from janus_ext.runs.metrics import measured_on
 
 if TYPE_CHECKING:
     from janus_ext.methods.base import Method
@@ -46,7 +47,7 @@ def _learning(trainer: Trainer) -> str:
         f"{config.optimizer}, rate {config.lr:g}, of the heads {config.head_lr:g}, {config.schedule}; "
         f"{_count(config.epochs, 'epoch')}, batches of {config.batch_size}, "
         f"{_count(trainer.step_count(tasks), 'step')}; {_count(tasks, 'task')} x {each} classes, "
-        f"{len(benchmark.train):,} training and {len(benchmark.test):,} test images"
+        f"{len(benchmark.train):,} training and {len(benchmark.test):,} {measured_on(benchmark.validation)}"
     )
 
 

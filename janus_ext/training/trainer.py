@@ -116,6 +116,7 @@ class Trainer:
             "class_order": list(self.benchmark.class_order),
             "class_names": list(self.benchmark.class_names),
             "split_sha256": self.benchmark.split_sha256,
+            "validation": self.benchmark.validation,
             **dict(zip(MATRICES, (self.matrix, self.known, self.recognised), strict=True)),
             **metrics.summarize(self.matrix, self.known, self.recognised, self._test_sizes()),
             "heads": {name: metrics.summarize_head(matrix) for name, matrix in self.heads.items()},

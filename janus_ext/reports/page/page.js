@@ -23,8 +23,8 @@ const NUMBERS = [
   ["seconds", "time", duration],
 ];
 const WEIGHTED = [
-  ["acc_sample_weighted", "ACC, weighted by test images", fixed(2)],
-  ["maa_sample_weighted", "MAA, weighted by test images", fixed(2)],
+  ["acc_sample_weighted", "ACC, weighted by images", fixed(2)],
+  ["maa_sample_weighted", "MAA, weighted by images", fixed(2)],
 ];
 const CURVES = {
   all: { title: "Accuracy on all tasks so far", note: "over all classes learned, %", form: fixed(1), axis: percents },
@@ -315,7 +315,7 @@ function about() {
   const tasks = [...new Set(groups.map((group) => group.tasks))].sort((a, b) => a - b);
   const many = `${count(runs, "run", "runs")} in ${count(groups.length, "group", "groups")}`;
   const each = `${tasks.join(" or ")} ${mostTasks === 1 ? "task" : "tasks"}`;
-  document.getElementById("about").textContent = `${many}, ${each}.${seeds}`;
+  document.getElementById("about").textContent = `${many}, ${each}, measured on ${page.measured}.${seeds}`;
   const skipped = document.getElementById("skipped");
   skipped.hidden = !page.skipped.length;
   skipped.append(...page.skipped.map((line) => make("li", {}, line)));
