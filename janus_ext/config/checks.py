@@ -41,12 +41,12 @@ METHOD_LIMITS: dict[str, dict[str, tuple[Any, ...]]] = {  # what a method takes 
     "joint": NO_MEMORY | {"tasks": (1,)},
 }
 DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some benchmarks have
-    "data_dir": ("imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"),
+    "data_dir": ("imagenet-r", "cifar100", "fashion-mnist", "imagenet-100", "domainnet", "folder"),
     "domains": ("domainnet",),
     "split": ("imagenet-r", "domainnet", "folder"),
     "split_files": ("imagenet-r", "domainnet"),
     "class_list": ("imagenet-100",),
-    "workers": ("imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"),
+    "workers": ("imagenet-r", "cifar100", "fashion-mnist", "imagenet-100", "domainnet", "folder"),
     "cache_images": ("imagenet-r", "imagenet-100", "domainnet", "folder"),  # the others are in memory anyway
 }
 SPLITS: dict[str, tuple[Split, ...]] = {

@@ -59,6 +59,7 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     "emoji": EMBEDDED,
     "imagenet-r": IMAGENET_R,
     "cifar100": CIFAR100,
+    "fashion-mnist": CIFAR100,  # nothing is published for class-increments of it
     "imagenet-100": CIFAR100,  # no configuration is published: that of the other benchmark with 100 classes in 10 tasks
     "domainnet": DOMAINNET,
     "folder": CIFAR100,

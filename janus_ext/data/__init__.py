@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from janus_ext.config import TrainConfig
-from janus_ext.data import cifar100, domainnet, emoji, folder, imagenet_100, imagenet_r
+from janus_ext.data import cifar100, domainnet, emoji, fashion_mnist, folder, imagenet_100, imagenet_r
 from janus_ext.data.benchmark import Benchmark
 
 BENCHMARKS: dict[str, Callable[[TrainConfig], Benchmark]] = {
     "emoji": emoji.load,
     "imagenet-r": imagenet_r.load,
     "cifar100": cifar100.load,
+    "fashion-mnist": fashion_mnist.load,
     "imagenet-100": imagenet_100.load,
     "domainnet": domainnet.load,
     "folder": folder.load,
