@@ -4,7 +4,10 @@ import json
 import shlex
 import shutil
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -132,6 +135,17 @@ def tree(tmp_path):
     trees.save_jpeg(root / "eel" / "deep" / "er.JPG", trees.drawing(2, 5))
     (root / "cat" / "notes.txt").write_text("no image")
     return root
+
+
+@pytest.fixture
+def web_server(tmp_path):
+    """Address of a web server on this machine that gives the files of ``tmp_path``/www."""
+    (tmp_path / "www").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
 
 
 # small training runs --------------------------------------------------------------------------------------------------

@@ -3,9 +3,6 @@
 import hashlib
 import json
 import tarfile
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import numpy as np
 import pytest
@@ -64,23 +61,12 @@ def test_test_images_are_resized_without_a_crop(small):
     assert load(*small).test.view.margin == 1.0
 
 
-@pytest.fixture
-def server(tmp_path):
-    """Address of a web server on this machine that gives the files of ``tmp_path``/www."""
-    (tmp_path / "www").mkdir()
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        Thread(target=http.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-
-
-def test_the_archive_is_downloaded_checked_and_unpacked(server, tmp_path):
+def test_the_archive_is_downloaded_checked_and_unpacked(web_server, tmp_path):
     contents = trees.cifar100(tmp_path / "source")
     archive = tmp_path / "www" / "cifar-100-python.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(tmp_path / "source" / "cifar-100-python", "cifar-100-python")
-    address = {"url": f"{server}/{archive.name}", "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest()}
+    address = {"url": f"{web_server}/{archive.name}", "tgz_md5": hashlib.md5(archive.read_bytes()).hexdigest()}
     assert len(load(tmp_path / "target", subclass(contents, **address)).train) == 200
     (tmp_path / "target" / "cifar-100-python" / "test").write_bytes(b"")
     archive.unlink()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -131,6 +132,44 @@ def cifar100(root: Path, train: int = 2, test: int = 1) -> dict[str, bytes]:
     return contents
 
 
+def fashion_mnist(folder: Path, train: int = 2, test: int = 1) -> dict[str, bytes]:
+    """The four idx files of so many images a class in ``folder``; returns what was written, by name."""
+    contents: dict[str, bytes] = {}
+    for part, per_class, first in (("train", train, 0), ("t10k", test, train)):
+        shown = [(label, first + n) for n in range(per_class) for label in range(10)]
+        grey = [np.asarray(Image.fromarray(drawing(*each)).convert("L").resize((28, 28))) for each in shown]
+        head = struct.pack(">4i", 0x803, len(shown), 28, 28)
+        contents[f"{part}-images-idx3-ubyte"] = head + np.stack(grey).tobytes()
+        labels = bytes(label for label, _ in shown)
+        contents[f"{part}-labels-idx1-ubyte"] = struct.pack(">2i", 0x801, len(shown)) + labels
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return contents
+
+
+def cub(root: Path, train: int = 2, test: int = 1) -> None:
+    """images/<class>/<n>.jpg, the three lists that count, and the names of the 200 classes."""
+    classes = [f"{label + 1:03d}.Bird_{label:03d}" for label in range(200)]
+    folders(root / "images", len(classes), train + test, classes.__getitem__)
+    paths = sorted(path.relative_to(root / "images").as_posix() for path in root.glob("images/*/*.jpg"))
+    lists: dict[str, list[object]] = {
+        "images": paths,
+        "image_class_labels": [int(path.split(".")[0]) for path in paths],
+        "train_test_split": [int(number % (train + test) < train) for number in range(len(paths))],
+        "classes": classes,
+    }
+    for name, values in lists.items():
+        lines = [f"{number} {value}\n" for number, value in enumerate(values, start=1)]
+        (root / f"{name}.txt").write_text("".join(lines))
+
+
+def sides(root: Path, classes: int, train: int, test: int, name: Callable[[int], str] = wnid) -> None:
+    """train/<class>/ and test/<class>/ with so many images of each class."""
+    folders(root / "train", classes, train, name)
+    folders(root / "test", classes, test, name)
+
+
 def odd_images(folder: Path) -> Iterator[str]:
     """Images that are unusual but sound; yields their names. All show grey 128 or, where transparent, white."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +198,5 @@ def odd_images(folder: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    {"domainnet": domainnet, "imagenet-r": imagenet_r, "imagenet": imagenet, "cifar100": cifar100}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
+    made = {"domainnet": domainnet, "imagenet-r": imagenet_r, "imagenet": imagenet, "cifar100": cifar100, "cub": cub}
+    made[sys.argv[1]](Path(sys.argv[2]))

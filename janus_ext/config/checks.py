@@ -43,14 +43,15 @@ METHOD_LIMITS: dict[str, dict[str, tuple[Any, ...]]] = {  # what a method takes 
     "bilora": NO_MEMORY,
     "joint": NO_MEMORY | {"tasks": (1,)},
 }
+FILES: tuple[BenchmarkName, ...] = ("imagenet-r", "imagenet-100", "imagenet-a", "cub", "cars", "domainnet", "folder")
 DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some benchmarks have
-    "data_dir": ("imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"),
+    "data_dir": (*FILES, "cifar100", "fashion-mnist"),
     "domains": ("domainnet",),
     "split": ("imagenet-r", "domainnet", "folder"),
     "split_files": ("imagenet-r", "domainnet"),
     "class_list": ("imagenet-100",),
-    "workers": ("imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"),
-    "cache_images": ("imagenet-r", "imagenet-100", "domainnet", "folder"),  # the others are in memory anyway
+    "workers": (*FILES, "cifar100", "fashion-mnist"),
+    "cache_images": FILES,  # the others are in memory anyway
 }
 SPLITS: dict[str, tuple[Split, ...]] = {
     "imagenet-r": ("auto", "inflora", "coda", "folders"),

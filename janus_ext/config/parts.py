@@ -15,7 +15,18 @@ from janus_ext.errors import ArgumentError
 T = TypeVar("T")
 Maybe = Annotated[T | None, arg(help_behavior_hint="")]  # the field's sentence says what holds where it is left out
 
-BenchmarkName = Literal["emoji", "imagenet-r", "cifar100", "imagenet-100", "domainnet", "folder"]
+BenchmarkName = Literal[
+    "emoji",
+    "imagenet-r",
+    "cifar100",
+    "fashion-mnist",
+    "imagenet-100",
+    "imagenet-a",
+    "cub",
+    "cars",
+    "domainnet",
+    "folder",
+]
 Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 Split = Literal["auto", "inflora", "coda", "folders", "random"]
 MethodName = Literal["janus", "lora", "lora-gpm", "inflora", "lora-drs", "bilora", "joint"]
@@ -53,7 +64,7 @@ class DataConfig(Settings):
     data_dir: Maybe[Path] = None
     """Folder of the images, for all benchmarks but emoji; left out, the exact files wanted are shown."""
     tasks: Maybe[int] = None
-    """Number of tasks the classes are divided into; by default the benchmark's own (domainnet 5, else 10 at most)."""
+    """Number of tasks the classes are divided into; by default the benchmark's own (5 or 10, folder 10 at most)."""
     task_list: Maybe[Path] = None
     """File that says which classes form which task: one class a line, a blank line between tasks, all of them named."""
     shuffle_classes: bool = False

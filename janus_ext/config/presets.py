@@ -59,7 +59,11 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
     "emoji": EMBEDDED,
     "imagenet-r": IMAGENET_R,
     "cifar100": CIFAR100,
-    "imagenet-100": CIFAR100,  # no configuration is published: that of the other benchmark with 100 classes in 10 tasks
+    "fashion-mnist": CIFAR100,  # no configuration is published, as for the others that take this one
+    "imagenet-100": CIFAR100,
+    "imagenet-a": CIFAR100,
+    "cub": CIFAR100,
+    "cars": CIFAR100,
     "domainnet": DOMAINNET,
     "folder": CIFAR100,
 }

@@ -25,7 +25,6 @@ from janus_ext.data.layout import shorten
 from janus_ext.data.listing import Listing, Problem, Sample, require_root
 from janus_ext.data.lists import Register, read_lines, read_yaml
 from janus_ext.data.tasks import default_tasks
-from janus_ext.errors import DataError
 
 if TYPE_CHECKING:
     from janus_ext.config import TrainConfig
@@ -131,8 +130,9 @@ def mix(domains: Iterable[Iterable[Sample]]) -> tuple[Sample, ...]:
 def _read_text(register: Register, root: Path, domain: str, part: str) -> list[Sample]:
     """The sound lines of <domain>_<part>.txt; DataError if there is no such file, or nothing in it."""
     file = f"{domain}_{part}.txt"
+    advice = f" (--domains may leave {domain} out, --split coda reads {YAML_FILES[0]}); wanted:\n\n{layout([domain])}"
     samples = []
-    for number, line in enumerate(_lines(root / file, domain), start=1):
+    for number, line in enumerate(read_lines(root / file, "--data-dir: the list", advice), start=1):
         where, words = f"{file}:{number}", line.rsplit(None, 1)
         if not words:
             continue
@@ -143,17 +143,6 @@ def _read_text(register: Register, root: Path, domain: str, part: str) -> list[S
     if not samples:
         register.problems.append(Problem("empty", file, "no line names an image"))
     return samples
-
-
-def _lines(path: Path, domain: str) -> list[str]:
-    try:
-        return read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(
-            f"--data-dir: the list {path} cannot be read: {reason} (--domains may leave {domain} out, --split coda "
-            f"reads {YAML_FILES[0]}); wanted:\n\n{layout([domain])}"
-        ) from error
 
 
 def _read_yaml(register: Register, file: Path, domains: Sequence[str]) -> dict[str, list[Sample]]:

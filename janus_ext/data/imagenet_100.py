@@ -88,13 +88,8 @@ def choose_classes(class_list: str | None, there: list[str]) -> list[str]:
 
 def read_class_list(path: Path) -> list[str]:
     """The wnids of a list file in their order; DataError naming the line that is not one, or there before."""
-    try:
-        lines = read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"--class-list {path} cannot be read: {reason} (a file, or first100)") from error
     first: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path, "--class-list", " (a file, or first100)"), start=1):
         if not line.strip():
             continue
         found = re.match(r"\s*(n\d{8})\b", line)

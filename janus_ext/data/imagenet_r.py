@@ -19,25 +19,16 @@ import torch
 
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.files import build
-from janus_ext.data.layout import find_parts, shared_classes
-from janus_ext.data.listing import (
-    Listing,
-    Problem,
-    Sample,
-    class_samples,
-    list_parts,
-    require_classes,
-    require_root,
-    subfolders,
-)
+from janus_ext.data.layout import find_parts
+from janus_ext.data.listing import Listing, subfolders
 from janus_ext.data.lists import Register, read_yaml
+from janus_ext.data.published import Published
 from janus_ext.errors import DataError
 
 if TYPE_CHECKING:
     from janus_ext.config import TrainConfig
 
 CLASSES = 200
-TASKS = 10
 OFFICIAL = {"train": 24_000, "test": 6_000}
 SPLIT_SEED = 0  # InfLoRA draws from the seed of whichever run comes first and then moves the files
 YAML_FILES = ("imagenet-r_train.yaml", "imagenet-r_test.yaml")
@@ -60,66 +51,32 @@ def load(config: TrainConfig) -> Benchmark:
 def read(config: TrainConfig) -> Listing:
     """Lists the split; DataError if the tree or a yaml file is not as wanted."""
     split = "inflora" if config.split == "auto" else config.split
-    root = require_root("imagenet-r", config.data_dir, LAYOUTS[split], PAGE)
+    data_set = Published("imagenet-r", CLASSES, LAYOUTS[split], PAGE, ADVICE)
+    root = data_set.root(config)
     parts = find_parts(root)
     if bool(parts) != (split == "folders"):
         other = "--split folders is for them" if parts else "--split inflora is for what there is"
         has = f"{parts[0]}/ and {parts[1]}/" if parts else "no train/ and test/"
         raise DataError(f"--data-dir: {root} has {has}; {other}; wanted:\n\n{LAYOUTS[split]}")
     if parts:
-        return _read_folders(root, parts)
+        return data_set.sides(root, parts, OFFICIAL)
     if split == "coda":
-        return _read_coda(root, config.split_files or tuple(root / name for name in YAML_FILES))
-    return _read_inflora(root)
+        return _read_coda(data_set, root, config.split_files or tuple(root / name for name in YAML_FILES))
+    return _read_inflora(data_set, root)
 
 
-def _listing(
-    root: Path,
-    classes: Sequence[str],
-    train: Sequence[Sample],
-    test: Sequence[Sample],
-    problems: Sequence[Problem],
-    folders: Sequence[str],
-    unread: Sequence[str] = (),
-) -> Listing:
-    return Listing(
-        name="imagenet-r",
-        root=root,
-        class_names=tuple(classes),
-        train=tuple(train),
-        test=tuple(test),
-        default_tasks=TASKS,
-        folders=tuple(folders),
-        advice=ADVICE,
-        problems=tuple(problems),
-        expected=OFFICIAL,
-        found={"train": len(train), "test": len(test)},
-        unread=tuple(unread),
-    )
-
-
-def _read_inflora(root: Path) -> Listing:
+def _read_inflora(data_set: Published, root: Path) -> Listing:
     """torch's random_split of the files in the order of torchvision's ImageFolder, kept as indices."""
-    classes = subfolders(root)
-    require_classes(classes, CLASSES, root, LAYOUTS["inflora"])
-    samples, problems, unread = class_samples(root, "", classes)
+    classes, (samples, problems, unread) = data_set.tree(root)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
     size = int(0.8 * len(samples))
     train, test = ([samples[i] for i in part] for part in (order[:size], order[size:]))
-    return _listing(root, classes, train, test, problems, classes, unread)
+    return data_set.listing(root, classes, (train, test), classes, OFFICIAL, problems, unread)
 
 
-def _read_folders(root: Path, parts: tuple[str, str]) -> Listing:
-    classes = shared_classes(root, *parts)
-    require_classes(classes, CLASSES, root / parts[0], LAYOUTS["folders"])
-    train, test = list_parts(root, parts, classes)
-    problems, unread = train.problems + test.problems, train.unread + test.unread
-    return _listing(root, classes, train.samples, test.samples, problems, parts, unread)
-
-
-def _read_coda(root: Path, files: Sequence[Path]) -> Listing:
+def _read_coda(data_set: Published, root: Path, files: Sequence[Path]) -> Listing:
     """Class ids are those of the files; of their paths only <wnid>/<file> counts, the rest is of other machines."""
     register = Register(CLASSES, steps=2)
     train, test = ([sample for entry in read_yaml(file) if (sample := register.add(*entry))] for file in files)
     classes = register.class_names(f"--split-files: {files[0].name} and {files[1].name}")
-    return _listing(root, classes, train, test, register.problems, subfolders(root))
+    return data_set.listing(root, classes, (train, test), subfolders(root), OFFICIAL, register.problems)

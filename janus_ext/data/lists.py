@@ -19,13 +19,18 @@ from janus_ext.errors import DataError
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, with or without a byte order mark, of any system; OSError or UnicodeDecodeError.
+def read_lines(path: Path, argument: str, advice: str = "") -> list[str]:
+    """The lines of a text file, with or without a byte order mark, of any system.
 
-    Bytes that are no UTF-8 are kept as Python keeps them in names of files.
+    Bytes that are no UTF-8 are kept as Python keeps them in names of files. DataError if it cannot be read: begins with
+    ``argument``, which names the file, and ends with ``advice``.
     """
-    data = path.read_bytes()
-    text = data.decode("utf-16") if data.startswith(UTF16) else data.decode("utf-8-sig", "surrogateescape")
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-16") if data.startswith(UTF16) else data.decode("utf-8-sig", "surrogateescape")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{argument} {path} cannot be read: {reason}{advice}") from error
     return re.split(r"\r\n|\r|\n", text)
 
 
@@ -53,13 +58,15 @@ class Register:
     """All entries of the lists of one data set; notes what does not fit, with its place.
 
     ``steps`` are the last steps of a path that name an image: 2 for <class>/<file>, 3 for <domain>/<class>/<file>.
+    ``first`` is the least class id of the lists, which becomes 0; ``names`` are by the ids of the lists.
     """
 
     classes: int
     steps: int
+    first: int = 0
     names: dict[int, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    _first: dict[str, str] = field(default_factory=dict)  # where an image was listed first
+    _places: dict[str, str] = field(default_factory=dict)  # where an image was listed first
     _labels: dict[str, int] = field(default_factory=dict)  # class id by name, the inverse of names
 
     def add(self, where: str, path: Any, label: Any, within: Collection[str] = ()) -> Sample | None:
@@ -68,10 +75,11 @@ class Register:
         if name is None:
             form = ("/".join(("|".join(within), "<class>", "<file>"))).lstrip("/")
             return self.refuse(where, f"wanted {form}, got {path!r:.80}")
-        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < self.classes:
-            return self.refuse(where, f"the class id must lie in 0..{self.classes - 1}, got {label!r:.80}")
+        if not isinstance(label, int) or isinstance(label, bool) or label not in self.ids:
+            span = f"{self.ids[0]}..{self.ids[-1]}"
+            return self.refuse(where, f"the class id must lie in {span}, got {label!r:.80}")
         complaint = self._contradiction(name, label, where)
-        return self.refuse(where, complaint) if complaint else Sample(name, label)
+        return self.refuse(where, complaint) if complaint else Sample(name, label - self.first)
 
     def refuse(self, where: str, complaint: str) -> None:
         """Notes a problem."""
@@ -79,13 +87,18 @@ class Register:
 
     def class_names(self, lists: str) -> tuple[str, ...]:
         """The names of all classes; DataError if some are missing and no entry is to blame, which is said otherwise."""
-        missing = [label for label in range(self.classes) if label not in self.names]
+        missing = [label for label in self.ids if label not in self.names]
         if missing and not self.problems:
             raise DataError(
-                f"{lists} must name {self.classes} classes (0..{self.classes - 1}), got {len(self.names)}; "
+                f"{lists} must name {self.classes} classes ({self.ids[0]}..{self.ids[-1]}), got {len(self.names)}; "
                 f"the first that is missing is {missing[0]}"
             )
-        return tuple(self.names.get(label, f"class {label}") for label in range(self.classes))
+        return tuple(self.names.get(label, f"class {label}") for label in self.ids)
+
+    @property
+    def ids(self) -> range:
+        """The class ids that the lists may have."""
+        return range(self.first, self.first + self.classes)
 
     def _name(self, path: Any, within: Collection[str]) -> str | None:
         if not isinstance(path, str) or not is_possible(path):
@@ -97,9 +110,9 @@ class Register:
     def _contradiction(self, name: str, label: int, where: str) -> str:
         """Complaint about an image that is listed twice, a class with two ids or two names; notes what is sound."""
         class_name = name.split("/")[-2]
-        if name in self._first:
-            return f"{name} is listed in {self._first[name]} already"
-        self._first[name] = where
+        if name in self._places:
+            return f"{name} is listed in {self._places[name]} already"
+        self._places[name] = where
         if self.names.get(label, class_name) != class_name:
             return f"class {label} is {self.names[label]} in earlier entries, here {class_name}"
         if self._labels.get(class_name, label) != label:

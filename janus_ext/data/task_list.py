@@ -47,11 +47,7 @@ def read_task_list(path: Path, class_names: Sequence[str]) -> tuple[tuple[int, .
 
 def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
     """The (number, text) of the lines between blank ones; blanks around a text do not count."""
-    try:
-        lines = [line.strip() for line in read_lines(path)]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"--task-list {path} cannot be read: {reason}") from error
+    lines = [line.strip() for line in read_lines(path, "--task-list")]
     for holds, block in groupby(enumerate(lines, start=1), key=lambda line: bool(line[1])):
         if holds:
             yield list(block)
