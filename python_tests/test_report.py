@@ -122,6 +122,16 @@ def test_runs_that_differ_only_in_seed_are_one_group(tmp_path, first, second, gr
     assert len(group_runs(find_runs([tmp_path])[0])) == groups
 
 
+def test_a_setting_that_came_later_was_what_it_is_by_default(tmp_path):
+    for seed, scale in enumerate((1.0, 1.0, 0.5)):
+        folder = write_run(tmp_path / f"run-{seed}", seed, merge_scale=scale)
+        if seed == 0:  # of a version that did not know them
+            config = json.loads((folder / "config.json").read_text())
+            write_json(folder / "config.json", {k: v for k, v in config.items() if k not in ("merge_scale", "drift")})
+    groups = group_runs(find_runs([tmp_path])[0])
+    assert [[run.results["seed"] for run in group.runs] for group in groups] == [[0, 1], [2]]
+
+
 def test_a_run_without_its_settings_is_a_group_of_its_own(tmp_path):
     for seed in range(2):
         (write_run(tmp_path / f"run-{seed}", seed) / "config.json").unlink()

@@ -17,6 +17,7 @@ from janus_ext.runs.settings import CONTENTS, NOT_COMPARED
 
 UNREAD = "–"  # the method does not read the setting, or an older run has not stored it
 MOST_IN_NAME = 2  # settings in a group's name
+DEFAULTS = {(flag(name), to_json(value)) for name, value in TrainConfig().to_json().items()}
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,16 @@ def _without_effect(settings: dict[str, Any]) -> set[str]:
 
 
 def _identity(run: FoundRun) -> str:
-    """What runs share that differ only in their seed. Images and weights are compared by content, devices by kind."""
+    """What runs share that differ only in their seed. Images and weights are compared by content, devices by kind.
+
+    A setting that an older run lacks, because its version did not know it, was what it is by default.
+    """
     if not run.settings:
         return str(run.folder)
     settings = _settings(run)
     same = {other for key, (_, others) in CONTENTS.items() if settings.get(flag(key)) for other in others}
     settings = {name: value for name, value in settings.items() if name not in map(flag, same)}
+    settings = {name: value for name, value in settings.items() if (name, to_json(value)) not in DEFAULTS}
     settings["--device"] = str(settings.get("--device")).partition(":")[0]
     return to_json([sorted(settings.items()), run.settings.get("class_names"), len(run.results["accuracy_matrix"])])
 
