@@ -214,6 +214,14 @@ def test_samples_are_gaussian_around_means_that_age(batches: list[Any]) -> None:
         assert torch.cat([y for _, y in batches[5 * epoch : 5 * epoch + 5]]).bincount().tolist() == [256] * 5
 
 
+def test_samples_of_classes_that_do_not_scatter_keep_a_variance_of_1e_4(batches: list[Any]) -> None:
+    known = known_of(*gaussians([1] * 5, DIM), SIZES)
+    aligned.fit(known)
+    samples, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    rest = samples.double() - (known.ages()[:, None] * known.statistics.means())[labels]
+    assert_close(rest.mT @ rest / len(rest), 1e-4 * torch.eye(DIM), torch.float32, 0.1 / 2e-5)
+
+
 def test_training_is_sgd_with_momentum_and_a_cosine(batches: list[Any]) -> None:
     known = known_of(*gaussians(COUNTS, DIM), SIZES)
     got = aligned.fit(known)

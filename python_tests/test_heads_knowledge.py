@@ -143,6 +143,14 @@ def test_a_task_that_nothing_was_seen_of() -> None:
     assert not is_refused(known), "one class of every task was"
 
 
+def test_a_class_of_a_task_whose_other_classes_were_seen() -> None:
+    features, labels = gaussians([9, 9], DIM)
+    known = empty([2])
+    known.load_state_dict(old_state(known_of(features[labels == 0], labels[labels == 0], [1])))
+    known.add(features[labels == 1], labels[labels == 1], SEED)
+    assert known.prototypes.classes == [0, 1] and is_refused(known)
+
+
 @pytest.mark.parametrize("width", [None, WIDTH])
 def test_what_is_refused_leaves_statistics_as_they_were(width: int | None) -> None:
     features, labels = gaussians(COUNTS, DIM)
