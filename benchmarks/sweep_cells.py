@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import statistics
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from provenance import commit
 
 ASSETS = Path(__file__).resolve().parent.parent / "janus_ext" / "assets"
 TRACKED = ("--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")  # these grow with every cell
-METRICS = ("acc", "maa", "bwt", "plasticity", "violation", "danger", "seconds")
+METRICS = ("acc", "maa", "bwt", "plasticity", "violation", "danger", "movement", "merged", "seconds")
 Cell = tuple[str, dict[str, Any], int]
 
 
@@ -26,39 +27,49 @@ def resolved(change: dict[str, Any], seed: int) -> Any:
 def cell_config(change: dict[str, Any], seed: int) -> dict[str, Any]:
     """The resolved configuration of one cell as JSON, without what does not touch the result."""
     config = resolved(change, seed)
-    return {key: value for key, value in config.to_json().items() if key not in {"output", *config.without_effect()}}
+    idle = {"output", "data_dir", "cache_images", "workers", *config.without_effect()}
+    return {key: value for key, value in config.to_json().items() if key not in idle}
 
 
-def assets_sha256() -> str:
-    """Fingerprint of the embedded images, classes and backbone."""
+@cache
+def assets_sha256(*names: str) -> str:
+    """Fingerprint of the embedded images, classes and backbone, or of those files of them that are named."""
     digest = hashlib.sha256()
-    for name in ("backbone.safetensors", "emoji.json", "emoji.zip"):
+    for name in names or ("backbone.safetensors", "emoji.json", "emoji.zip"):
         digest.update((ASSETS / name).read_bytes())
     return digest.hexdigest()
 
 
-def run_cell(cell: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
-    """Trains one cell (row, change, seed, threads) in this process and returns its line."""
+def fingerprint(change: dict[str, Any]) -> str:
+    """Of what of the package's data a cell depends on."""
+    embedded = change.get("benchmark", "emoji") == "emoji"
+    return assets_sha256() if embedded else assets_sha256("backbone.safetensors")
+
+
+def run_cell(cell: tuple[str, dict[str, Any], int, int, dict[str, Any]]) -> dict[str, Any]:
+    """Trains one cell (row, change, seed, threads, where its images lie) in this process and returns its line."""
     import torch
 
     from janus_ext.config import TrainConfig
     from janus_ext.train import train
 
-    row, change, seed, threads = cell
+    row, change, seed, threads, where = cell
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(**change, seed=(seed,), shuffle_classes=True, plots=False, output=Path(folder) / "run")
-        results = train(config)[0]
-    line = {"row": row, "seed": seed, "config": cell_config(change, seed), "assets": assets_sha256()}
+        own = {"seed": (seed,), "shuffle_classes": True, "plots": False, "output": Path(folder) / "run"}
+        results = train(TrainConfig(**change, **where, **own))[0]
+    line = {"row": row, "seed": seed, "config": cell_config(change, seed), "assets": fingerprint(change)}
     line |= {metric: total_of(metric, results[metric]) for metric in METRICS}
+    shown = ("acc", "maa", "bwt", "plasticity")
     return line | {
+        "heads": {head: {name: of[name] for name in shown} for head, of in results["heads"].items()},
         "split_sha256": results["split_sha256"],
         "versions": results["versions"],
         "commit": commit(*TRACKED),
     }
 
 
-def try_cell(cell: tuple[str, dict[str, Any], int, int]) -> dict[str, Any]:
+def try_cell(cell: tuple[str, dict[str, Any], int, int, dict[str, Any]]) -> dict[str, Any]:
     """`run_cell`, or what it failed with: the cells beside it go on."""
     try:
         return run_cell(cell)
@@ -94,19 +105,22 @@ def is_done(line: dict[str, Any], row: str, config: dict[str, Any], assets: str)
     return False
 
 
-def run_cells(cells: list[Cell], jobs: int, threads: int, path: Path) -> None:
-    """Runs those of `cells` that `path` lacks, `jobs` at a time, appending each as it ends."""
+def run_cells(cells: list[Cell], jobs: int, threads: int, path: Path, where: dict[str, Any] | None = None) -> None:
+    """Runs those of `cells` that `path` lacks, `jobs` at a time, appending each as it ends.
+
+    `where` is what a configuration says of the place of the images.
+    """
     path.parent.mkdir(exist_ok=True)
-    assets, finished = assets_sha256(), read_lines(path)
+    finished = read_lines(path)
     wanted = [
         (row, change, seed)
         for row, change, seed in cells
-        if not any(is_done(line, row, cell_config(change, seed), assets) for line in finished)
+        if not any(is_done(line, row, cell_config(change, seed), fingerprint(change)) for line in finished)
     ]
     print(f"{path.stem}: {len(wanted)} of {len(cells)} cells to run, {jobs} at a time")
     failed = []
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
-        finishing = pool.imap_unordered(try_cell, [(*cell, threads) for cell in wanted])
+        finishing = pool.imap_unordered(try_cell, [(*cell, threads, where or {}) for cell in wanted])
         for count, line in enumerate(finishing, 1):
             name = f"{line['row']}, seed {line['seed']}"
             if "error" in line:

@@ -18,6 +18,7 @@ from janus_ext.errors import (
     TrainingError,
 )
 from janus_ext.estimator import OnlineEstimator, observing
+from janus_ext.heads.statistics import FeatureStatistics
 from janus_ext.injection import Injection, inject, uninject
 from janus_ext.lora import LoRALinear, LoRAQKV
 from janus_ext.margin import ClassPrototypes, DecoupledMarginLoss
@@ -33,6 +34,7 @@ __all__ = [
     "ContinualLearner",
     "DataError",
     "DecoupledMarginLoss",
+    "FeatureStatistics",
     "GradientRectifier",
     "Injection",
     "JanusError",

@@ -18,10 +18,13 @@ from janus_ext.config import LearnConfig
 from janus_ext.config.checks import check_learning
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError
+from janus_ext.heads import HEADS
 from janus_ext.methods import METHODS
 from janus_ext.training.loop import Learner, derive_seed
 
 FIELDS = tuple(field.name for field in fields(LearnConfig))
+# Settings that runs of earlier versions lack, and that do nothing where they are left out.
+LATER = ("learn", "merge_scale", "drift_budget", "drift", "head_width")
 
 
 def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Module | None = None) -> Learner:
@@ -57,23 +60,27 @@ def resolve(settings: Mapping[str, Any]) -> LearnConfig:
     return replace(config, device=str(device), amp=pick_amp(config.amp, device))
 
 
-def stored_config(settings: Mapping[str, Any], device: str | None = None) -> LearnConfig:
+def stored_config(settings: Mapping[str, Any], device: str | None = None, head: str | None = None) -> LearnConfig:
     """The configuration in a run's ``config.json``, on ``device``, or where it was if that is there, or else anywhere.
 
-    Another kind of device chooses its own autocast.
+    Another kind of device chooses its own autocast. ``head`` takes the place of the run's own.
 
     Raises:
         CheckpointError: a setting is missing or none of a learner's.
     """
-    missing = [name for name in FIELDS if name not in settings]
+    missing = [name for name in FIELDS if name not in (*settings, *LATER)]
     if missing:
         raise CheckpointError(f"config.json lacks {', '.join(missing[:3])}: another version of this program wrote it")
     try:
-        config = LearnConfig(**{name: settings[name] for name in FIELDS})
+        config = LearnConfig(**{name: settings[name] for name in FIELDS if name in settings})
         check_learning(config)
     except (ArgumentError, TypeError) as error:
         raise CheckpointError(f"config.json holds what cannot be: {error}") from error
     chosen = pick_device(device or (config.device if _is_there(config.device) else "auto"))
+    if head is not None:
+        if head not in HEADS:
+            raise ArgumentError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+        config = replace(config, head=head, head_width=config.head_width if head == config.head else None)
     amp = config.amp if chosen.type == torch.device(config.device).type else pick_amp("auto", chosen)
     return replace(config, device=str(chosen), amp=amp)
 
@@ -106,11 +113,6 @@ def take_classifier(core: Learner, model: nn.Module, names: tuple[str, ...]) -> 
     if not isinstance(linear, nn.Linear) or linear.out_features != len(names) or len(set(names)) != len(names):
         found = f"{linear.out_features} outputs" if isinstance(linear, nn.Linear) else f"a {type(linear).__name__}"
         raise ArgumentError(f"class_names must name the model's outputs, each once: {len(names)} names, {found}")
-    if core.config.head == "ncm":
-        default = f", the default of {core.config.method}," if core.config.method == "lora-drs" else ""
-        raise ArgumentError(
-            f'head="ncm"{default} needs the means of all classes: the model has none; use head="linear"'
-        )
     head = core.model.add_task(len(names))
     bias = torch.zeros(len(names)) if linear.bias is None else linear.bias
     head.load_state_dict({"weight": linear.weight, "bias": bias})

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
-from janus_ext.config import BenchmarkName, TrainConfig
+from janus_ext.config import BenchmarkName, OneHead, TrainConfig
 from janus_ext.data import BENCHMARKS
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.layout import find_parts
@@ -40,6 +40,8 @@ class EvaluateConfig:
     """A benchmark's test images, of the classes that the run knows; by default the run's own benchmark."""
     data_dir: Annotated[Path | None, arg(help_behavior_hint="")] = None
     """Where the benchmark's images lie; alone, a folder of class folders, or of train and test with such folders."""
+    head: Annotated[OneHead | None, arg(help_behavior_hint="")] = None
+    """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
     output: Annotated[Path | None, arg(help_behavior_hint="")] = None
     """Folder of the files; by default evaluation in the folder of the run."""
     device: Annotated[str | None, arg(help_behavior_hint="")] = None
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Scores the run, prints a table and writes the files; returns what they hold."""
     run = Run.open(config.run)
-    learner = ContinualLearner.load(config.run, config.device)
+    learner = ContinualLearner.load(config.run, config.device, head=config.head)
     with naming_lost_workers():
         found = (
             _on_benchmark(learner, run.settings(), config) if _wants_benchmark(config) else _on_folder(learner, config)

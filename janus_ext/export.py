@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from janus_ext.config import OneHead
 from janus_ext.exports import onnx, peft, pt2, timm
 from janus_ext.exports.contents import Contents
 from janus_ext.learner import ContinualLearner
@@ -37,6 +38,8 @@ class ExportConfig:
     """timm: weights and config.json; onnx, pt2: image to scores in one file; peft: an adapter for every task."""
     output: Path
     """Folder to write, new or empty."""
+    head: Annotated[OneHead | None, arg(help_behavior_hint="")] = None
+    """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
 
 
 @command("janus_ext.export", "interrupted, nothing was written")
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(config: ExportConfig) -> None:
     """Writes the folder and says where it is."""
-    FORMATS[config.format](ContinualLearner.load(config.run, device="cpu").contents(), config.output)
+    FORMATS[config.format](ContinualLearner.load(config.run, device="cpu", head=config.head).contents(), config.output)
     print(f"{config.output}: README.md there says how to load it")
 
 

@@ -97,8 +97,9 @@ class ContinualLearner:
     ) -> ContinualLearner:
         """A classifier in use, which is to learn more classes: what it knows becomes the first task.
 
-        Nothing of it is protected until `observe` has seen images of its kind; `learn` warns of that. Its classes have
-        no means, so that ``head="ncm"`` cannot be, and the margin loss does not know them.
+        Nothing of it is protected until `observe` has seen images of its kind; `learn` warns of that. Its own linear
+        classifier is the head of these classes; every other ``head`` needs labelled images of them, as does the margin
+        loss: ``observe(images, labelled=True)``.
 
         Args:
             model: one of timm's with its classifier, an nn.Linear behind ``forward_head(x, pre_logits=True)``. It is
@@ -110,6 +111,8 @@ class ContinualLearner:
             ArgumentError: the model has no such classifier, or another number of outputs.
         """
         names = checked_names(class_names)
+        if settings.get("head", "auto") == "auto":
+            settings["head"] = "linear"
         learner = cls(model, method, **settings)
         with learner._at_work():
             take_classifier(learner._core, model, names)
@@ -181,6 +184,8 @@ class ContinualLearner:
         found = labelled(images, classes, self.view, self.workers())
         self._past.check_new(checked_names(found.class_names), self.config.head)
         self._warn_of_unprotected()
+        if self._past.tasks:
+            self._core.method.decision()  # a head that cannot be fitted says so before a task is learned
         first = len(self.classes)
         selection = _all_of(found.split, range(first, first + len(found.class_names)))
         steps = self._core.step_count(len(self._past.tasks), len(selection))
@@ -190,21 +195,27 @@ class ContinualLearner:
             self._past.add(found.class_names, report.factors)
         return report
 
-    def observe(self, images: Any) -> None:
+    def observe(self, images: Any, labelled: bool = False) -> None:
         """Protects what the model makes of images like these, which need no labels: what it knew before is kept.
 
         Args:
             images: as in `predict`. As many as show all that is to be kept, a few hundred at least.
+            labelled: the images have labels, as in `evaluate`: they are of all the classes that were learned without
+                any, see `from_classifier`. Then every head can be fitted, and the margin loss knows these classes.
 
         Raises:
-            ArgumentError: the method protects nothing.
+            ArgumentError: the method protects nothing (and the images are not labelled); a class has no image; one of
+                a class that was learned from images.
             DataError: there is no image, or one cannot be read.
         """
-        split = unlabelled(images, self.view, self.workers())
+        split = self._labelled(images) if labelled else unlabelled(images, self.view, self.workers())
+        if labelled:
+            self._past.check_met(self._core.method.prototypes.classes, split.labels.unique().tolist())
         require_readable(split)
+        outputs = range(len(self.classes)) if labelled else (0,)
         with self._at_work(), self._core.undone_on_error():
-            self._core.observe(_all_of(split, (0,)))
-        self._past.unprotected = False
+            self._core.observe(_all_of(split, outputs), labelled)
+        self._past.unprotected = self._past.unprotected and not self._core.method.remembers
 
     # using ------------------------------------------------------------------------------------------------------------
     def predict(self, images: Any, top: int = 5, calibrate: Any = None) -> list[list[tuple[str, float]]]:
@@ -245,8 +256,7 @@ class ContinualLearner:
 
     def temperature(self, images: Any) -> float:
         """The T of `predict`'s ``calibrate``, fitted on labelled images."""
-        self._require_classes()
-        split = labelled_as(images, self.classes, self.view, self.workers())
+        split = self._labelled(images)
         with self._at_work():
             batches = list(self._core.scores(_all_of(split, range(len(self.classes)))))
         return fit_temperature(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
@@ -262,9 +272,7 @@ class ContinualLearner:
             ArgumentError: nothing was learned yet.
             DataError: there is no image, one cannot be read, or a label is no class that the learner knows.
         """
-        self._require_classes()
-        split = labelled_as(images, self.classes, self.view, self.workers())
-        return self.evaluate_split(split, self.classes)
+        return self.evaluate_split(self._labelled(images), self.classes)
 
     def evaluate_split(self, split: Split, class_names: Sequence[str]) -> Evaluation:
         """The same of a benchmark's split, whose class ids are positions in ``class_names``; unknown classes are left.
@@ -297,15 +305,22 @@ class ContinualLearner:
         replace_folder(folder, self._write)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | None = None, backbone: nn.Module | None = None) -> ContinualLearner:
+    def load(
+        cls,
+        folder: str | Path,
+        device: str | None = None,
+        backbone: nn.Module | None = None,
+        head: str | None = None,
+    ) -> ContinualLearner:
         """The learner that was saved in ``folder``, or that a run of ``janus_ext.train`` has left there.
 
         Args:
             device: where it computes from now on; by default where it did, or what there is of that.
             backbone: a model of the architecture that it was made with, where that was none that timm makes by name.
+            head: another head than it had, fitted to what is known of all classes: no image is needed for that.
 
         Raises:
-            ArgumentError: the folder holds nothing of that kind.
+            ArgumentError: the folder holds nothing of that kind, or the head cannot be fitted.
             CheckpointError: no task was finished, or a file is missing, damaged or altered.
         """
         run = Run.open(folder)
@@ -313,12 +328,14 @@ class ContinualLearner:
         if saved is None:
             raise CheckpointError(f"{folder} has not finished a task yet: there is nothing to load")
         learner = cls.__new__(cls)
-        config = stored_config(settings, device)
+        config = stored_config(settings, device, head)
         with at_work(torch.device(config.device)):
             learner._core = make_learner(config, *stored_numbers(settings), network_of(settings, backbone))
             with run.fitting():
                 learner._core.restore([len(names) for names in saved.tasks], saved.model, saved.method)
             check_network(learner._core, settings.get("probe"), run.folder)
+            if head is not None:
+                learner._core.method.decision()
         learner._past = Past.of(run, settings, saved)
         learner._core.model.eval()
         return learner
@@ -326,11 +343,10 @@ class ContinualLearner:
     def model(self) -> nn.Module:
         """The plain timm model, merged, with one classifier for all classes: a copy on the CPU, float32.
 
-        It takes normalised pixels and gives a score a class: logits, or with ``head="ncm"`` products with the unit
-        means, which have the order of the cosines.
+        It takes normalised pixels and gives a score a class, see `Decision.rows`.
 
         Raises:
-            ArgumentError: nothing was learned yet, or the network has no linear classifier on its features.
+            ArgumentError: nothing was learned yet, or there is no linear classifier on the network's features.
         """
         contents = self.contents()
         return plain_model(contents.model, *contents.decision.rows()).eval()
@@ -338,12 +354,10 @@ class ContinualLearner:
     def contents(self) -> Contents:
         """What exports are made of."""
         self._require_classes()
-        core = self._core
-        updates = [
-            Update(factors, self.config.scale, names)
-            for factors, names in zip(self._past.factors, self._past.tasks, strict=True)
-        ]
-        about = (self._settings(), tuple(updates), self._past.results, 1 / self._past.margin)
+        core, past = self._core, self._past
+        learned = zip(past.factors, past.tasks, strict=True)
+        updates = tuple(Update(factors, self.config.scale, names) for factors, names in learned)
+        about = (self._settings(), updates, past.results, 1 / past.margin)
         return Contents(core.model, core.method.decision(), self.classes, *about)
 
     def _settings(self) -> dict[str, Any]:
@@ -367,6 +381,10 @@ class ContinualLearner:
     def _require_classes(self) -> None:
         if not self._past.tasks:
             raise ArgumentError("nothing was learned yet: call learn() first")
+
+    def _labelled(self, images: Any) -> Split:
+        self._require_classes()
+        return labelled_as(images, self.classes, self.view, self.workers())
 
     def _warn_of_unprotected(self) -> None:
         if self._past.unprotected:

@@ -81,6 +81,16 @@ class Past:
                 'wait for another, or use head="ncm" or another one'
             )
 
+    def check_met(self, known: Sequence[int], shown: Sequence[int]) -> None:
+        """ArgumentError unless images are ``shown`` of exactly those classes that no image was ``known`` of."""
+        missing = set(range(len(self.classes))) - set(known)
+        for found, what in ((set(shown) & set(known), "was learned from images"), (missing - set(shown), "has none")):
+            if found:
+                raise ArgumentError(
+                    f"labelled images must be of all classes that were learned without any, {len(missing)} here, and "
+                    f"of no others: {self.classes[min(found)]} {what}"
+                )
+
     def add(self, names: tuple[str, ...], factors: Mapping[str, Tensor]) -> None:
         """A task was learned; results of a run were measured without it."""
         self.tasks.append(names)

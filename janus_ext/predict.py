@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from janus_ext.config import flag
+from janus_ext.config import OneHead, flag
 from janus_ext.data.collect import find_images, readable, unlabelled
 from janus_ext.data.names import on_one_line
 from janus_ext.errors import ArgumentError
@@ -34,6 +34,8 @@ class PredictConfig:
     """Image files, folders (all images below) and patterns."""
     top: int = 5
     """How many classes of each image."""
+    head: Annotated[OneHead | None, arg(help_behavior_hint="")] = None
+    """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
     json: bool = False
     """Lines of JSON instead of a table: the path, and names and scores of the classes, or what was wrong."""
     batch_size: Annotated[int | None, arg(help_behavior_hint="")] = None
@@ -62,7 +64,7 @@ def _check(config: PredictConfig) -> None:
 def predict(config: PredictConfig) -> int:
     """Prints what the images are; 1 if any could not be read, else 0."""
     _check(config)
-    learner = ContinualLearner.load(config.run, config.device)
+    learner = ContinualLearner.load(config.run, config.device, head=config.head)
     paths = find_images(config.images)
     good, problems = readable(paths)
     for problem in problems:

@@ -11,7 +11,8 @@ from janus_ext import ContinualLearner, inject
 from janus_ext.backbone import prepare_torchvision
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.exports import onnx, peft, pt2, timm
-from janus_ext.exports.contents import Contents, linear_rows
+from janus_ext.exports.contents import Contents
+from janus_ext.heads.base import Decision
 from janus_ext.runs.checkpoint import write_json
 
 PACKAGES = {"timm": (), "pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "peft": ("peft",)}
@@ -19,6 +20,10 @@ EXPORTS = {"timm": timm.export, "onnx": onnx.export, "pt2": pt2.export, "peft": 
 METHODS = {
     "janus": {"scale": 0.7},
     "janus, ncm": {"head": "ncm"},
+    "janus, lda": {"head": "lda"},
+    "janus, ridge": {"head": "ridge"},
+    "janus, ridge of random features": {"head": "ridge", "head_width": 40},
+    "janus, aligned": {"head": "aligned"},
     "lora": {},
     "lora-gpm": {},
     "inflora": {},
@@ -50,9 +55,7 @@ def contents_of(run: Path) -> Contents:
 def scores_of(contents: Contents, images: Tensor) -> Tensor:
     """The scores of the run itself, adapters and all."""
     features = contents.model.eval().features(images)
-    if contents.of_means:
-        return (16 * nn.functional.normalize(features, dim=-1) @ contents.weight.T + contents.bias).softmax(-1)
-    return (features @ contents.weight.T + contents.bias).softmax(-1)
+    return contents.decision.scores(features).softmax(-1)
 
 
 def assert_untouched(contents: Contents, before: dict[str, Tensor]) -> None:
@@ -70,4 +73,5 @@ def contents_on(backbone: nn.Module, classes: int = 3, **settings) -> Contents:
     inject(backbone, rank=2)
     model.add_task(classes, "default")
     names = tuple(f"class {index}" for index in range(classes))
-    return Contents(model.eval(), *linear_rows(model.heads), names, {"method": "janus", "backbone": "x"} | settings)
+    decision = Decision(model.heads[0].weight.detach(), model.heads[0].bias.detach())
+    return Contents(model.eval(), decision, names, {"method": "janus", "backbone": "x"} | settings)

@@ -1,5 +1,6 @@
 """ContinualLearner.from_classifier: a deployed model keeps its answers, and what was observed moves less."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,11 +80,37 @@ def logits_of(learner: ContinualLearner, paths: list[Path]) -> Tensor:
 def test_classifiers_that_cannot_be_taken_are_named(deployed):
     with pytest.raises(ArgumentError, match="class_names must name the model's outputs"):
         ContinualLearner.from_classifier(deployed, ["one"], **SETTINGS)
-    with pytest.raises(ArgumentError, match="needs the means of all classes"):
-        ContinualLearner.from_classifier(deployed, FIRST, **SETTINGS, head="ncm")
     learner = ContinualLearner.from_classifier(deployed, FIRST, method="lora", device="cpu", epochs=1)
     with pytest.raises(ArgumentError, match="method lora remembers no inputs"):
         learner.observe(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("head", ["ncm", "lda", "ridge", "aligned"])
+def test_labelled_images_of_its_classes_make_every_head_possible(deployed, photos, head):
+    learner = ContinualLearner.from_classifier(deployed, FIRST, **SETTINGS, head=head)
+    for use in (lambda: learner.learn(photos, SECOND), lambda: learner.predict(photos)):
+        warnings.simplefilter("ignore", UserWarning)  # of what is not protected
+        with pytest.raises(ArgumentError, match=rf"head '{head}' needs images of all classes.*labelled=True"):
+            use()
+    assert learner.classes == tuple(FIRST)
+    learner.observe(labelled_paths(photos, FIRST), labelled=True)
+    learner.learn(photos, SECOND)
+    assert learner.evaluate(labelled_paths(photos, [*FIRST, *SECOND])).accuracy >= 50
+    assert sorted(learner._core.method.prototypes.classes) == [0, 1, 2, 3]
+    with pytest.raises(ArgumentError, match=f"0 here, and of no others: {FIRST[0]} was learned from images"):
+        learner.observe(labelled_paths(photos, FIRST), labelled=True)
+
+
+def test_labelled_images_must_be_of_all_its_classes(deployed, photos):
+    learner = ContinualLearner.from_classifier(deployed, FIRST, **SETTINGS)
+    before = state_of(learner)
+    with pytest.raises(ArgumentError, match=f"2 here, and of no others: {FIRST[1]} has none"):
+        learner.observe(labelled_paths(photos, FIRST[:1]), labelled=True)
+    assert_same(state_of(learner), before)
+
+
+def labelled_paths(photos: Path, names: list[str]) -> list[tuple[Path, str]]:
+    return [(path, name) for name in names for path in sorted((photos / name).iterdir())]
 
 
 # models that are not as they seem -------------------------------------------------------------------------------------

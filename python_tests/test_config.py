@@ -15,6 +15,7 @@ from janus_ext.config import BenchmarkName, MethodName, TrainConfig, parts
 from janus_ext.data import BENCHMARKS
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError
+from janus_ext.heads import HEADS
 from janus_ext.methods import METHODS
 from janus_ext.runs.checkpoint import read_json, write_json
 from janus_ext.runs.settings import settings_of
@@ -39,6 +40,7 @@ def test_what_the_user_says_wins():
 
 def test_choices_and_registries_agree():
     assert set(get_args(MethodName)) == set(METHODS)
+    assert set(get_args(parts.Head)) == {"auto", *HEADS}
     assert set(get_args(BenchmarkName)) == set(BENCHMARKS)
 
 
@@ -88,6 +90,17 @@ def test_every_field_is_explained_to_the_user():
         ({"temperature": 0.0}, "--temperature"),
         ({"margin_weight": -1.0}, "--margin-weight"),
         ({"clip_norm": 0.0}, "--clip-norm"),
+        ({"head_width": 100}, "--head-width belongs to --head ridge, got --head linear"),
+        ({"head_width": 0, "head": "ridge"}, "--head-width"),
+        ({"head_width": 9, "head": "ridge", "drift": "ridge"}, "--drift moves statistics of features"),
+        ({"merge_scale": 1.1}, "--merge-scale"),
+        ({"drift_budget": -0.1}, "--drift-budget"),
+        ({"learn": "none", "merge_scale": 0.5}, "--merge-scale would do nothing here: it needs a backbone that learns"),
+        ({"learn": "none", "drift_budget": 0.5}, "--drift-budget would do nothing here"),
+        (
+            {"learn": "first", "drift": "ridge"},
+            "--drift would do nothing here: it needs a backbone that learns in every task: --learn all",
+        ),
         ({"seed": ()}, "--seed"),
         ({"seed": (3, 3)}, "--seed"),
         ({"rectify": "project", "estimator": "none"}, "--rectify project"),
@@ -176,7 +189,17 @@ def test_another_schedule_leaves_the_presets_milestones():
 def test_every_method_has_values_on_every_benchmark(method, name):
     config = TrainConfig(method=method, benchmark=name).resolved()
     left_open = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
-    by_benchmark = {"data_dir", "split", "tasks", "task_list", "class_list", "workers", "image_size"}
+    by_benchmark = {
+        "head_width",
+        "drift_budget",
+        "data_dir",
+        "split",
+        "tasks",
+        "task_list",
+        "class_list",
+        "workers",
+        "image_size",
+    }
     assert left_open <= by_benchmark | {"estimator_rank", "limit_per_class", "milestones", "clip_norm", "device"} | {
         "validation",
         "amp",

@@ -241,7 +241,7 @@ def test_the_exported_program_computes_the_same_scores(contents, images, tmp_pat
 
 
 # peft ----------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("case", [case for case in METHODS if case != "bilora"])
+@pytest.mark.parametrize("case", [case for case in METHODS if case != "bilora" and "random" not in case])
 def test_peft_computes_the_same_features(patterns, weights, tmp_path, images, case):
     needs("peft")
     from peft import PeftModel

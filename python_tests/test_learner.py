@@ -17,6 +17,7 @@ from janus_ext import ContinualLearner, train
 from janus_ext.calibration import fit_temperature
 from janus_ext.data.collect import unlabelled
 from janus_ext.errors import ArgumentError, DataError, JanusError
+from janus_ext.heads import HEADS
 from janus_ext.runs import checkpoint
 
 
@@ -163,7 +164,7 @@ def learned(weights, tmp_path_factory) -> tuple[ContinualLearner, Path]:
     return learner, photos
 
 
-@pytest.mark.parametrize("head", ["linear", "ncm"])
+@pytest.mark.parametrize("head", HEADS)
 def test_scores_are_the_softmax_of_what_the_method_says(weights, photos, head):
     learner = learner_of(weights, head=head)
     learner.learn(photos, FIRST)
@@ -172,7 +173,7 @@ def test_scores_are_the_softmax_of_what_the_method_says(weights, photos, head):
     assert [len(classes) for classes in predicted] == [2] * len(paths)
     images = torch.stack([torch.from_numpy(pixels) for pixels in map(squares(32), paths)])
     with torch.no_grad():
-        scores = learner._core.method.scores(images).double() * (16 if head == "ncm" else 1)
+        scores = learner._core.method.scores(images).double()
     for classes, want in zip(predicted, scores.softmax(-1), strict=True):
         assert [name for name, _ in classes] == [FIRST[i] for i in want.argsort(descending=True)]
         assert [score for _, score in classes] == pytest.approx(want.sort(descending=True).values.tolist(), abs=1e-6)
@@ -193,7 +194,7 @@ def test_one_image_in_every_form(learned):
 def test_calibration_finds_the_temperature_of_the_largest_likelihood(learned):
     learner, photos = learned
     found = learner.temperature(photos)
-    batches = [*learner._logits(_selection(learner, photos))]
+    batches = [*learner._core.scores(_selection(learner, photos))]
     logits, labels = (torch.cat(parts).double() for parts in zip(*batches, strict=True))
     temperatures = (found, found * 1.01, found / 1.01)
     smoothing = 1 / (len(labels) + 2)  # Platt's

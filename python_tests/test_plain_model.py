@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from janus_ext import ArgumentError
 from janus_ext.backbone import load_backbone
 from janus_ext.exports import folder, plain
-from janus_ext.exports.contents import Contents, linear_rows, prototype_rows
+from janus_ext.exports.contents import Contents
+from janus_ext.heads.base import Decision
 
 
 @pytest.fixture(scope="module")
@@ -60,23 +61,29 @@ def test_pixels_may_be_floats(contents, images):
     assert torch.equal(scorer(images.float()), scorer(images))
 
 
-def test_heads_stand_one_below_the_other(contents):
-    weight, bias = linear_rows(contents.model.heads)
-    features = torch.randn(5, 32)
-    assert_close(features @ weight.T + bias, contents.model.classify(features), torch.float32)
+def test_rows_decide_as_the_head(patterns, weights, tmp_path, images):
+    for case in ("janus", "janus, ncm", "janus, lda", "janus, ridge", "janus, aligned"):
+        contents = contents_of(run_of(case, patterns, weights, tmp_path / case))
+        weight, bias = contents.decision.rows()
+        features = contents.model.eval().features(images).detach()
+        assert torch.equal((features @ weight.T + bias).argmax(1), contents.decision.scores(features).argmax(1))
 
 
-def test_a_class_without_a_prototype_never_wins(contents):
-    from janus_ext import ClassPrototypes
+def test_random_features_leave_no_linear_classifier(patterns, weights, tmp_path):
+    contents = contents_of(run_of("janus, ridge of random features", patterns, weights, tmp_path / "run"))
+    with pytest.raises(ArgumentError, match="--head-width makes random features .*: ONNX and pt2 hold them"):
+        contents.decision.rows()
 
-    prototypes = ClassPrototypes(32)
-    prototypes.add(torch.randn(4, 32), torch.tensor([3, 0, 3, 5]))
-    weight, bias = prototype_rows(prototypes, 7)
+
+def test_a_class_of_which_nothing_is_known_never_wins():
+    weight = torch.randn(7, 32)
+    seen = torch.tensor([True, False, False, True, False, True, False])
+    decision = Decision.of(weight, torch.zeros(7), seen, unit=True)
     features = torch.randn(100, 32)
-    scores = features @ weight.T + bias
-    assert sorted(scores.argmax(-1).unique().tolist()) == [0, 3, 5]
-    cosines = prototypes.cosines(features) * features.norm(dim=1, keepdim=True)
-    assert_close(scores[:, prototypes.classes], cosines, torch.float32)
+    rows, bias = decision.rows()
+    for scores in (features @ rows.T + bias, decision.scores(features)):
+        assert sorted(scores.argmax(-1).unique().tolist()) == [0, 3, 5]
+    assert torch.isfinite(bias).all()
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "swinv2_cr_tiny_ns_224", "xcit_nano_12_p16_224"])
@@ -103,5 +110,5 @@ def test_a_network_that_torch_cannot_follow_is_one_line():
 
 
 def test_rows_that_do_not_fit_are_refused(contents):
-    with pytest.raises(ArgumentError, match=r"must be \[5, 32\] and \[5\], got \[6, 32\] and \[6\]"):
+    with pytest.raises(ArgumentError, match="decision must be of 5 classes, got 6"):
         replace(contents, class_names=tuple("abcde"))

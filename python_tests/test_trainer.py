@@ -18,6 +18,7 @@ from janus_ext.assembly import make_learner
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji
 from janus_ext.errors import ArgumentError, TrainingError
+from janus_ext.heads import HEADS
 from janus_ext.methods import METHODS
 from janus_ext.methods.base import Method, Step
 from janus_ext.runs import checkpoint
@@ -139,9 +140,12 @@ def test_the_saved_model_is_the_evaluated_one(patterns, weights, tmp_path):
     for classes in patterns.tasks:
         fresh.learner.model.add_task(len(classes))
     fresh.learner.model.load_state_dict(tensors)
-    assert fresh._evaluate(2)[0] == results["accuracy_matrix"][-1]
+    assert fresh._evaluate(2)["linear"][0] == results["accuracy_matrix"][-1]
     state, _ = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "method-2.safetensors")
     fresh.learner.method.load_state_dict(state)
+    measured = {head: rows[0] for head, rows in fresh._evaluate(2).items()}
+    assert measured == {head: result["accuracy_matrix"][-1] for head, result in results["heads"].items()}
+    assert measured.keys() == {"linear", "ncm", "lda", "ridge"}
     assert torch.equal(fresh.learner.method.prototypes.matrix, trainer.learner.method.prototypes.matrix)
     assert all(
         torch.equal(e.basis, trainer.learner.method.estimators[k].basis)
@@ -194,7 +198,7 @@ def test_accuracy_counts_all_seen_classes(patterns, weights, tmp_path):
     assert logits.shape == (24, 6) and trainer.matrix[-1] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("head", ["linear", "ncm"])
+@pytest.mark.parametrize("head", HEADS)
 def test_why_images_are_missed_is_measured_beside_it(patterns, weights, tmp_path, head):
     trainer = make_trainer(patterns, weights, tmp_path / "run", head=head, epochs=1)
     results = trainer.run()

@@ -16,8 +16,11 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
     """Method, network, optimisation and machine of a learner; see the parts for the fields."""
 
     def resolved(self: T) -> T:
-        """The checked configuration, with the values of ``--benchmark folder`` for what was not said."""
-        return self._with(presets.values("default", "folder", self.method))
+        """The checked configuration, with the values of ``--benchmark folder`` for what was not said.
+
+        Of the embedded backbone these are the ones of ``--benchmark emoji``.
+        """
+        return self._with(presets.values("default", "folder", self.method, self.backbone))
 
     def _with(self: T, defaults: dict[str, Any]) -> T:
         """The checked configuration with ``defaults`` for what was not said; ArgumentError names the flag."""

@@ -110,13 +110,17 @@ COMMON: dict[str, Any] = {
 PAPER: dict[str, Any] = {"normalize": "identity", "head_init": "default", "seed": (0, 1, 2, 3, 4)}
 
 
-def values(preset: str, benchmark: str, method: str) -> dict[str, Any]:
-    """Fields of the configuration and what they are unless the user says otherwise; the later table wins."""
+def values(preset: str, benchmark: str, method: str, backbone: str | None = None) -> dict[str, Any]:
+    """Fields of the configuration and what they are unless the user says otherwise; the later table wins.
+
+    Where no protocol is published, the embedded ``backbone`` takes what was tuned for it, whatever the images are.
+    """
     if preset == "paper" and benchmark not in PUBLISHED:
         raise ArgumentError(
             f"--preset paper is a published protocol, and --benchmark {benchmark} has none; it belongs to "
             f"{', '.join(PUBLISHED)}"
         )
     published = PAPER if preset == "paper" else {}
-    tables = [COMMON, published, BENCHMARKS[benchmark], METHODS[method], SPECIAL.get((method, benchmark), {})]
+    tuned = "emoji" if backbone == "emoji" and benchmark not in PUBLISHED else benchmark
+    tables = [COMMON, published, BENCHMARKS[tuned], METHODS[method], SPECIAL.get((method, tuned), {})]
     return {name: value for table in tables for name, value in table.items()}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from janus_ext.heads import linear
-from janus_ext.heads.base import Decision, require_statistics
+from janus_ext.heads.base import Decision
 from janus_ext.heads.knowledge import Knowledge
 
 SAMPLES = 256  # of each class and epoch, and of a batch
@@ -25,7 +25,7 @@ def fit(known: Knowledge) -> Decision:
 
     Means are scaled by 0.9 + 0.1 (t + 1) / T in task t of T so far: the older, the nearer to 0.
     """
-    require_statistics(known)
+    known.require_statistics("aligned")
     statistics = known.statistics
     start = linear.fit(known)
     parameters = [part.clone().cpu().requires_grad_() for part in (start.weight, start.bias)]

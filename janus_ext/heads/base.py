@@ -74,11 +74,3 @@ class Decision:
 
 Head = Callable[["Knowledge"], Decision]
 """A head: from what is known of the classes to what decides between them. Pure; it may raise StatisticsError."""
-
-
-def require_statistics(known: Knowledge) -> None:
-    """ArgumentError unless all classes were seen in statistics."""
-    if not known.is_complete:
-        raise ArgumentError(
-            "this head needs the statistics of all classes, and there are classes that were learned without any"
-        )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from janus_ext.errors import ArgumentError
 from janus_ext.heads.statistics import FeatureStatistics
 from janus_ext.margin import ClassPrototypes
 from janus_ext.named_tensors import below, prefixed
@@ -46,12 +47,32 @@ class Knowledge:
         return sum(self.sizes)
 
     @property
-    def is_complete(self) -> bool:
-        """Whether the statistics have seen all that there is: every class with a prototype, and some of each task."""
-        seen = self.statistics.seen.nonzero().flatten().tolist()
+    def has_means(self) -> bool:
+        """Whether there are means of classes of every task: images of them were seen."""
         ends = list(itertools.accumulate(self.sizes))
-        of_tasks = {bisect.bisect_right(ends, c) for c in seen}
-        return bool(seen) and seen == sorted(self.prototypes.classes) and len(of_tasks) == len(ends)
+        return {bisect.bisect_right(ends, c) for c in self.prototypes.classes} == set(range(len(ends)))
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the statistics have seen all of these classes, too: not so of runs before there were statistics."""
+        return self.has_means and self.statistics.seen.nonzero().flatten().tolist() == sorted(self.prototypes.classes)
+
+    def require_means(self, head: str) -> None:
+        """ArgumentError unless there are means."""
+        if not self.has_means:
+            raise ArgumentError(
+                f"head {head!r} needs images of all classes, and some were learned without: "
+                "ContinualLearner.observe(images, labelled=True) shows them; or take head 'linear'"
+            )
+
+    def require_statistics(self, head: str) -> None:
+        """ArgumentError unless there are statistics."""
+        self.require_means(head)
+        if not self.has_statistics:
+            raise ArgumentError(
+                f"head {head!r} needs statistics of all classes, and some were learned by a version of this program "
+                "that kept none: take head 'linear' or 'ncm'"
+            )
 
     def ages(self) -> Tensor:
         """0.9 + 0.1 (t + 1) / T, float64 [C]: by how much classifier alignment scales the means of task t of T."""
@@ -77,7 +98,7 @@ class Knowledge:
     def state_dict(self) -> dict[str, Tensor]:
         """Named tensors of all but the linear heads, which are the model's."""
         state = prefixed("prototypes", self.prototypes.state_dict())
-        state |= prefixed("statistics", self.statistics.state_dict())
+        state |= prefixed("statistics", self.statistics.state_dict()) | {"head_seed": torch.tensor(self.seed)}
         if self.expanded is not None and self.projection is not None:
             state |= prefixed("expanded", self.expanded.state_dict()) | {"projection": self.projection}
         return state
@@ -89,5 +110,6 @@ class Knowledge:
             stored = below(name, state)
             if statistics is not None and stored:
                 statistics.load_state_dict(stored)
+        self.seed = int(state.get("head_seed", 0))
         if self.expanded is not None and "projection" in state:
             self.projection = state["projection"].to(self.prototypes.matrix)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from janus_ext.heads.base import Decision, require_statistics
+from janus_ext.heads.base import Decision
 from janus_ext.heads.knowledge import Knowledge
 
 NOTHING = 1e-12  # of the features' energy: a scatter within classes below it is rounding
@@ -17,7 +17,7 @@ NOTHING = 1e-12  # of the features' energy: a scatter within classes below it is
 
 def fit(known: Knowledge) -> Decision:
     """Score of class c: mu_c^T S^-1 f - mu_c^T S^-1 mu_c / 2, the log posterior for equal priors, S the shrunk one."""
-    require_statistics(known)
+    known.require_statistics("lda")
     statistics = known.statistics
     means = statistics.means()
     S = shrunk(statistics.covariance(), statistics.rows, NOTHING * float(statistics.gram.trace()))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from janus_ext.heads.base import Decision, require_statistics
+from janus_ext.heads.base import Decision
 from janus_ext.heads.knowledge import Knowledge
 
 STRENGTHS = torch.logspace(-5, 2, 20, dtype=torch.float64).tolist()  # of lambda, relative to the mean eigenvalue of G
@@ -35,7 +35,7 @@ def fit(known: Knowledge) -> Decision:
     Targets that scatter around the regression with the same variance v in all directions have the class probabilities
     softmax(y / v): scores are y / v. There are C - 1 directions, since targets add up to 1.
     """
-    require_statistics(known)
+    known.require_statistics("ridge")
     statistics = known.expanded or known.statistics
     counts, rows = statistics.counts.double(), max(1, statistics.rows)
     mean, share = statistics.sums.sum(0) / rows, counts / rows

@@ -195,11 +195,18 @@ class Method(ABC):
         if self._before is not None:
             self.known.move(drift_map(self._before, features))
         self._measure(features, labels, report)
-        self.known.add(features, labels, task.head_seed)
         self._before = self._probe = None
+        self._take_up(features, labels, task)
+        return report
+
+    def meet(self, task: Task) -> None:
+        """Lets heads know the classes of ``task``'s images, which were learned without any."""
+        self._take_up(*self._features(task.clean_batches), task)
+
+    def _take_up(self, features: Tensor, labels: Tensor, task: Task) -> None:
+        self.known.add(features, labels, task.head_seed)
         self._decisions.clear()
         self.decision()
-        return report
 
     @torch.no_grad()
     def _consolidate(self, task: Task) -> TaskReport:

@@ -4,6 +4,7 @@ For every task t = 0 .. T-1:
     train the factors A, B of each layer on CE(current task) + DML(features, old prototypes)
         GR    before each step, the factor gradients are rectified against the layer's protected basis V
         OE    in the last epoch, each layer's estimator observes the inputs that training computes anyway
+              (where less than the whole update is merged: the inputs of another pass, after it was shrunk)
     OE    V' <- commit(energy_start + (energy_end - energy_start) t / T)
           W <- W + s B A;  fresh factors;  V <- V' protects the next task
     DML   the mean feature of each new class becomes a prototype
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from janus_ext.estimator import observing
 from janus_ext.margin import DecoupledMarginLoss
+from janus_ext.methods.base import Task, TaskReport
 from janus_ext.methods.protected import ProtectedLoRA
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class Janus(ProtectedLoRA):
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
         self.observing = ExitStack()
+        self.shrunk = False
         self.margin_loss = DecoupledMarginLoss(config.margin, config.temperature, config.margin_weight)
 
     def begin_epoch(self, is_last: bool) -> None:
@@ -40,8 +43,21 @@ class Janus(ProtectedLoRA):
     def end_epochs(self) -> None:
         self.observing.close()
 
+    def shrink_update(self, share: float) -> None:
+        super().shrink_update(share)
+        self.shrunk = True
+
+    def close_task(self, task: Task) -> TaskReport:
+        if self.shrunk:  # what was observed are the inputs that the whole update makes, and it is not merged whole
+            for estimator in self.estimators.values():
+                estimator.statistics.clear()
+            self.watch(task, self.estimators)
+            self.shrunk = False
+        return super().close_task(task)
+
     def abandon_task(self) -> None:
         super().abandon_task()
+        self.shrunk = False
         self.observing.close()
 
     def penalty(self, features: Tensor, targets: Tensor) -> Tensor | float:

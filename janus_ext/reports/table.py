@@ -36,7 +36,7 @@ def format_table(results: Results, width: int | None = None) -> str:
     """
     width = width or shutil.get_terminal_size().columns
     lines = [
-        f"{results['benchmark']}, method {results['method']}, seed {results['seed']}",
+        f"{results['benchmark']}, method {results['method']}{_head(results)}, seed {results['seed']}",
         "",
         *textwrap.wrap(
             f"accuracy (%) on {measured(results)} of task j after task t, over all classes seen so far", width
@@ -149,7 +149,22 @@ def _headlines(results: Results, width: int) -> list[str]:
     cells.append(f"danger {'-' if danger is None else format(danger, '.3f')}")
     weighted = f"ACC {_number(results['acc_sample_weighted'])}   MAA {_number(results['maa_sample_weighted'])}"
     footnote = textwrap.wrap(ROUNDED, width - 2) if any(rounded) else []
-    return [*_flow(cells, width), f"  weighted by images: {weighted}", *(f"  {line}" for line in footnote)]
+    return [
+        *_flow(cells, width),
+        f"  weighted by images: {weighted}",
+        *_flow(_by_head(results), width),
+        *(f"  {line}" for line in footnote),
+    ]
+
+
+def _head(results: Results) -> str:
+    return f", head {results['head']}" if "head" in results else ""
+
+
+def _by_head(results: Results) -> list[str]:
+    """ACC of every head that was measured, where there is more than the run's own."""
+    heads = results.get("heads", {})
+    return ["ACC by head:", *(f"{name} {_number(of['acc'])}" for name, of in heads.items())] if len(heads) > 1 else []
 
 
 def _flow(cells: Iterable[str], width: int) -> list[str]:

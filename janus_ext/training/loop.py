@@ -157,16 +157,21 @@ class Learner:
             loss, correct = loss + share.detach(), correct + step.correct
         return Step(loss, correct)
 
-    def observe(self, images: Selection) -> None:
+    def observe(self, images: Selection, labelled: bool = False) -> None:
         """Protects the inputs of images that are not learned, as they are; between two tasks.
 
+        Labelled ones are of classes that were learned without images: heads get to know them, too.
+
         Raises:
-            ArgumentError: the method remembers no inputs.
+            ArgumentError: the method remembers no inputs, and the images are not labelled.
             StatisticsError: a layer's inputs are zero or not finite; nothing is protected.
         """
         latest = max(0, len(self.sizes) - 1)
         clean = replace(self._task(images, 0), index=latest, augmented_batches=lambda: self.clean_batches(images))
-        self.method.observe(clean)
+        if self.method.remembers or not labelled:
+            self.method.observe(clean)
+        if labelled:
+            self.method.meet(clean)
 
     @torch.no_grad()
     def scores(self, images: Selection) -> Batches:
@@ -210,7 +215,7 @@ class Learner:
         """The configuration's head, and beside it all heads that are fitted at no cost to what the method knows."""
         names = [self.config.head]
         names += ["linear"] if self.epochs(len(self.sizes) - 1) else []
-        names += FITTED if self.method.known.is_complete else []
+        names += FITTED if self.method.known.has_statistics else []
         return {name: self.method.decision(name) for name in dict.fromkeys(names)}
 
     def learns(self, task: int) -> bool:

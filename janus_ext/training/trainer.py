@@ -49,9 +49,7 @@ class Trainer:
         self.matrix: list[list[float]] = []
         self.known: list[list[float]] = []
         self.recognised: list[list[float]] = []
-        self.heads: dict[
-            str, list[list[float]]
-        ] = {}  # R of every head that is measured, the configuration's among them
+        self.heads: dict[str, list[list[float]]] = {}  # R of all heads measured, the configuration's among them
         self.reports: list[TaskReport] = []
         self.seconds: list[float] = []
         self._check_tasks()
@@ -100,7 +98,7 @@ class Trainer:
             progress = Progress(bar, total, self.config.epochs)
             for index in range(done, total):
                 self._learn(index, progress, write)
-                self._evaluate(index)
+                self._take_up(self._evaluate(index))
                 self._write_task(index, write)
                 self._save(index)
                 self._log_task(index)
@@ -151,28 +149,24 @@ class Trainer:
         self.reports.append(self.learner.learn(self.train_images[index], classes, progress, record))
         self.seconds.append(time.perf_counter() - started)
 
-    def _evaluate(self, index: int) -> None:
-        """Row ``index`` of the three matrices of `metrics`, and of R for all heads, from one pass over the test images.
-
-        A head that could not be fitted after an earlier task is not measured any more.
-        """
+    def _evaluate(self, index: int) -> dict[str, list[list[float]]]:
+        """For every head row ``index`` of the three matrices of `metrics`, from one pass over the test images."""
         decisions = self.learner.decisions()
-        counts = [
-            self.learner.count_hits(task, images, decisions)
-            for task, images in enumerate(self.test_images[: index + 1])
-        ]
-        sizes = [len(images) for images in self.test_images[: index + 1]]
-        rows = {
-            name: [
-                [100 * hits[kind] / n for hits, n in zip((c[name] for c in counts), sizes, strict=True)]
-                for kind in range(3)
-            ]
-            for name in decisions
-        }
+        tested = self.test_images[: index + 1]
+        counts = [self.learner.count_hits(task, images, decisions) for task, images in enumerate(tested)]
+
+        def row(head: str, kind: int) -> list[float]:
+            return [100 * hits[head][kind] / len(images) for hits, images in zip(counts, tested, strict=True)]
+
+        return {head: [row(head, kind) for kind in range(len(MATRICES))] for head in decisions}
+
+    def _take_up(self, rows: dict[str, list[list[float]]]) -> None:
+        """Adds what was measured after a task; a head that was not measured after an earlier one is let go."""
+        done = len(self.matrix)
+        earlier = {head: self.heads.get(head, []) for head in rows}
+        self.heads = {head: [*R, rows[head][0]] for head, R in earlier.items() if len(R) == done}
         for matrix, row in zip((self.matrix, self.known, self.recognised), rows[self.config.head], strict=True):
             matrix.append(row)
-        earlier = {name: self.heads.get(name, []) for name in decisions}
-        self.heads = {name: [*R, rows[name][0]] for name, R in earlier.items() if len(R) == index}
 
     def _epochs_before(self, task: int) -> int:
         """Number of epochs in the tasks before this one."""
@@ -196,6 +190,13 @@ class Trainer:
             *(index + 1, len(self.benchmark.tasks), seen, known, recognised, self.matrix[index][-1]),
             self.seconds[index],
         )
+
+        report = self.reports[index]
+        if report.merged is not None and report.merged < 1:
+            LOG.info(
+                "task %d/%d: %.0f %% of the update merged, its own features moved by %.3f",
+                *(index + 1, len(self.benchmark.tasks), 100 * report.merged, report.movement),
+            )
 
     def _write_task(self, index: int, write: events.Write) -> None:
         results = self.results()

@@ -1,0 +1,145 @@
+"""Methods times heads on three data sets: every method is tuned on held-out training images, for every head alike.
+
+    python benchmarks/study.py run emoji                          # trials, choice, reported seeds; goes on with them
+    python benchmarks/study.py run glyphs --data-dir DATA/glyphs  # built by benchmarks/glyphs/build.py
+    python benchmarks/study.py run fashion-mnist --data-dir DATA/fashion-mnist
+    python benchmarks/study.py table emoji                        # methods x heads on the reported seeds, as Markdown
+    python benchmarks/study.py trials emoji                       # every candidate on the held-out images
+
+A run trains once and measures all heads, which training does not know of. Every method has nine candidates. All are
+run on seed 100 with `--validation`, so that the test images are not seen; for every head the best two are run on seed
+101, too, and the better mean ACC goes to seeds 0 to 4, which are trained on all training images and tested on the test
+images. The class order is drawn from the seed. Every finished run is a line in benchmarks/results/study-<data>.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from study_rows import DATA, HEADS, METHODS, SEEDS, SELECTION_SEEDS, VALIDATION, candidates, located
+from sweep_cells import Cell, cell_config, fingerprint, is_done, read_lines, run_cells
+from sweep_tables import spread
+
+from janus_ext.terminal import until_closed
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Lines = list[dict[str, Any]]
+
+
+class Study:
+    """The runs of one data set: those that are there, and those that are still to be made."""
+
+    def __init__(self, data: str, folder: Path | None = None) -> None:
+        self.data = data
+        self.path = RESULTS / f"study-{data}.jsonl"
+        self.where = located(data, folder)
+
+    def trial(self, change: dict[str, Any]) -> dict[str, Any]:
+        """A candidate as it is tried: on held-out training images."""
+        return change | {"validation": VALIDATION[self.data]}
+
+    def line(self, row: str, change: dict[str, Any], seed: int) -> dict[str, Any] | None:
+        """The finished run, if it is there."""
+        config = cell_config(change, seed)
+        return next((x for x in self.lines() if is_done(x, row, config, fingerprint(change))), None)
+
+    def lines(self) -> Lines:
+        """All finished runs."""
+        return read_lines(self.path)
+
+    def accuracy(self, row: str, change: dict[str, Any], head: str, seeds: tuple[int, ...]) -> float | None:
+        """Mean ACC of a candidate's trials with a head; None where one is missing, or the head was not measured."""
+        found = [self.line(row, self.trial(change), seed) for seed in seeds]
+        values = [x["heads"].get(head, {}).get("acc") for x in found if x is not None]
+        return statistics.fmean(values) if len(values) == len(seeds) and None not in values else None
+
+    def ranked(self, method: str, head: str, rows: list[str], seeds: tuple[int, ...]) -> list[str]:
+        """Those of `rows` that were tried on all of `seeds`, best first."""
+        known = candidates(self.data, method)
+        scores = {row: self.accuracy(row, known[row], head, seeds) for row in rows}
+        return sorted((row for row in rows if scores[row] is not None), key=lambda row: -scores[row])
+
+    def finalists(self, method: str, head: str) -> list[str]:
+        """The best two of the first selection seed."""
+        return self.ranked(method, head, list(candidates(self.data, method)), SELECTION_SEEDS[:1])[:2]
+
+    def chosen(self, method: str, head: str) -> str | None:
+        """The candidate that goes to the reported seeds; None while trials are missing."""
+        finalists = self.finalists(method, head)
+        ranked = self.ranked(method, head, finalists, SELECTION_SEEDS)
+        return ranked[0] if finalists and len(ranked) == len(finalists) else None
+
+    def run(self, methods: list[str], jobs: int) -> None:
+        """Runs what is missing, trials first."""
+        known = {method: candidates(self.data, method) for method in methods}
+        first, second = SELECTION_SEEDS
+        self._run([(row, self.trial(c), first) for rows in known.values() for row, c in rows.items()], jobs)
+        again = {row: known[m][row] for m in methods for head in HEADS for row in self.finalists(m, head)}
+        self._run([(row, self.trial(c), second) for row, c in again.items()], jobs)
+        best = {row: known[m][row] for m in methods for head in HEADS if (row := self.chosen(m, head))}
+        self._run([(row, c, seed) for seed in SEEDS for row, c in best.items()], jobs)
+
+    def _run(self, cells: list[Cell], jobs: int) -> None:
+        run_cells(cells, jobs, 1, self.path, self.where)
+
+    # what came out ----------------------------------------------------------------------------------------------------
+    def reported(self, method: str, head: str) -> Lines:
+        """The finished runs of what was chosen, on the reported seeds."""
+        row = self.chosen(method, head)
+        found = [self.line(row, candidates(self.data, method)[row], seed) for seed in SEEDS] if row else []
+        return [x for x in found if x is not None]
+
+    def table(self) -> str:
+        """Methods times heads: ACC, mean and deviation; below it MAA, BWT and what was chosen."""
+        text = [f"| ACC | {' | '.join(HEADS)} |", "|" + "---|" * (len(HEADS) + 1)]
+        text += [f"| {m} | {' | '.join(self._cell(m, head, 'acc') for head in HEADS)} |" for m in METHODS]
+        text += ["", "| method, head | chosen | ACC | MAA | BWT | plasticity | seeds |", "|" + "---|" * 7]
+        for method in METHODS:
+            for head in HEADS:
+                lines = self.reported(method, head)
+                if lines:
+                    setting = self.chosen(method, head).partition(" | ")[2]
+                    cells = [self._cell(method, head, metric) for metric in ("acc", "maa", "bwt", "plasticity")]
+                    text.append(f"| {method}, {head} | {setting} | {' | '.join(cells)} | {len(lines)} |")
+        return "\n".join(text)
+
+    def trials(self) -> str:
+        """ACC of every candidate and head on the held-out images of the selection seeds."""
+        text = [f"| candidate | seed | {' | '.join(HEADS)} | movement |", "|" + "---|" * (len(HEADS) + 3)]
+        for method in METHODS:
+            for row, change in candidates(self.data, method).items():
+                for seed in SELECTION_SEEDS:
+                    found = self.line(row, self.trial(change), seed)
+                    if found:
+                        shares = [f"{found['heads'][h]['acc']:.2f}" if h in found["heads"] else "–" for h in HEADS]
+                        moved = "–" if found["movement"] is None else f"{found['movement']:.3f}"
+                        text.append(f"| {row} | {seed} | {' | '.join(shares)} | {moved} |")
+        return "\n".join(text)
+
+    def _cell(self, method: str, head: str, metric: str) -> str:
+        lines = [x for x in self.reported(method, head) if head in x["heads"]]
+        return spread([x["heads"][head][metric] for x in lines], "{:.2f}") if lines else "–"
+
+
+@until_closed
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "table", "trials"])
+    parser.add_argument("data", choices=list(DATA))
+    parser.add_argument("--data-dir", type=Path, help="where the images of glyphs or fashion-mnist lie")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
+    arguments = parser.parse_args()
+    folder = arguments.data_dir if arguments.action == "run" else Path()
+    study = Study(arguments.data, folder)
+    if arguments.action == "run":
+        study.run(arguments.methods, arguments.jobs)
+    else:
+        print(study.table() if arguments.action == "table" else study.trials())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What the study tries: data sets, methods, and nine candidates for each method on each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SELECTION_SEEDS = (100, 101)
+SEEDS = (0, 1, 2, 3, 4)
+HEADS = ("linear", "ncm", "lda", "ridge")  # of every run; aligned has runs of its own
+
+DATA: dict[str, dict[str, Any]] = {
+    "emoji": {"benchmark": "emoji", "epochs": 6},
+    "glyphs": {"benchmark": "folder", "backbone": "emoji", "epochs": 3, "cache_images": True, "workers": 0},
+    "fashion-mnist": {
+        "benchmark": "fashion-mnist",
+        "backbone": "emoji",
+        "epochs": 3,
+        "limit_per_class": 250,
+        "workers": 0,
+    },
+}
+VALIDATION = {"emoji": 0.33, "glyphs": 0.2, "fashion-mnist": 0.2}  # emoji: two of six drawings, in all styles
+
+
+def _grid(rates: tuple[float, ...], *others: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"lr": lr} | other for lr in rates for other in others]
+
+
+def _energies(*pairs: tuple[float, float]) -> list[dict[str, Any]]:
+    return [{"energy_start": start, "energy_end": end} for start, end in pairs]
+
+
+_RATES = [{"lr": v} for v in (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)]
+_MEMORY = _grid((1e-3, 4e-3, 1.6e-2), *_energies((0.7, 0.9), (0.97, 0.99), (0.999, 0.9999)))
+METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "janus": ({"method": "janus"}, _MEMORY),
+    "lora": ({"method": "lora"}, _RATES),
+    "lora-gpm": ({"method": "lora-gpm"}, _MEMORY),
+    "inflora": ({"method": "inflora"}, _grid((1e-3, 4e-3, 1.6e-2), *_energies((0.95, 1), (0.98, 1), (0.999, 1)))),
+    "lora-drs": (
+        {"method": "lora-drs"},
+        _grid((2.5e-4, 1e-3, 4e-3), *({"margin_weight": w} for w in (0.0, 0.05, 0.2))),
+    ),
+    "bilora": ({"method": "bilora"}, [{"lr": v} for v in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-2, 1e-1)]),
+    "joint": ({"method": "joint"}, _RATES),
+    "frozen": ({"learn": "none", "head": "linear"}, [{}]),  # nothing to tune
+}
+
+
+def candidates(data: str, method: str) -> dict[str, dict[str, Any]]:
+    """The configurations tried for `method` on a data set, by the name of their row."""
+    fixed, changes = METHODS[method]
+    return {
+        " | ".join([method, ", ".join(f"{k} {v:g}" for k, v in change.items())]): DATA[data] | fixed | change
+        for change in changes
+    }
+
+
+def located(data: str, folder: Path | None) -> dict[str, Any]:
+    """Where the images lie; the data sets but emoji need to be told."""
+    if data == "emoji":
+        return {}
+    if folder is None:
+        raise SystemExit(f"--data-dir: where do the images of {data} lie? See docs/benchmarks.md")
+    return {"data_dir": str(folder)}

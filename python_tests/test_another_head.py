@@ -1,0 +1,96 @@
+"""A run's classifier is chosen again when it is loaded: fitted to what the run has kept, without an image."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from learners import FIRST, SECOND, THIRD, assert_same, learner_of, state_of
+
+from janus_ext import ContinualLearner, evaluate, export, predict
+from janus_ext.errors import ArgumentError
+from janus_ext.heads import HEADS
+
+OLD_RUN = Path(__file__).parent / "old_run"
+
+
+@pytest.fixture
+def saved(weights, photos, tmp_path) -> Path:
+    """A learner of three tasks with linear heads."""
+    learner = learner_of(weights)
+    for names in (FIRST, SECOND, THIRD):
+        learner.learn(photos, names)
+    learner.save(tmp_path / "linear")
+    return tmp_path / "linear"
+
+
+@pytest.fixture
+def old_run(tmp_path, monkeypatch) -> Path:
+    """What a version before there were statistics has left."""
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    shutil.copy(OLD_RUN / "backbone.safetensors", tmp_path / "tiny.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_it_is_the_head_that_learning_with_it_gives(weights, photos, saved, head):
+    """Training does not know which head comes after it, so the scores have the same bits."""
+    learner = learner_of(weights, head=head)
+    for names in (FIRST, SECOND, THIRD):
+        learner.learn(photos, names)
+    loaded = ContinualLearner.load(saved, head=head)
+    assert loaded.config.head == head
+    assert loaded.predict(photos, top=6) == learner.predict(photos, top=6)
+    assert_same(state_of(loaded), state_of(learner))
+
+
+def test_it_is_kept(photos, saved, tmp_path):
+    learner = ContinualLearner.load(saved, head="lda")
+    learner.save(tmp_path / "lda")
+    again = ContinualLearner.load(tmp_path / "lda")
+    assert again.config.head == "lda" and again.predict(photos) == learner.predict(photos)
+    assert again.predict(photos) != ContinualLearner.load(saved).predict(photos)
+    plain = again.model()
+    assert plain.get_classifier().out_features == 6
+
+
+def test_predicting_fits_nothing_twice(photos, saved):
+    learner = ContinualLearner.load(saved, head="lda")
+    method = learner._core.method
+    assert method.decision() is method.decision()
+
+
+def test_the_commands_take_it(photos, saved, tmp_path, capsys):
+    assert predict.main([str(saved), str(photos / FIRST[0]), "--head", "lda", "--json", "--top", "6"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    wanted = ContinualLearner.load(saved, head="lda").predict(photos / FIRST[0], top=6)
+    assert [[(c["name"], c["score"]) for c in line["classes"]] for line in lines] == wanted
+    arguments = [str(saved), "--data-dir", str(photos), "--head", "ridge", "--output", str(tmp_path / "scores")]
+    assert evaluate.main(arguments) == 0
+    found = json.loads((tmp_path / "scores" / "evaluation.json").read_text())
+    assert found["accuracy"] == ContinualLearner.load(saved, head="ridge").evaluate(photos).accuracy
+    assert export.main([str(saved), "--format", "timm", "--head", "ncm", "--output", str(tmp_path / "timm")]) == 0
+    assert "| head | ncm |" in (tmp_path / "timm" / "README.md").read_text()
+
+
+def test_a_head_that_is_none_is_named(saved):
+    with pytest.raises(ArgumentError, match="head must be one of linear, ncm, lda, ridge, aligned, got 'lds'"):
+        ContinualLearner.load(saved, head="lds")
+
+
+@pytest.mark.parametrize("head", ["lda", "ridge", "aligned"])
+def test_a_run_of_the_version_before_has_no_statistics(old_run, head):
+    with pytest.raises(ArgumentError, match=f"head '{head}' needs statistics .* take head 'linear' or 'ncm'"):
+        ContinualLearner.load(old_run, head=head)
+
+
+def test_a_run_of_the_version_before_has_means(old_run):
+    learner = ContinualLearner.load(old_run, head="ncm")
+    size = learner.input_size
+    images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
+    method = learner._core.method
+    with torch.no_grad():
+        cosines = method.prototypes.cosines(learner._core.model.features(images))
+        assert torch.equal(method.scores(images).argmax(1), cosines.argmax(1))

@@ -1,0 +1,187 @@
+"""A backbone that learns in no task or in the first alone, updates merged in part, and statistics moved along."""
+
+import json
+
+import pytest
+import torch
+from conftest import TOLERANCE, make_trainer
+from torch import Tensor
+
+from janus_ext.heads.drift import movement
+from janus_ext.heads.statistics import FeatureStatistics
+from janus_ext.runs.checkpoint import make_folder
+from janus_ext.training.progress import Progress, make_bar
+
+METHODS = {
+    "janus": {},
+    "lora": {},
+    "lora-gpm": {},
+    "inflora": {},
+    "lora-drs": {},
+    "bilora": {"frequencies": 100},
+}
+
+
+def trained(patterns, weights, folder, **settings):
+    trainer = make_trainer(patterns, weights, folder, epochs=2, **settings)
+    return trainer, trainer.run()
+
+
+def backbone_of(trainer) -> dict[str, Tensor]:
+    """Features of all test images by the merged model: what of the backbone heads can see."""
+    with torch.no_grad():
+        return trainer.learner.model.eval().features(trainer.benchmark.test.images)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("head", ["lda", "linear"])
+def test_a_frozen_backbone_stays_as_it_was(patterns, weights, tmp_path, method, head):
+    settings = METHODS[method] | {"learn": "none", "head": head}
+    before = backbone_of(make_trainer(patterns, weights, tmp_path / "a", method=method, **settings))
+    trainer, results = trained(patterns, weights, tmp_path / "b", method=method, **settings)
+    assert torch.equal(backbone_of(trainer), before)
+    assert results["movement"] == results["merged"] == [None] * 3
+    assert results["heads"].keys() == {"ncm", "lda", "ridge"} | ({"linear"} if head == "linear" else set())
+
+
+def test_a_fitted_head_on_a_frozen_backbone_needs_no_epoch(patterns, weights, tmp_path):
+    trainer, _ = trained(patterns, weights, tmp_path / "run", learn="none", head="lda")
+    assert trainer.step_count(3) == 0 and not trainer.run_on_disk.epochs()
+    linear, _ = trained(patterns, weights, tmp_path / "linear", learn="none", head="linear")
+    assert linear.step_count(3) > 0 and len(linear.run_on_disk.epochs()) == 6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_task_alone_moves_the_backbone(patterns, weights, tmp_path, method):
+    kept = {}
+
+    def keep(task: int, trainer) -> None:
+        kept[task] = backbone_of(trainer)
+
+    trainer = make_trainer(patterns, weights, tmp_path, method=method, epochs=2, learn="first", **METHODS[method])
+    before, save = backbone_of(trainer), trainer._save
+    trainer._save = lambda index: (save(index), keep(index, trainer))
+    results = trainer.run()
+    assert not torch.equal(kept[0], before)
+    assert torch.equal(kept[1], kept[0]) and torch.equal(kept[2], kept[0])
+    assert results["merged"] == [1.0, None, None] and results["movement"][0] > 0
+
+
+# merged in part ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_a_share_of_the_update_is_merged(patterns, weights, tmp_path, method):
+    """Of the first task, whose training does not know of it: W - W0 is that share of the whole update."""
+    changes = {}
+    for share in (1.0, 0.25, 0.0):
+        trainer = make_trainer(
+            patterns, weights, tmp_path / str(share), method=method, epochs=2, merge_scale=share, **METHODS[method]
+        )
+        before = weights_of(trainer)
+        learn_first(trainer)
+        changes[share] = {name: tensor - before[name] for name, tensor in weights_of(trainer).items()}
+        assert trainer.reports[0].merged == share
+    for name, whole in changes[1.0].items():
+        assert not changes[0.0][name].any()
+        assert (changes[0.25][name] - whole / 4).norm() <= 1e-6 * max(1.0, float(whole.norm()))
+    assert any(change.any() for change in changes[1.0].values())
+
+
+@pytest.mark.parametrize("budget", [0.02, 0.0])
+def test_no_task_moves_its_own_features_further_than_the_budget(patterns, weights, tmp_path, budget):
+    free, without = trained(patterns, weights, tmp_path / "free", lr=3e-2)
+    assert min(without["movement"]) > 0.04 and without["merged"] == [1.0] * 3
+    _, results = trained(patterns, weights, tmp_path / "kept", lr=3e-2, drift_budget=budget)
+    assert max(results["movement"]) <= 1.02 * budget
+    assert all(0 <= share < 1 for share in results["merged"])
+    if budget:
+        assert min(results["movement"]) > 0.5 * budget  # as much is merged as may be
+
+
+def test_a_budget_that_is_kept_anyway_changes_nothing(patterns, weights, tmp_path):
+    free, _ = trained(patterns, weights, tmp_path / "free")
+    kept, results = trained(patterns, weights, tmp_path / "kept", drift_budget=1e3)
+    assert results["merged"] == [1.0] * 3
+    for name, tensor in weights_of(free).items():
+        assert torch.equal(tensor, weights_of(kept)[name])
+
+
+@pytest.mark.parametrize("settings", [{"merge_scale": 0.5}, {"drift_budget": 0.03, "lr": 3e-2}])
+def test_what_is_protected_is_as_safe(patterns, weights, tmp_path, settings):
+    """A part of an update that leaves a subspace alone leaves it alone."""
+    _, results = trained(patterns, weights, tmp_path, rectify="exact", **settings)
+    assert max(value for task in results["violation_per_layer"] for value in task.values()) < 1e-5
+
+
+# moved along ---------------------------------------------------------------------------------------------------------
+def test_drift_moves_statistics_towards_where_the_features_went(patterns, weights, tmp_path):
+    """After the second task the means of the first are nearer to those of its images' present features."""
+    distance = {}
+    for drift in ("none", "ridge"):
+        trainer = make_trainer(
+            patterns, weights, tmp_path / drift, method="lora", epochs=4, lr=2e-2, drift=drift, batch_size=4
+        )
+        learn_first(trainer, tasks=2)
+        images, outputs = zip(*trainer.learner.clean_batches(trainer.train_images[0]), strict=True)
+        with torch.no_grad():
+            features = trainer.learner.model.eval().features(torch.cat(images))
+        now = FeatureStatistics(features.shape[1])
+        now.observe(features, torch.cat(outputs))
+        kept = trainer.learner.method.known.statistics
+        distance[drift] = float((kept.means()[:2] - now.means()).norm() / now.means().norm())
+        prototypes = trainer.learner.method.prototypes.matrix[:2]
+        unit = torch.nn.functional.normalize(kept.means()[:2], dim=1).float()
+        assert torch.allclose(prototypes, unit, atol=TOLERANCE[torch.float32])
+    assert distance["none"] > 0.05  # there is something to follow
+    assert distance["ridge"] < distance["none"]
+
+
+def test_movement_is_relative():
+    before = torch.randn(5, 3, dtype=torch.float64)
+    assert movement(before, before) == 0
+    assert movement(before, 1.25 * before) == pytest.approx(0.25)
+
+
+# beside it -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "settings", [{"drift": "ridge"}, {"drift_budget": 0.03}, {"learn": "first"}, {"head": "ridge", "head_width": 50}]
+)
+def test_a_run_that_is_cut_off_ends_with_the_same_bits(patterns, weights, tmp_path, settings):
+    settings = {"head": "lda"} | settings
+    whole, results = trained(patterns, weights, tmp_path / "whole", **settings)
+    part = make_trainer(patterns, weights, tmp_path / "part", epochs=2, **settings)
+
+    class Cut(Exception):
+        pass
+
+    save = part._save
+
+    def cut(index: int) -> None:
+        save(index)
+        if index == 1:
+            raise Cut
+
+    part._save = cut
+    with pytest.raises(Cut):
+        part.run()
+    again = make_trainer(patterns, weights, tmp_path / "part", epochs=2, **settings)
+    again.restore()
+    resumed = again.run()
+    for name in results.keys() - {"seconds"}:
+        assert json.dumps(resumed[name]) == json.dumps(results[name]), name
+    model, method = whole.learner.state()
+    for wanted, found in zip((model, method), again.learner.state(), strict=True):
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+
+
+def weights_of(trainer) -> dict[str, Tensor]:
+    """The weights that updates are merged into."""
+    state = trainer.learner.model.state_dict()
+    return {name: tensor.clone() for name, tensor in state.items() if name.endswith("qkv.linear.weight")}
+
+
+def learn_first(trainer, tasks: int = 1) -> None:
+    """Learns the first tasks without testing anything."""
+    make_folder(trainer.run_on_disk.checkpoints)
+    for index in range(tasks):
+        trainer._learn(index, Progress(make_bar(1, 0), 3, trainer.config.epochs), lambda *_: None)
