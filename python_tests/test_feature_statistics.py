@@ -1,4 +1,4 @@
-"""FeatureStatistics: additive over batches, tasks and processes, and what a plain float64 computation gives."""
+"""FeatureStatistics: additive over batches, tasks and processes (docs/method.md, property 13)."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""ridge: ridge regression whose strength generalised cross-validation chooses, against plain float64 on the images."""
+"""ridge: strength by generalised cross-validation, against float64 on the images (docs/method.md, property 14)."""
 
 import math
 from typing import NamedTuple
