@@ -1,4 +1,4 @@
-"""lda: linear discriminant analysis with OAS shrinkage, against scikit-learn and float64 (docs/method.md, property 14)."""
+"""lda: discriminant analysis with OAS shrinkage, against scikit-learn and float64 (docs/method.md, property 14)."""
 
 import math
 
