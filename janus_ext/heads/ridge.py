@@ -32,8 +32,8 @@ class Ridge(NamedTuple):
 def fit(known: Knowledge) -> Decision:
     """Regression of centred targets on centred features.
 
-    Targets that scatter around the regression with the same variance v in all classes have the class probabilities
-    softmax(y / v): scores are y / v.
+    Targets that scatter around the regression with the same variance v in all directions have the class probabilities
+    softmax(y / v): scores are y / v. There are C - 1 directions, since targets add up to 1.
     """
     known.require_statistics("ridge")
     statistics = known.expanded or known.statistics
@@ -42,7 +42,8 @@ def fit(known: Knowledge) -> Decision:
     G = statistics.gram - rows * torch.outer(mean, mean)
     Q = statistics.sums.mT - torch.outer(mean, counts)
     found = ridge(G, Q, float(rows - (counts * share).sum()), rows, spent=1)
-    sharpness = 1 / found.variance if found.variance > 0 else 1.0
+    variance = found.variance * len(counts) / max(1, int(statistics.seen.sum()) - 1)
+    sharpness = 1 / variance if variance > 0 else 1.0
     weight, bias = found.W.mT, share - mean @ found.W
     return Decision.of(sharpness * weight, sharpness * bias, statistics.seen, projection=known.projection)
 

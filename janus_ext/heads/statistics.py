@@ -119,7 +119,7 @@ class FeatureStatistics:
 
         [dim, dim] float64; the divisor is at least 1: with one image a class S is 0, up to rounding.
         """
-        scaled = self.sums / self.counts.clamp_min(1).sqrt()[:, None]
+        scaled = self.sums / self.counts.clamp_min(1).double().sqrt()[:, None]
         within = self.gram - scaled.mT @ scaled
         return within / max(1, self.rows - int(self.seen.sum()))
 
