@@ -18,7 +18,7 @@ def plain(F0: Tensor, F1: Tensor) -> Tensor:
     G, identity = F0.mT @ F0, torch.eye(F0.shape[1], dtype=torch.float64)
     found = [(float((F1 - F0).square().sum()) / len(F0) ** 2, identity)]
     for strength in torch.logspace(-5, 2, 20, dtype=torch.float64):
-        penalty = strength * G.trace() / len(G)
+        penalty = strength * G.trace() / min(len(G), len(F0))
         R = torch.linalg.solve(G + penalty * identity, F0.mT @ F1 + penalty * identity)
         hat = F0 @ torch.linalg.solve(G + penalty * identity, F0.mT)
         found.append((float((F1 - F0 @ R).square().sum() / (len(F0) - hat.trace()) ** 2), R))
@@ -31,12 +31,17 @@ def moved(rows: int, dim: int, map_size: float, noise: float) -> tuple[Tensor, T
     return before, before @ R + noise * torch.randn(rows, dim)
 
 
-def test_movement_is_relative_to_the_features_before() -> None:
-    before, after = gaussians([20], DIM)[0], gaussians([20], DIM, seed=1)[0]
-    want = (after - before).double().square().sum().sqrt() / before.double().square().sum().sqrt()
-    assert movement(before, after) == pytest.approx(float(want), rel=1e-6)
-    assert movement(3 * before, 3 * after) == pytest.approx(float(want), rel=1e-6)
-    assert movement(before, before) == 0.0 and movement(before, 2 * before) == pytest.approx(1.0)
+def test_movement_is_in_standard_deviations_within_classes() -> None:
+    before, labels = gaussians([40, 30, 50], DIM)
+    S = known_of(before, labels, [3]).statistics.covariance()
+    after = before + 0.1 * torch.randn(120, DIM)
+    D, root = (after - before).double(), torch.linalg.cholesky(S)
+    want = torch.linalg.solve_triangular(root, D.mT, upper=False).square().mean().sqrt()
+    assert movement(before, after, S) == pytest.approx(float(want), rel=1e-9)
+    assert movement(before, before, S) == 0.0
+    assert movement(before, before + root[:, 0], S) == pytest.approx(DIM**-0.5)  # one deviation in one direction
+    R = torch.randn(DIM, DIM, dtype=torch.float64)  # no linear map of all features changes it
+    assert movement(before.double() @ R, after.double() @ R, R.mT @ S @ R) == pytest.approx(float(want), rel=1e-6)
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(60, DIM), (20, 40), (12, 12), (30, 1)])

@@ -30,7 +30,7 @@ def regressions(X: Tensor, Y: Tensor, spent: int = 0) -> list[Plain]:
     G, identity = X.mT @ X, torch.eye(X.shape[1], dtype=X.dtype)
     found = []
     for strength in torch.logspace(-5, 2, 20, dtype=torch.float64).tolist():
-        penalty = strength * float(G.trace()) / len(G)
+        penalty = strength * float(G.trace()) / min(G.shape[0], len(X))
         W = torch.linalg.solve(G + penalty * identity, X.mT @ Y)
         freedom = float(torch.linalg.solve(G + penalty * identity, G).trace())  # the trace of the hat matrix
         rss, left = float((Y - X @ W).square().sum()), len(X) - spent - freedom

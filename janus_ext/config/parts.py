@@ -123,7 +123,7 @@ class MethodConfig(Settings):
     merge_scale: float = 1.0
     """Share of a task's update that is merged: less moves old features less."""
     drift_budget: Maybe[float] = None
-    """Largest relative movement of a task's own features; more is merged in part. By default no limit."""
+    """Standard deviations by which a task behind the first may move its own features; by default no limit."""
     drift: Literal["none", "ridge"] = "none"
     """Move what is kept of old classes along with the features, by a ridge regression on the task's own images."""
 

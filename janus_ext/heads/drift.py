@@ -8,10 +8,14 @@ from torch import Tensor
 from janus_ext.heads.ridge import ridge
 
 
-def movement(before: Tensor, after: Tensor) -> float:
-    """|F1 - F0| / |F0| of the same images' features [n, d] before and after a task."""
-    F0, F1 = before.double(), after.double()
-    return float((F1 - F0).norm() / F0.norm())
+def movement(before: Tensor, after: Tensor, S: Tensor) -> float:
+    """Root mean square of what the same images' features [n, d] have moved, in standard deviations within classes.
+
+    sqrt(mean of (f1 - f0)^T S^-1 (f1 - f0) / d), S [d, d] float64 a covariance within classes: it does not depend on
+    the scale of features, nor on an offset that they share, and says by how much a Gaussian rule is out of date.
+    """
+    D = after.double() - before.double()
+    return float((D * torch.linalg.solve(S, D.mT).mT).mean().sqrt())
 
 
 def drift_map(before: Tensor, after: Tensor) -> Tensor:

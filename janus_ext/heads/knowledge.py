@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.errors import ArgumentError
-from janus_ext.heads.statistics import FeatureStatistics
+from janus_ext.heads.statistics import FeatureStatistics, shrunk
 from janus_ext.margin import ClassPrototypes
 from janus_ext.named_tensors import below, prefixed
 
@@ -55,7 +55,8 @@ class Knowledge:
     @property
     def has_statistics(self) -> bool:
         """Whether the statistics have seen all of these classes, too: not so of runs before there were statistics."""
-        return self.has_means and self.statistics.seen.nonzero().flatten().tolist() == sorted(self.prototypes.classes)
+        kept = [s.seen.nonzero().flatten().tolist() for s in (self.statistics, self.expanded) if s is not None]
+        return self.has_means and all(seen == sorted(self.prototypes.classes) for seen in kept)
 
     def require_means(self, head: str) -> None:
         """ArgumentError unless there are means."""
@@ -89,6 +90,16 @@ class Knowledge:
                 generator = torch.Generator().manual_seed(seed)
                 self.projection = torch.randn(features.shape[1], self.expanded.dim, generator=generator).to(features)
             self.expanded.observe(F.relu(F.normalize(features, dim=-1) @ self.projection), labels)
+        for statistics in (self.statistics, self.expanded):
+            if statistics is not None:
+                statistics.reserve(self.classes)  # the last classes may have no images
+
+    def spread(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Covariance [d, d] within the classes known and those of further features [n, d], shrunk as `lda` does it."""
+        statistics = FeatureStatistics(self.statistics.dim, self.statistics.gram.device)
+        statistics.merge(self.statistics)
+        statistics.observe(features, labels)
+        return shrunk(statistics.covariance(), statistics.rows)
 
     def move(self, matrix: Tensor) -> None:
         """Replaces every feature f of old classes by f R, R [d, d]."""

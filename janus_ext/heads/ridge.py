@@ -13,7 +13,7 @@ from torch import Tensor
 from janus_ext.heads.base import Decision
 from janus_ext.heads.knowledge import Knowledge
 
-STRENGTHS = torch.logspace(-5, 2, 20, dtype=torch.float64).tolist()  # of lambda, relative to the mean eigenvalue of G
+STRENGTHS = torch.logspace(-5, 2, 20, dtype=torch.float64).tolist()  # of lambda, relative to the mean eigenvalue
 
 
 class Ridge(NamedTuple):
@@ -51,7 +51,8 @@ def fit(known: Knowledge) -> Decision:
 def ridge(G: Tensor, Q: Tensor, total: float, rows: int, spent: int = 0) -> Ridge:
     """Ridge regression from second moments alone, for the lambda that generalised cross-validation likes best.
 
-    GCV(lambda) = RSS / (N - sum_i s_i / (s_i + lambda))^2 (Golub, Heath & Wahba, 1979), s the eigenvalues of G.
+    GCV(lambda) = RSS / (N - sum_i s_i / (s_i + lambda))^2 (Golub, Heath & Wahba, 1979), s the eigenvalues of G. At most
+    N of them are not 0, and lambda is tried relative to the mean of so many.
 
     Args:
         G: X^T X [d, d] float64.
@@ -61,13 +62,15 @@ def ridge(G: Tensor, Q: Tensor, total: float, rows: int, spent: int = 0) -> Ridg
         spent: degrees of freedom that went into their means.
     """
     s, U = torch.linalg.eigh(G)
-    s = s.clamp_min(0)
+    s = torch.where(s > torch.finfo(s.dtype).eps * len(s) * s[-1], s, 0.0)  # the rest is rounding
     Z = U.mT @ Q
-    z = Z.square().sum(1)
+    z = torch.where(s > 0, Z.square().sum(1) / s, 0.0)  # of |Y|^2 what each eigenvector explains
+    unexplained = max(0.0, total - float(z.sum()))
+    mean = float(s.sum()) / max(1, min(rows, len(s)))
     tried = []
     for strength in STRENGTHS:
-        penalty = strength * float(s.mean()) or 1.0  # no feature varies: any
-        rss = max(0.0, total - float((z * (s + 2 * penalty) / (s + penalty).square()).sum()))
+        penalty = strength * mean or 1.0  # no feature varies: any
+        rss = unexplained + float((z * (penalty / (s + penalty)).square()).sum())
         left = max(1e-9, rows - spent - float((s / (s + penalty)).sum()))
         tried.append((rss / left**2, penalty, rss / left))
     score, penalty, variance = min(tried)

@@ -69,12 +69,19 @@ class FeatureStatistics:
         if not bool(torch.isfinite(features).all()):
             raise StatisticsError(f"features must be finite, got NaN or infinity among {list(features.shape)}")
         if len(labels):
-            self._grow(int(labels.max()) + 1)
+            self.reserve(int(labels.max()) + 1)
         labels = labels.to(self.counts)
         self.counts += torch.bincount(labels, minlength=len(self.counts))
         for c in labels.unique().tolist():  # sums in the order of the rows: index_add_ has no such order on a GPU
             self.sums[c] += features[labels == c].double().sum(0)
         ops.gram_update_(self.gram, features.to(self.gram.device))
+
+    def reserve(self, classes: int) -> None:
+        """Makes room for classes 0 .. ``classes`` - 1; those without images have a count of 0."""
+        missing = classes - len(self.counts)
+        if missing > 0:
+            self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
+            self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
 
     @torch.no_grad()
     def merge(self, other: FeatureStatistics) -> None:
@@ -82,7 +89,7 @@ class FeatureStatistics:
         if not isinstance(other, FeatureStatistics) or other.dim != self.dim:
             found = f"a width of {other.dim}" if isinstance(other, FeatureStatistics) else shown(other)
             raise ArgumentError(f"other must be FeatureStatistics of width {self.dim}, got {found}")
-        self._grow(len(other.counts))
+        self.reserve(len(other.counts))
         for name in NAMES:
             own, added = getattr(self, name), getattr(other, name)
             own[: len(added)] += added.to(own)
@@ -91,7 +98,7 @@ class FeatureStatistics:
         """Adds up the statistics of all processes of a ``torch.distributed`` group; all have the same afterwards."""
         classes = torch.tensor(len(self.counts), device=self.counts.device)
         torch.distributed.all_reduce(classes, torch.distributed.ReduceOp.MAX, group=group)
-        self._grow(int(classes))
+        self.reserve(int(classes))
         for name in NAMES:
             torch.distributed.all_reduce(getattr(self, name), group=group)
 
@@ -105,6 +112,8 @@ class FeatureStatistics:
         check_tensor("matrix", matrix, f"[{self.dim}, {self.dim}]")
         if list(matrix.shape) != [self.dim, self.dim]:
             raise ArgumentError(f"matrix must be [{self.dim}, {self.dim}], got {list(matrix.shape)}")
+        if not bool(torch.isfinite(matrix).all()):
+            raise StatisticsError("matrix must be finite, got NaN or infinity")
         R = matrix.to(self.gram)
         self.sums = self.sums @ R
         moved = R.mT @ self.gram @ R
@@ -138,13 +147,6 @@ class FeatureStatistics:
         for name in NAMES:
             setattr(self, name, state[name].detach().to(getattr(self, name), copy=True))
 
-    def _grow(self, classes: int) -> None:
-        """Room for classes 0 .. classes - 1."""
-        missing = classes - len(self.counts)
-        if missing > 0:
-            self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
-            self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
-
     def _check(self, features: Tensor, labels: Tensor) -> None:
         check_tensor("features", features, f"[n, {self.dim}]")
         if features.dim() != 2 or features.shape[1] != self.dim or not features.is_floating_point():
@@ -158,3 +160,22 @@ class FeatureStatistics:
                 f"labels must be [{len(features)}] integers from 0 on, one a feature, got {list(labels.shape)} of "
                 f"{labels.dtype}"
             )
+
+
+def shrunk(S: Tensor, rows: int, least: float = 0.0) -> Tensor:
+    """(1 - rho) S + rho m I, m the mean of the diagonal; I where the trace is at most ``least``.
+
+    By OAS (Chen, Wiesel, Eldar & Hero, IEEE Trans. Signal Processing 58, 2010, equation 23).
+
+    Args:
+        S: [d, d] float64, a sample covariance.
+        rows: of how many samples.
+    """
+    d = len(S)
+    m, a = float(S.trace()) / d, float(S.square().mean())
+    identity = torch.eye(d, dtype=S.dtype, device=S.device)
+    if m * d <= least:  # one image a class, or the same ones: no direction is worth more than another
+        return identity
+    spread = (rows + 1) * (a - m * m / d)
+    rho = min(1.0, (a + m * m) / spread) if spread > 0 else 1.0
+    return (1 - rho) * S + rho * m * identity

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, StatisticsError
 from janus_ext.heads import HEADS
 from janus_ext.heads.base import Decision
 from janus_ext.heads.drift import drift_map, movement
@@ -72,7 +72,7 @@ class TaskReport:
     basis_rank: dict[str, int] = field(default_factory=dict)
     """Per layer the number of directions protected from the next task on (by LoRA-DRS: in this task)."""
     movement: float | None = None
-    """|F1 - F0| / |F0| of features of the task before it and after; None where the backbone does not learn."""
+    """By how many standard deviations within classes the task has moved its own features; None where nothing learns."""
     merged: float | None = None
     """Which share of the update was merged, 1 unless ``merge_scale`` or ``drift_budget`` say less; None likewise."""
     danger: float | None = None
@@ -95,7 +95,7 @@ class Method(ABC):
         self.learns = True
         self._decisions: dict[str, Decision] = {}
         self._before: Tensor | None = None  # features of the task's images, of all where old statistics will move
-        self._probe: Tensor | None = None  # the same of a few
+        self._probe: tuple[Tensor, Tensor] | None = None  # the same of a few, and the covariance within classes
 
     @property
     def prototypes(self) -> ClassPrototypes:
@@ -108,7 +108,8 @@ class Method(ABC):
         self.model.add_task(task.classes, self.config.head_init)
         self.learns = task.learns
         if self.learns:
-            self._probe = self._features(task.probe_batches)[0]
+            features, labels = self._features(task.probe_batches)
+            self._probe = features, self.known.spread(features, labels)
             if self.config.drift == "ridge" and task.index:
                 self._before = self._features(task.clean_batches)[0]
             self.open_task(task)
@@ -210,11 +211,11 @@ class Method(ABC):
 
     @torch.no_grad()
     def _consolidate(self, task: Task) -> TaskReport:
-        """Merges as much of the update as ``merge_scale`` and ``drift_budget`` allow."""
+        """Merges as much of the update as ``merge_scale`` allows, and ``drift_budget`` where there are old classes."""
         merged = self.config.merge_scale
         if merged < 1:
             self.shrink_update(merged)
-        budget = self.config.drift_budget
+        budget = self.config.drift_budget if task.first else None
         moved = self._movement(task)
         while budget is not None and moved > CLOSE_ENOUGH * budget:
             share = budget / moved  # of a movement that is nearly linear in the update
@@ -225,7 +226,8 @@ class Method(ABC):
         return report
 
     def _movement(self, task: Task) -> float:
-        return movement(self._probe, self._features(task.probe_batches)[0])
+        before, spread = self._probe
+        return movement(before, self._features(task.probe_batches)[0], spread)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Named tensors that the method keeps from task to task, beside the model."""
@@ -238,12 +240,15 @@ class Method(ABC):
 
     @torch.no_grad()
     def _features(self, batches: Batches) -> tuple[Tensor, Tensor]:
-        """Features [N, d] and labels [N] of a pass over images, in evaluation mode."""
+        """Features [N, d] and labels [N] of a pass over images, in evaluation mode; StatisticsError if not finite."""
         training = self.model.training
         self.model.eval()
         passes = [(self.model.features(images), labels) for images, labels in batches()]
         self.model.train(training)
-        return torch.cat([f for f, _ in passes]), torch.cat([y for _, y in passes])
+        features, labels = (torch.cat(parts) for parts in zip(*passes, strict=True))
+        if not bool(torch.isfinite(features).all()):
+            raise StatisticsError(f"the features of the task's images are not finite, {len(features)} of them")
+        return features, labels
 
     def _measure(self, features: Tensor, labels: Tensor, report: TaskReport) -> None:
         """Fills in danger and the similarities per class."""
