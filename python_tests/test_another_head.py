@@ -1,4 +1,4 @@
-"""A run's classifier is chosen again when it is loaded: fitted to what the run has kept, without an image."""
+"""A run's classifier is chosen again when it is loaded, without an image (docs/method.md, property 14)."""
 
 import json
 import shutil

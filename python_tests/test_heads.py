@@ -1,4 +1,4 @@
-"""What every head is held to, Decision, and the heads that are not closed forms of the covariance."""
+"""What every head is held to, Decision, and the heads that are not closed forms of the covariance. (docs/method.md, property 14)"""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Knowledge: what is kept of old classes, moved, saved and taken up again."""
+"""Knowledge: what is kept of old classes, moved, saved and taken up again (docs/method.md, property 14)."""
 
 import pytest
 import torch

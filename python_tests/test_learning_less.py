@@ -1,4 +1,7 @@
-"""A backbone that learns in no task or in the first alone, updates merged in part, and statistics moved along."""
+"""A backbone that learns in no task or in the first alone, updates merged in part, and statistics moved along.
+
+See docs/method.md, property 15.
+"""
 
 import json
 
