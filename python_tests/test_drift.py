@@ -1,4 +1,4 @@
-"""How far features have moved, and the map along which old statistics follow; against float64 (docs/method.md, property 14)."""
+"""How far features have moved, and the map for old statistics, against float64 (docs/method.md, property 14)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What every head is held to, Decision, and the heads that are not closed forms of the covariance. (docs/method.md, property 14)"""
+"""What every head is held to, Decision, and the heads without a file of their own (docs/method.md, property 14)."""
 
 import math
 from types import SimpleNamespace

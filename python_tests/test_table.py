@@ -96,9 +96,23 @@ def test_what_older_results_lack_is_left_out(tmp_path):
     assert [path.stem for path in plots.save_plots(results, tmp_path)] == list(plots.PLOTS)
 
 
+def test_every_head_that_was_measured_is_shown():
+    def heads(**accuracies):
+        return {name: metrics.summarize_head([[acc]]) for name, acc in accuracies.items()}
+
+    runs = [made_up(3, seed=0, head="lda", heads=heads(lda=60.0, ncm=50.0)), made_up(3, heads=heads(lda=62.0))]
+    text = table.format_table(runs[0], WIDE)
+    assert "method janus, head lda, seed 0" in text and "ACC by head:   lda 60.00   ncm 50.00" in text
+    assert "by head" not in table.format_table(runs[1], WIDE)  # its own alone
+    summary = table.summarize_runs(runs)
+    assert list(summary["heads"]) == ["lda"] and summary["heads"]["lda"]["acc"]["values"] == [60.0, 62.0]
+    assert "by head" not in table.format_summary(runs) and "ncm 50.00 +- 0.00" in table.format_summary([runs[0]] * 2)
+
+
 def test_several_seeds_are_summed_up_with_what_all_of_them_have():
     runs = [made_up(3), made_up(3, acc_task_known=80.0, seed=1)]
     summary = table.summarize_runs(runs)
+    assert summary["heads"] == {}
     assert summary["acc_task_known"]["values"] == [runs[0]["acc_task_known"], 80.0]
     assert summary["task_recognition"]["std"] == 0.0
     assert f"ACC with the task known {summary['acc_task_known']['mean']:.2f} +- " in table.format_summary(runs, WIDE)

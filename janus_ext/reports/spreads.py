@@ -8,7 +8,7 @@ from typing import Any
 from janus_ext.reports.found import FoundRun, Results
 from janus_ext.reports.groups import Group
 from janus_ext.reports.plots import short_name
-from janus_ext.reports.table import mean_of_known, spread, summarize_runs, violations_rounded
+from janus_ext.reports.table import NUMBERS, mean_of_known, spread, summarize_runs, violations_rounded
 from janus_ext.runs.metrics import trajectory
 
 MATRICES = {  # their names on the page and in results.json
@@ -31,6 +31,7 @@ def of_group(group: Group) -> dict[str, Any]:
         "folders": [str(run.folder) for run in group.runs],
         "tasks": len(results[0]["accuracy_matrix"]),
         "numbers": _numbers(results),
+        "heads": summarize_runs(results)["heads"],
         "curves": _curves(results),
         "matrices": {
             name: _matrix([run[key] for run in results]) for name, key in MATRICES.items() if _all(results, key)
@@ -52,7 +53,7 @@ def _all(results: Sequence[Results], *keys: str) -> bool:
 
 def _numbers(results: Sequence[Results]) -> dict[str, Any]:
     """One number a run, as the summary of several seeds has them, and three more."""
-    numbers = {key: value for key, value in summarize_runs(results).items() if isinstance(value, dict)}
+    numbers = {key: value for key, value in summarize_runs(results).items() if key in NUMBERS}
     for key in ("violation", "danger"):
         if _all(results, key):
             numbers[key] = spread([mean_of_known(run[key]) for run in results])

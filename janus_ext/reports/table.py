@@ -50,20 +50,33 @@ def format_table(results: Results, width: int | None = None) -> str:
 
 def format_summary(runs: Sequence[Results], width: int | None = None) -> str:
     """Mean and deviation over several seeds as text, in lines of at most ``width`` characters."""
+    width = width or shutil.get_terminal_size().columns
     summary = summarize_runs(runs)
     cells = [f"{label} {_mean_std(summary[key])}" for key, label in HEADLINES.items() if key in summary]
+    by_head = [f"{name} {_mean_std(of['acc'])}" for name, of in summary["heads"].items()]
+    cells = [*_flow(cells, width), *(_flow(["ACC by head:", *by_head], width) if len(by_head) > 1 else [])]
     heading = f"{len(runs)} seeds, on {measured(runs[0])}, mean +- standard deviation:"
-    return "\n".join([heading, *_flow(cells, width or shutil.get_terminal_size().columns)])
+    return "\n".join([heading, *cells])
 
 
 def summarize_runs(runs: Sequence[Results]) -> Results:
     """What ``summary.json`` holds: per metric the mean, the sample deviation (null for one seed) and the values.
 
-    A metric that some run lacks, which an earlier version wrote, is left out.
+    A metric that some run lacks, which an earlier version wrote, is left out. ``heads`` has the same for each head.
     """
     head = {key: runs[0][key] for key in ("benchmark", "method", "validation") if key in runs[0]}
     spreads = {key: spread([run[key] for run in runs]) for key in NUMBERS if all(key in run for run in runs)}
-    return head | {"seeds": [run["seed"] for run in runs]} | spreads
+    return head | {"seeds": [run["seed"] for run in runs]} | spreads | {"heads": _heads_of(runs)}
+
+
+def _heads_of(runs: Sequence[Results]) -> dict[str, Results]:
+    """The same for every head that all runs have measured."""
+    measured = [run.get("heads", {}) for run in runs]
+    shared = [name for name in measured[0] if all(name in heads for heads in measured)]
+    return {
+        name: {key: spread([heads[name][key] for heads in measured]) for key in NUMBERS if key in measured[0][name]}
+        for name in shared
+    }
 
 
 def measured(results: Results) -> str:

@@ -109,6 +109,25 @@ function summaryTable() {
   return sortable(columns, rows, "Mean ± standard deviation over seeds");
 }
 
+/** What other classifiers make of the same features; nothing where no run has measured more than its own. */
+function headsTable() {
+  const heads = [...new Set(groups.flatMap((group) => Object.keys(group.heads)))];
+  if (!groups.some((group) => Object.keys(group.heads).length > 1)) return null;
+  const columns = [
+    { title: "group", form: (name, row) => named(name, row.style) },
+    ...heads.map((head) => ({
+      title: head,
+      number: true,
+      form: (value, { accuracies }) => meanText(accuracies[head]?.acc, fixed(2)),
+    })),
+  ];
+  const rows = groups.map((group) => {
+    const means = heads.map((head) => group.heads[head]?.acc.mean ?? null);
+    return Object.assign([group.name, ...means], { style: group.style, accuracies: group.heads });
+  });
+  return sortable(columns, rows, "ACC by head, fitted to the features of the same runs");
+}
+
 function meanText(of, form) {
   if (!of || of.mean === null) return NONE;
   const std = of.std === null ? null : make("span", { class: "std" }, ` ± ${form(of.std)}`);
@@ -331,7 +350,7 @@ const gridOf = (shown, figures) =>
   figures.some(Boolean) ? [legendOf(shown), make("div", { class: "grid" }, figures)] : [];
 
 about();
-section("summary", summaryTable());
+section("summary", summaryTable(), headsTable());
 section("curves", gridOf(groups, curveCharts()));
 section("balance", balanceChart());
 section("matrices", matrixViews());
