@@ -35,7 +35,9 @@ _RATES = [{"lr": v} for v in (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6
 _MEMORY = _grid((1e-3, 4e-3, 1.6e-2), *_energies((0.7, 0.9), (0.97, 0.99), (0.999, 0.9999)))
 METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "janus": ({"method": "janus"}, _MEMORY),
+    "janus + guard": ({"method": "janus", "drift_budget": 0.1}, _MEMORY),
     "lora": ({"method": "lora"}, _RATES),
+    "lora + guard": ({"method": "lora", "drift_budget": 0.1}, _RATES),
     "lora-gpm": ({"method": "lora-gpm"}, _MEMORY),
     "inflora": ({"method": "inflora"}, _grid((1e-3, 4e-3, 1.6e-2), *_energies((0.95, 1), (0.98, 1), (0.999, 1)))),
     "lora-drs": (

@@ -14,7 +14,7 @@ from torch import nn
 
 from janus_ext.backbone import adopt, attach, load_backbone, probe, rebuild
 from janus_ext.classifier import ContinualClassifier
-from janus_ext.config import LearnConfig
+from janus_ext.config import LearnConfig, presets
 from janus_ext.config.checks import check_learning
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError
@@ -80,7 +80,8 @@ def stored_config(settings: Mapping[str, Any], device: str | None = None, head: 
     if head is not None:
         if head not in HEADS:
             raise ArgumentError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
-        config = replace(config, head=head, head_width=config.head_width if head == config.head else None)
+        guard = presets.HEADS.get(head, {}) if config.drift_budget is None else {}
+        config = replace(config, head=head, head_width=config.head_width if head == config.head else None, **guard)
     amp = config.amp if chosen.type == torch.device(config.device).type else pick_amp("auto", chosen)
     return replace(config, device=str(chosen), amp=amp)
 

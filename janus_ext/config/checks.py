@@ -25,7 +25,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("estimator_rank", 1, ANY),
     ("head_width", 1, ANY),
     ("merge_scale", 0, 1),
-    ("drift_budget", 0, ANY),
+    ("drift_budget", 0, 1e9),
     ("energy_start", 0, 1),
     ("energy_end", 0, 1),
     ("share", 0, 1),

@@ -20,7 +20,7 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
 
         Of the embedded backbone these are the ones of ``--benchmark emoji``.
         """
-        return self._with(presets.values("default", "folder", self.method, self.backbone))
+        return self._with(presets.values("default", "folder", self.method, self.backbone, self.head))
 
     def _with(self: T, defaults: dict[str, Any]) -> T:
         """The checked configuration with ``defaults`` for what was not said; ArgumentError names the flag."""

@@ -15,6 +15,6 @@ class TrainConfig(RunConfig, LearnConfig, DataConfig):
 
     def resolved(self) -> TrainConfig:
         """The checked configuration with the preset's values for what was not said; ArgumentError names the flag."""
-        config = self._with(presets.values(self.preset, self.benchmark, self.method, self.backbone))
+        config = self._with(presets.values(self.preset, self.benchmark, self.method, self.backbone, self.head))
         checks.check_data(config)
         return config
