@@ -116,7 +116,7 @@ class Study:
                     if found:
                         shares = [f"{found['heads'][h]['acc']:.2f}" if h in found["heads"] else "–" for h in HEADS]
                         moved = "–" if found["movement"] is None else f"{found['movement']:.3f}"
-                        text.append(f"| {row} | {seed} | {' | '.join(shares)} | {moved} |")
+                        text.append(f"| {row.replace(' | ', ', ')} | {seed} | {' | '.join(shares)} | {moved} |")
         return "\n".join(text)
 
     def _cell(self, method: str, head: str, metric: str) -> str:
