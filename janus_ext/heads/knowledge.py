@@ -118,9 +118,9 @@ class Knowledge:
         """Restores what `state_dict` gave; of runs before there were statistics, what they have."""
         self.prototypes.load_state_dict(below("prototypes", state))
         for name, statistics in (("statistics", self.statistics), ("expanded", self.expanded)):
-            stored = below(name, state)
-            if statistics is not None and stored:
-                statistics.load_state_dict(stored)
+            if statistics is not None:
+                empty = FeatureStatistics(statistics.dim, statistics.gram.device).state_dict()
+                statistics.load_state_dict(below(name, state) or empty)
         self.seed = int(state.get("head_seed", 0))
-        if self.expanded is not None and "projection" in state:
-            self.projection = state["projection"].to(self.prototypes.matrix)
+        drawn = state.get("projection") if self.expanded is not None else None
+        self.projection = None if drawn is None else drawn.to(self.prototypes.matrix)
