@@ -93,8 +93,9 @@ class Past:
 
     def add(self, names: tuple[str, ...], factors: Mapping[str, Tensor]) -> None:
         """A task was learned; results of a run were measured without it."""
+        kept = _without_bases(factors)  # an interrupt in it leaves what was
         self.tasks.append(names)
-        self.factors.append(_without_bases(factors))
+        self.factors.append(kept)
         self.results = None
 
     def to_json(self) -> dict[str, Any]:
