@@ -177,3 +177,12 @@ def test_an_empty_state_leaves_nothing_of_what_came_after_it() -> None:
     wanted = fresh.state_dict()
     assert known.state_dict().keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in known.state_dict().items())
+
+
+def test_one_image_a_class_has_no_spread() -> None:
+    """What is left of G - sum mu mu^T is rounding, in which nothing can be measured."""
+    features, labels = gaussians([1] * 5, DIM)
+    for offset in (0.0, 1e3):
+        known = known_of(features + offset, labels, SIZES)
+        further = known.spread(features[:1] + 1 + offset, torch.tensor([5]))
+        assert torch.equal(further, torch.eye(DIM, dtype=torch.float64))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.errors import ArgumentError
-from janus_ext.heads.statistics import FeatureStatistics, shrunk
+from janus_ext.heads.statistics import FeatureStatistics
 from janus_ext.margin import ClassPrototypes
 from janus_ext.named_tensors import below, prefixed
 
@@ -99,7 +99,7 @@ class Knowledge:
         statistics = FeatureStatistics(self.statistics.dim, self.statistics.gram.device)
         statistics.merge(self.statistics)
         statistics.observe(features, labels)
-        return shrunk(statistics.covariance(), statistics.rows)
+        return statistics.spread()
 
     def move(self, matrix: Tensor) -> None:
         """Replaces every feature f of old classes by f R, R [d, d]."""
