@@ -336,7 +336,7 @@ class ContinualLearner:
             check_network(learner._core, settings.get("probe"), run.folder)
             if head is not None:
                 learner._core.method.decision()
-        learner._past = Past.of(run, settings, saved)
+        learner._past = Past.of(run, settings, saved, config.head)
         learner._core.model.eval()
         return learner
 

@@ -44,8 +44,8 @@ class Past:
     results: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, run: Run, settings: Mapping[str, Any], saved: Saved) -> Past:
-        """What a run or a saved learner has left in its folder; a run that goes on later is said."""
+    def of(cls, run: Run, settings: Mapping[str, Any], saved: Saved, head: str) -> Past:
+        """What a run or a saved learner has left in its folder, with ``head`` from now on; a run not done is said."""
         benchmark, done, planned = settings["benchmark"], len(saved.tasks), settings["tasks"]
         if benchmark is not None and done < planned:
             known, all_of_them = sum(map(len, saved.tasks)), len(settings["class_names"])
@@ -61,7 +61,7 @@ class Past:
             margin=settings.get("view_margin", 1.0 if benchmark in WHOLE else View().margin),
             own_backbone=settings.get("own_backbone", False),
             unprotected=settings.get("unprotected", False),
-            results=json.loads(saved.about.get("results", "null")),
+            results=_measured_by(head, json.loads(saved.about.get("results", "null")), settings["head"]),
         )
 
     @property
@@ -93,8 +93,9 @@ class Past:
 
     def add(self, names: tuple[str, ...], factors: Mapping[str, Tensor]) -> None:
         """A task was learned; results of a run were measured without it."""
+        kept = _without_bases(factors)  # an interrupt in it leaves what was
         self.tasks.append(names)
-        self.factors.append(_without_bases(factors))
+        self.factors.append(kept)
         self.results = None
 
     def to_json(self) -> dict[str, Any]:
@@ -112,3 +113,11 @@ class Past:
 def _without_bases(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU; bases, the largest part by far, are not needed behind their task."""
     return {name: tensor.detach().cpu().clone() for name, tensor in factors.items() if not name.endswith(".basis")}
+
+
+def _measured_by(head: str, results: dict[str, Any] | None, own: str) -> dict[str, Any] | None:
+    """``results`` of a run as another ``head`` than its ``own`` has them; None where nobody measured that."""
+    if results is None or head == own:
+        return results
+    measured = results.get("heads", {}).get(head)
+    return None if measured is None else results | measured

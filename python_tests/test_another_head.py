@@ -8,7 +8,7 @@ import pytest
 import torch
 from learners import FIRST, SECOND, THIRD, assert_same, learner_of, state_of
 
-from janus_ext import ContinualLearner, evaluate, export, predict
+from janus_ext import ContinualLearner, evaluate, export, predict, train
 from janus_ext.errors import ArgumentError
 from janus_ext.heads import HEADS
 
@@ -94,3 +94,16 @@ def test_a_run_of_the_version_before_has_means(old_run):
     with torch.no_grad():
         cosines = method.prototypes.cosines(learner._core.model.features(images))
         assert torch.equal(method.scores(images).argmax(1), cosines.argmax(1))
+
+
+def test_a_card_shows_the_accuracy_of_the_head_that_is_exported(weights, photos, tmp_path):
+    run = str(tmp_path / "run")
+    settings = ["--backbone", "emoji", "--weights", str(weights), "--rank", "4", "--epochs", "1", "--no-plots"]
+    data = ["--benchmark", "folder", "--data-dir", str(photos), "--tasks", "3", "--device", "cpu"]
+    assert train.main([*data, *settings, "--output", run]) == 0
+    measured = json.loads((tmp_path / "run" / "results.json").read_text())["heads"]
+    for head, found in measured.items():
+        results = ContinualLearner.load(run, head=head).contents().results
+        assert results["accuracy_matrix"] == found["accuracy_matrix"]
+    assert measured.keys() == {"linear", "ncm", "lda", "ridge"}
+    assert ContinualLearner.load(run, head="aligned").contents().results is None  # nobody measured it

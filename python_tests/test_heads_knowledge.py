@@ -161,3 +161,28 @@ def test_what_is_refused_leaves_statistics_as_they_were(width: int | None) -> No
     after = known.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(ridge.fit(known).scores(features), scores)
+
+
+def test_an_empty_state_leaves_nothing_of_what_came_after_it() -> None:
+    """What `ContinualLearner.learn` restores where its first task ends in an error."""
+    features, labels = gaussians(COUNTS, DIM)
+    known = empty(SIZES, WIDTH)
+    before = known.state_dict()
+    known.add(features, labels, SEED)
+    known.load_state_dict(before)
+    assert known.expanded.rows == 0 and known.projection is None
+    known.add(features, labels, SEED)
+    fresh = empty(SIZES, WIDTH)
+    fresh.add(features, labels, SEED)
+    wanted = fresh.state_dict()
+    assert known.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in known.state_dict().items())
+
+
+def test_one_image_a_class_has_no_spread() -> None:
+    """What is left of G - sum mu mu^T is rounding, in which nothing can be measured."""
+    features, labels = gaussians([1] * 5, DIM)
+    for offset in (0.0, 1e3):
+        known = known_of(features + offset, labels, SIZES)
+        further = known.spread(features[:1] + 1 + offset, torch.tensor([5]))
+        assert torch.equal(further, torch.eye(DIM, dtype=torch.float64))

@@ -139,7 +139,7 @@ def test_no_invertible_map_changes_anything_but_by_shrinkage(monkeypatch: pytest
     matrix = torch.randn(DIM, DIM) + 3 * torch.eye(DIM)
     pairs = []
     for shrinking in (shrunk, lambda S, *_: S):
-        monkeypatch.setattr(lda, "shrunk", shrinking)
+        monkeypatch.setattr("janus_ext.heads.statistics.shrunk", shrinking)
         pairs.append((probabilities(features, labels, at), probabilities(features @ matrix, labels, at @ matrix)))
     (shrunk_before, shrunk_after), (before, after) = pairs
     assert_close(after, before, torch.float32, 50)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.errors import ArgumentError
-from janus_ext.heads.statistics import FeatureStatistics, shrunk
+from janus_ext.heads.statistics import FeatureStatistics
 from janus_ext.margin import ClassPrototypes
 from janus_ext.named_tensors import below, prefixed
 
@@ -99,7 +99,7 @@ class Knowledge:
         statistics = FeatureStatistics(self.statistics.dim, self.statistics.gram.device)
         statistics.merge(self.statistics)
         statistics.observe(features, labels)
-        return shrunk(statistics.covariance(), statistics.rows)
+        return statistics.spread()
 
     def move(self, matrix: Tensor) -> None:
         """Replaces every feature f of old classes by f R, R [d, d]."""
@@ -118,9 +118,9 @@ class Knowledge:
         """Restores what `state_dict` gave; of runs before there were statistics, what they have."""
         self.prototypes.load_state_dict(below("prototypes", state))
         for name, statistics in (("statistics", self.statistics), ("expanded", self.expanded)):
-            stored = below(name, state)
-            if statistics is not None and stored:
-                statistics.load_state_dict(stored)
+            if statistics is not None:
+                empty = FeatureStatistics(statistics.dim, statistics.gram.device).state_dict()
+                statistics.load_state_dict(below(name, state) or empty)
         self.seed = int(state.get("head_seed", 0))
-        if self.expanded is not None and "projection" in state:
-            self.projection = state["projection"].to(self.prototypes.matrix)
+        drawn = state.get("projection") if self.expanded is not None else None
+        self.projection = None if drawn is None else drawn.to(self.prototypes.matrix)

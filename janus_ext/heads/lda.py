@@ -9,9 +9,6 @@ import torch
 
 from janus_ext.heads.base import Decision
 from janus_ext.heads.knowledge import Knowledge
-from janus_ext.heads.statistics import shrunk
-
-NOTHING = 1e-12  # of the features' energy: a scatter within classes below it is rounding
 
 
 def fit(known: Knowledge) -> Decision:
@@ -22,9 +19,6 @@ def fit(known: Knowledge) -> Decision:
     """
     known.require_statistics("lda")
     statistics = known.statistics
-    rows, means = statistics.rows, statistics.means()
-    mean = statistics.sums.sum(0) / rows
-    spread = rows - int(statistics.seen.sum())
-    S = shrunk(statistics.covariance(), rows, NOTHING * float(statistics.gram.trace()) / max(1, spread))
-    weight = torch.cholesky_solve((means - mean).mT, torch.linalg.cholesky(S)).mT
+    means, mean = statistics.means(), statistics.sums.sum(0) / statistics.rows
+    weight = torch.cholesky_solve((means - mean).mT, torch.linalg.cholesky(statistics.spread())).mT
     return Decision.of(weight, -(weight * (means + mean)).sum(1) / 2, statistics.seen)

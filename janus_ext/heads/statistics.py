@@ -13,6 +13,7 @@ from janus_ext.arguments import check_integer, check_tensor, shown
 from janus_ext.errors import ArgumentError, StatisticsError
 
 NAMES = ("counts", "sums", "gram")
+NOTHING = 1e-12  # of the features' energy: a scatter within classes below it is rounding
 
 
 class FeatureStatistics:
@@ -131,6 +132,11 @@ class FeatureStatistics:
         scaled = self.sums / self.counts.clamp_min(1).double().sqrt()[:, None]
         within = self.gram - scaled.mT @ scaled
         return within / max(1, self.rows - int(self.seen.sum()))
+
+    def spread(self) -> Tensor:
+        """The covariance within the classes, `shrunk`; I where they scatter by no more than rounding."""
+        rows = self.rows - int(self.seen.sum())
+        return shrunk(self.covariance(), self.rows, NOTHING * float(self.gram.trace()) / max(1, rows))
 
     def state_dict(self) -> dict[str, Tensor]:
         """counts, sums and gram: copies."""
