@@ -80,7 +80,8 @@ def stored_config(settings: Mapping[str, Any], device: str | None = None, head: 
     if head is not None:
         if head not in HEADS:
             raise ArgumentError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
-        guard = presets.HEADS.get(head, {}) if config.drift_budget is None else {}
+        unguarded = config.drift_budget is None and settings.get("preset") != "paper"
+        guard = presets.HEADS.get(head, {}) if unguarded else {}
         config = replace(config, head=head, head_width=config.head_width if head == config.head else None, **guard)
     amp = config.amp if chosen.type == torch.device(config.device).type else pick_amp("auto", chosen)
     return replace(config, device=str(chosen), amp=amp)

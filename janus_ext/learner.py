@@ -185,7 +185,7 @@ class ContinualLearner:
         self._past.check_new(checked_names(found.class_names), self.config.head)
         self._warn_of_unprotected()
         if self._past.tasks:
-            self._core.method.decision()  # a head that cannot be fitted says so before a task is learned
+            self._core.method.known.require(self.config.head)  # said before a task is learned, and not behind it
         first = len(self.classes)
         selection = _all_of(found.split, range(first, first + len(found.class_names)))
         steps = self._core.step_count(len(self._past.tasks), len(selection))
@@ -288,7 +288,7 @@ class ContinualLearner:
         positions = torch.tensor([outputs.get(name, -1) for name in class_names], dtype=torch.int64)
         with self._at_work():
             batches = self._core.scores(Selection(split, rows, positions))
-            return evaluate(batches, self.classes, [len(task) for task in self._past.tasks])
+            return evaluate(batches, self.classes, [len(task) for task in self._past.tasks], self.config.head)
 
     # leaving ----------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from learners import FIRST, SECOND, THIRD, assert_same, learner_of, state_of
+from learners import FIRST, SECOND, SETTINGS, THIRD, assert_same, learner_of, state_of
 
 from janus_ext import ContinualLearner, evaluate, export, predict, train
 from janus_ext.errors import ArgumentError
@@ -78,6 +78,21 @@ def test_the_commands_take_it(photos, saved, tmp_path, capsys):
 def test_a_head_that_is_none_is_named(saved):
     with pytest.raises(ArgumentError, match="head must be one of linear, ncm, lda, ridge, aligned, got 'lds'"):
         ContinualLearner.load(saved, head="lds")
+
+
+@pytest.mark.parametrize("learn", ["none", "first"])
+def test_linear_heads_that_were_never_trained_are_refused(weights, photos, tmp_path, learn):
+    idle = {"epochs", "batch_size", "lr", "energy_start", "energy_end", "energy_power"} if learn == "none" else set()
+    settings = {name: value for name, value in SETTINGS.items() if name not in idle}
+    learner = ContinualLearner("emoji", weights=str(weights), head="lda", learn=learn, **settings)
+    for names in (FIRST, SECOND):
+        learner.learn(photos, names)
+    learner.save(tmp_path / "frozen")
+    tasks = 2 if learn == "none" else 1
+    for head in ("linear", "aligned"):
+        with pytest.raises(ArgumentError, match=f"head '{head}' needs linear heads, and those of {tasks} of 2 tasks"):
+            ContinualLearner.load(tmp_path / "frozen", head=head)
+    assert len(ContinualLearner.load(tmp_path / "frozen", head="ridge").predict(photos)) == 30
 
 
 @pytest.mark.parametrize("head", ["lda", "ridge", "aligned"])

@@ -6,9 +6,18 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from janus_ext.config import checks, presets
-from janus_ext.config.parts import MachineConfig, MethodConfig, ModelConfig, OptimizationConfig
+from janus_ext.config.parts import TRAINED_HEADS, MachineConfig, MethodConfig, ModelConfig, OptimizationConfig
 
 T = TypeVar("T", bound="LearnConfig")
+# What a run reads only where the backbone learns, and where anything is trained in steps.
+OF_BACKBONE = (
+    *("lr", "scale", "gpm", "rectify", "damping", "share", "balance", "estimator"),
+    *("estimator_rank", "energy_start", "energy_end", "energy_power", "margin_weight", "margin", "temperature"),
+)
+OF_STEPS = (
+    *("epochs", "batch_size", "head_lr", "head_init", "optimizer", "schedule", "milestones", "clip_norm"),
+    "accumulate",
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,9 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
         rectified = (self.rectify in ("tangent", "exact"), "--rectify tangent or exact")
         remembering = (self.estimator != "none", "a method that remembers old inputs, and an --estimator")
         learning = (self.learn != "none", "a backbone that learns: --learn all or first")
+        several = self.learn == "all" and self.method != "joint" and getattr(self, "tasks", None) != 1
+        later = (several, "a backbone that learns in several tasks: --learn all, and no --method joint")
+        training = (learning[0] or self.head in TRAINED_HEADS, f"--head {' or '.join(TRAINED_HEADS)}, or {learning[1]}")
         pushing = (self.margin_weight > 0, "--method janus or lora-drs, and a --margin-weight above 0")
         needs = {
             "rank": (self.method != "bilora", "LoRA factors, and --method bilora has --frequencies"),
@@ -51,8 +63,10 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
             "margin": pushing,
             "temperature": (self.method == "janus" and pushing[0], "--method janus, and a --margin-weight above 0"),
             "merge_scale": learning,
-            "drift_budget": learning,
-            "drift": (self.learn == "all", "a backbone that learns in every task: --learn all"),
+            "drift_budget": later,
+            "drift": later,
             "milestones": (max(self.milestones or (0,)) < self.epochs, f"epochs below --epochs {self.epochs}"),
         }
-        return {name: wanted for name, (is_read, wanted) in needs.items() if not is_read}
+        unread = dict.fromkeys(OF_BACKBONE, learning) if not learning[0] else {}
+        unread |= dict.fromkeys(OF_STEPS, training) if not training[0] else {}
+        return {name: wanted for name, (is_read, wanted) in (needs | unread).items() if not is_read}

@@ -34,6 +34,7 @@ Rectify = Literal["auto", "none", "project", "tangent", "exact"]
 Estimator = Literal["auto", "gram", "isvd", "none"]
 OneHead = Literal["linear", "ncm", "lda", "ridge", "aligned"]
 Head = Literal["auto", OneHead]
+TRAINED_HEADS = ("linear", "aligned")  # what epochs serve, even where the backbone stays as it is; others are fitted
 HeadInit = Literal["auto", "default", "small"]
 Normalize = Literal["auto", "identity", "model"]
 

@@ -1,7 +1,8 @@
 """``aligned``: the linear heads trained once more, on Gaussian samples of all classes (classifier alignment).
 
-The recipe of SLCA (Zhang et al., ICCV 2023), which InfLoRA's repository takes over, with one covariance for all
-classes: their own would need d^2 numbers a class.
+After SLCA (Zhang et al., ICCV 2023), as InfLoRA's repository takes it over, but with one covariance for all classes
+(their own would need d^2 numbers a class), without a normalisation of the logits, and after every task from the heads
+as the tasks have left them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def fit(known: Knowledge) -> Decision:
 
     Means are scaled by 0.9 + 0.1 (t + 1) / T in task t of T so far: the older, the nearer to 0.
     """
-    known.require_statistics("aligned")
+    known.require("aligned")
     statistics = known.statistics
     start = linear.fit(known)
     parameters = [part.clone().cpu().requires_grad_() for part in (start.weight, start.bias)]

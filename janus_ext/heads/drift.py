@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,41 @@ def movement(before: Tensor, after: Tensor, S: Tensor) -> float:
     """
     D = after.double() - before.double()
     return float((D * torch.linalg.solve(S, D.mT).mT).mean().sqrt())
+
+
+class ShareSearch:
+    """The share of an update that moves features by ``budget``, from a few measurements (share, movement).
+
+    Movement is nearly a power of the share (of a small update: the first), so that a straight line through the last two
+    points in logarithms finds it at once; where that leads out of what is known, the middle does.
+
+    Attributes:
+        below: the largest share so far that keeps within the budget, and its movement; (0, 0) at first.
+        above: the smallest that does not.
+    """
+
+    def __init__(self, budget: float, moved: float) -> None:
+        self.budget = budget
+        self.below = (0.0, 0.0)
+        self.above = (1.0, moved)
+        self.power = 1.0
+
+    def next_share(self) -> float:
+        """What to try next: between the two."""
+        (low, _), (high, moved) = self.below, self.above
+        guess = high * (self.budget / moved) ** (1 / self.power)
+        middle = math.sqrt(low * high) if low else high / 16
+        return guess if low < guess < high or not self.budget else middle
+
+    def add(self, share: float, moved: float) -> None:
+        """Takes up what a share has moved."""
+        b, high = self.above
+        if 0 < moved != high and share != b:
+            self.power = min(8.0, max(0.125, math.log(high / moved) / math.log(b / share)))
+        if moved <= self.budget:
+            self.below = (share, moved)
+        else:
+            self.above = (share, moved)
 
 
 def drift_map(before: Tensor, after: Tensor) -> Tensor:

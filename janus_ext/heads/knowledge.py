@@ -25,6 +25,7 @@ class Knowledge:
         statistics: of the features.
         expanded: of ``width`` random ReLU features relu(f / |f| P), None without a width.
         projection: P [d, width], drawn once from the seed; None without a width.
+        untrained: the tasks whose linear head was never trained, because a fitted one stood in its place.
         seed: of what a head draws.
     """
 
@@ -34,6 +35,7 @@ class Knowledge:
         self.statistics = FeatureStatistics(dim, device)
         self.expanded = FeatureStatistics(width, device) if width else None
         self.projection: Tensor | None = None
+        self.untrained: list[int] = []
         self.seed = 0
 
     @property
@@ -58,6 +60,23 @@ class Knowledge:
         kept = [s.seen.nonzero().flatten().tolist() for s in (self.statistics, self.expanded) if s is not None]
         return self.has_means and all(seen == sorted(self.prototypes.classes) for seen in kept)
 
+    def require(self, head: str) -> None:
+        """ArgumentError unless ``head`` can be fitted to what is known."""
+        if head in ("linear", "aligned"):
+            self.require_trained(head)
+        if head == "ncm":
+            self.require_means(head)
+        elif head != "linear":
+            self.require_statistics(head)
+
+    def require_trained(self, head: str) -> None:
+        """ArgumentError unless all linear heads were trained."""
+        if self.untrained:
+            raise ArgumentError(
+                f"head {head!r} needs linear heads, and those of {len(self.untrained)} of {len(self.sizes)} tasks were "
+                "never trained: the backbone did not learn, and a fitted head stood in their place"
+            )
+
     def require_means(self, head: str) -> None:
         """ArgumentError unless there are means."""
         if not self.has_means:
@@ -80,9 +99,11 @@ class Knowledge:
         shares = [0.9 + 0.1 * (t + 1) / len(self.sizes) for t in range(len(self.sizes))]
         return torch.tensor(shares, dtype=torch.float64).repeat_interleave(torch.tensor(self.sizes))
 
-    def add(self, features: Tensor, labels: Tensor, seed: int) -> None:
-        """Takes up the features [n, d] of new classes."""
+    def add(self, features: Tensor, labels: Tensor, seed: int, trained: bool = True) -> None:
+        """Takes up the features [n, d] of new classes; ``trained``: whether the newest linear head was."""
         self.seed = seed
+        if not trained:
+            self.untrained.append(len(self.heads) - 1)
         self.prototypes.add(features, labels)
         self.statistics.observe(features, labels)
         if self.expanded is not None:
@@ -110,6 +131,7 @@ class Knowledge:
         """Named tensors of all but the linear heads, which are the model's."""
         state = prefixed("prototypes", self.prototypes.state_dict())
         state |= prefixed("statistics", self.statistics.state_dict()) | {"head_seed": torch.tensor(self.seed)}
+        state["untrained"] = torch.tensor(self.untrained, dtype=torch.int64)
         if self.expanded is not None and self.projection is not None:
             state |= prefixed("expanded", self.expanded.state_dict()) | {"projection": self.projection}
         return state
@@ -122,5 +144,6 @@ class Knowledge:
                 empty = FeatureStatistics(statistics.dim, statistics.gram.device).state_dict()
                 statistics.load_state_dict(below(name, state) or empty)
         self.seed = int(state.get("head_seed", 0))
+        self.untrained = state["untrained"].tolist() if "untrained" in state else []
         drawn = state.get("projection") if self.expanded is not None else None
         self.projection = None if drawn is None else drawn.to(self.prototypes.matrix)

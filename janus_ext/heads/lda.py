@@ -17,7 +17,7 @@ def fit(known: Knowledge) -> Decision:
     That is the log posterior for equal priors, but for what all classes share: without mu, the mean of all features,
     float32 would lose the differences between classes in an offset of all features.
     """
-    known.require_statistics("lda")
+    known.require("lda")
     statistics = known.statistics
     means, mean = statistics.means(), statistics.sums.sum(0) / statistics.rows
     weight = torch.cholesky_solve((means - mean).mT, torch.linalg.cholesky(statistics.spread())).mT

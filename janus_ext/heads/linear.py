@@ -10,5 +10,6 @@ from janus_ext.heads.knowledge import Knowledge
 
 def fit(known: Knowledge) -> Decision:
     """Their rows one below the other."""
+    known.require("linear")
     weight = torch.cat([head.weight.detach() for head in known.heads])
     return Decision(weight, torch.cat([head.bias.detach() for head in known.heads]))

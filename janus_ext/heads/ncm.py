@@ -10,7 +10,7 @@ SHARPNESS = 16.0  # what cosines are multiplied by before a softmax: the margin 
 
 def fit(known: Knowledge) -> Decision:
     """Unit means as rows."""
-    known.require_means("ncm")
+    known.require("ncm")
     prototypes = known.prototypes
     weight = prototypes.matrix.new_zeros(known.classes, prototypes.matrix.shape[1])
     bias = weight.new_full((known.classes,), NEVER)

@@ -35,7 +35,7 @@ def fit(known: Knowledge) -> Decision:
     Targets that scatter around the regression with the same variance v in all directions have the class probabilities
     softmax(y / v): scores are y / v. There are C - 1 directions, since targets add up to 1.
     """
-    known.require_statistics("ridge")
+    known.require("ridge")
     statistics = known.expanded or known.statistics
     counts, rows = statistics.counts.double(), max(1, statistics.rows)
     mean, share = statistics.sums.sum(0) / rows, counts / rows

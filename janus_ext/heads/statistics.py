@@ -13,6 +13,7 @@ from janus_ext.arguments import check_integer, check_tensor, shown
 from janus_ext.errors import ArgumentError, StatisticsError
 
 NAMES = ("counts", "sums", "gram")
+MOST_CLASSES = 2**20  # a label beyond it is a slip, for which no memory is asked
 NOTHING = 1e-12  # of the features' energy: a scatter within classes below it is rounding
 
 
@@ -67,8 +68,8 @@ class FeatureStatistics:
             StatisticsError: a feature is not finite; nothing is added.
         """
         self._check(features, labels)
-        if not bool(torch.isfinite(features).all()):
-            raise StatisticsError(f"features must be finite, got NaN or infinity among {list(features.shape)}")
+        if not bool(torch.isfinite(features.double().square().sum())):
+            raise StatisticsError(f"features must have finite squares, got others among {list(features.shape)}")
         if len(labels):
             self.reserve(int(labels.max()) + 1)
         labels = labels.to(self.counts)
@@ -146,10 +147,19 @@ class FeatureStatistics:
         """Continues from `state_dict()`; ArgumentError where it is none, or of another width."""
         if not isinstance(state, Mapping) or not set(NAMES) <= set(state):
             raise ArgumentError(f"state must be what state_dict() gave, with {', '.join(NAMES)}")
-        C, d = len(state["counts"]), self.dim
+        for name in NAMES:
+            check_tensor(f"state: {name}", state[name], "as state_dict() gave it")
+        C, d = state["counts"].numel(), self.dim
         for name, shape in (("counts", [C]), ("sums", [C, d]), ("gram", [d, d])):
             if list(state[name].shape) != shape:
                 raise ArgumentError(f"state must have {name} {shape}, got {list(state[name].shape)}")
+        counts, numbers = state["counts"], (state["sums"], state["gram"])
+        if (
+            counts.dtype != torch.int64
+            or bool((counts < 0).any())
+            or not all(bool(x.isfinite().all()) for x in numbers)
+        ):
+            raise ArgumentError("state must have counts of int64, none negative, and finite sums and gram")
         for name in NAMES:
             setattr(self, name, state[name].detach().to(getattr(self, name), copy=True))
 
@@ -161,10 +171,11 @@ class FeatureStatistics:
             )
         check_tensor("labels", labels, f"[{len(features)}] of integers")
         integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-        if tuple(labels.shape) != (len(features),) or not integers or (len(labels) and int(labels.min()) < 0):
+        fits = tuple(labels.shape) == (len(features),) and integers
+        if not fits or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES):
             raise ArgumentError(
-                f"labels must be [{len(features)}] integers from 0 on, one a feature, got {list(labels.shape)} of "
-                f"{labels.dtype}"
+                f"labels must be [{len(features)}] integers, one a feature, from 0 to {MOST_CLASSES - 1}, got "
+                f"{list(labels.shape)} of {labels.dtype}"
             )
 
 

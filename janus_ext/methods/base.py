@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from janus_ext.errors import ArgumentError, StatisticsError
 from janus_ext.heads import HEADS
 from janus_ext.heads.base import Decision
-from janus_ext.heads.drift import drift_map, movement
+from janus_ext.heads.drift import ShareSearch, drift_map, movement
 from janus_ext.heads.knowledge import Knowledge
 
 if TYPE_CHECKING:  # names for the reader; a method gets these objects handed in
@@ -29,7 +29,8 @@ if TYPE_CHECKING:  # names for the reader; a method gets these objects handed in
     from janus_ext.margin import ClassPrototypes
 
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
-CLOSE_ENOUGH = 1.02  # to the budget of a movement: a share of the update is found by repeated measuring
+CLOSE_ENOUGH = 0.9  # of the budget of a movement: a share of the update is found by repeated measuring
+MOST_TRIALS = 10
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Task:
     """For what a head draws, for all tasks: derived from the same."""
     learns: bool
     """Whether the backbone learns in it; else the head alone does."""
+    epochs: int
+    """Passes over its images; 0 where a fitted head needs none."""
     clean_batches: Batches
     """Makes a fresh pass over the training images, unaugmented, on the model's device: (uint8 images, labels)."""
     probe_batches: Batches
@@ -197,33 +200,42 @@ class Method(ABC):
             self.known.move(drift_map(self._before, features))
         self._measure(features, labels, report)
         self._before = self._probe = None
-        self._take_up(features, labels, task)
+        self._take_up(features, labels, task, trained=task.epochs > 0)
         return report
 
     def meet(self, task: Task) -> None:
         """Lets heads know the classes of ``task``'s images, which were learned without any."""
         self._take_up(*self._features(task.clean_batches), task)
 
-    def _take_up(self, features: Tensor, labels: Tensor, task: Task) -> None:
-        self.known.add(features, labels, task.head_seed)
+    def _take_up(self, features: Tensor, labels: Tensor, task: Task, trained: bool = True) -> None:
+        self.known.add(features, labels, task.head_seed, trained)
         self._decisions.clear()
         self.decision()
 
     @torch.no_grad()
     def _consolidate(self, task: Task) -> TaskReport:
         """Merges as much of the update as ``merge_scale`` allows, and ``drift_budget`` where there are old classes."""
-        merged = self.config.merge_scale
-        if merged < 1:
-            self.shrink_update(merged)
-        budget = self.config.drift_budget if task.first else None
-        moved = self._movement(task)
-        while budget is not None and moved > CLOSE_ENOUGH * budget:
-            share = budget / moved  # of a movement that is nearly linear in the update
-            self.shrink_update(share)
-            merged, moved = merged * share, self._movement(task)
+        if self.config.merge_scale < 1:
+            self.shrink_update(self.config.merge_scale)
+        share, moved = 1.0, self._movement(task)
+        if self.config.drift_budget is not None and task.first and moved > self.config.drift_budget:
+            share, moved = self._within(self.config.drift_budget, task, moved)
         report = self.close_task(task)
-        report.merged, report.movement = merged, moved
+        report.merged, report.movement = self.config.merge_scale * share, moved
         return report
+
+    def _within(self, budget: float, task: Task, moved: float) -> tuple[float, float]:
+        """Shrinks the update until it moves features by ``budget`` or a little less: (its share, the movement)."""
+        share, search = 1.0, ShareSearch(budget, moved)
+        for _ in range(MOST_TRIALS):
+            tried = search.next_share()
+            self.shrink_update(tried / share)
+            share, moved = tried, self._movement(task)
+            if share == 0 or CLOSE_ENOUGH * budget <= moved <= budget:
+                return share, moved
+            search.add(share, moved)
+        self.shrink_update(search.below[0] / share)
+        return search.below
 
     def _movement(self, task: Task) -> float:
         before, spread = self._probe

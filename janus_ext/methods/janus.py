@@ -48,11 +48,13 @@ class Janus(ProtectedLoRA):
         self.shrunk = True
 
     def close_task(self, task: Task) -> TaskReport:
-        if self.shrunk:  # what was observed are the inputs that the whole update makes, and it is not merged whole
+        if (
+            self.shrunk and self.estimators
+        ):  # what was observed are the inputs that the whole update makes, and it is not merged whole
             for estimator in self.estimators.values():
                 estimator.statistics.clear()
             self.watch(task, self.estimators)
-            self.shrunk = False
+        self.shrunk = False
         return super().close_task(task)
 
     def abandon_task(self) -> None:

@@ -62,13 +62,15 @@ class Evaluation:
 
     ``confusion`` is int64 [C, C], a row per true class and a column per predicted one, in the order of ``class_names``.
     ``task_sizes`` are the numbers of classes of each task, in the same order, and ``task_hits`` (int64 [T, 3]) their
-    counts as in :func:`~janus_ext.runs.metrics.hits`; both are empty where the tasks are not known.
+    counts as in :func:`~janus_ext.runs.metrics.hits`; both are empty where the tasks are not known. ``head`` is what
+    classified, None where nobody says it.
     """
 
     class_names: tuple[str, ...]
     confusion: Tensor
     task_sizes: tuple[int, ...] = ()
     task_hits: Tensor = field(default_factory=lambda: torch.zeros(0, 3, dtype=torch.int64))
+    head: str | None = None
 
     @property
     def images(self) -> int:
@@ -112,6 +114,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values of all of it; shares in per cent, null where there are no images."""
         return {
+            "head": self.head,
             "accuracy": self.accuracy,
             "images": self.images,
             "right": self.right,
@@ -139,7 +142,8 @@ class Evaluation:
     def headline(self) -> str:
         """The overall accuracy in a few words."""
         share = "-" if self.accuracy is None else f"{self.accuracy:.2f} %"
-        return f"accuracy {share} of {self.images:,} images, {len(self.class_names)} classes"
+        head = "" if self.head is None else f", head {self.head}"
+        return f"accuracy {share} of {self.images:,} images, {len(self.class_names)} classes{head}"
 
     def format(self, width: int | None = None) -> str:
         """Headline, tasks and classes as text in lines of at most ``width`` characters, by default the terminal's.
@@ -178,11 +182,14 @@ class Evaluation:
 
 
 def evaluate(
-    batches: Iterable[tuple[Tensor, Tensor]], class_names: Sequence[str], task_sizes: Sequence[int] = ()
+    batches: Iterable[tuple[Tensor, Tensor]],
+    class_names: Sequence[str],
+    task_sizes: Sequence[int] = (),
+    head: str | None = None,
 ) -> Evaluation:
     """Counts batch after batch of (scores [b, C], labels int64 [b]); label c is the column of class ``class_names[c]``.
 
-    ``task_sizes`` says how many of the classes, from the first on, belong to each task.
+    ``task_sizes`` says how many of the classes, from the first on, belong to each task; ``head`` what made the scores.
 
     Raises:
         ArgumentError: sizes that do not fit the classes, or as :meth:`~janus_ext.runs.metrics.Confusion.add`.
@@ -190,7 +197,7 @@ def evaluate(
     confusion = Confusion(len(class_names), task_sizes)
     for scores, labels in batches:
         confusion.add(scores, labels)
-    return Evaluation(tuple(class_names), confusion.counts, confusion.task_sizes, confusion.hits)
+    return Evaluation(tuple(class_names), confusion.counts, confusion.task_sizes, confusion.hits, head)
 
 
 def write_csv(path: Path, heading: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

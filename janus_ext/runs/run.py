@@ -106,8 +106,9 @@ class Run:
 
     def keep_epochs(self, epochs: Sequence[int]) -> None:
         """Drops the lines of ``metrics.jsonl`` that belong to no finished task; ``epochs`` has the number of each."""
-        path = self.folder / "metrics.jsonl"
-        lines = self.epochs()
+        path, lines = self.folder / "metrics.jsonl", self.epochs()
+        if not lines and not sum(epochs):
+            return
         wanted = [(task, epoch) for task, number in enumerate(epochs) for epoch in range(number)]
         kept = [line for line in lines if (line.get("task"), line.get("epoch")) in wanted]
         if [(line["task"], line["epoch"]) for line in kept] != wanted:

@@ -7,6 +7,7 @@ process, from what the last one left, gives the same bits as one learned at once
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from janus_ext.config.parts import TRAINED_HEADS
 from janus_ext.errors import StatisticsError, TrainingError
 from janus_ext.methods.base import Step, Task
 from janus_ext.runs.metrics import hits
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Record = Callable[[dict[str, Any]], None]
+LOG = logging.getLogger("janus_ext")
 PROBE = 256  # images on which it is measured how far features move
-TRAINED = ("linear", "aligned")  # heads that epochs of their own serve, even where the backbone stays as it is
 FITTED = ["ncm", "lda", "ridge"]  # in a moment, from statistics alone
 
 
@@ -86,7 +88,13 @@ class Learner:
         if task.learns:
             self.method.end_epochs()
         torch.manual_seed(derive_seed(self.seed, task.index, self.config.epochs, "next factors"))
-        return self.method.end_task(task)
+        report = self.method.end_task(task)
+        if report.merged is not None and report.merged < 1:
+            LOG.info(
+                "task %d: %.0f %% of the update merged, which moves its own features by %.3f deviations",
+                *(task.index + 1, 100 * report.merged, report.movement),
+            )
+        return report
 
     def _train_epoch(
         self,
@@ -213,9 +221,8 @@ class Learner:
 
     def decisions(self) -> dict[str, Decision]:
         """The configuration's head, and beside it all heads that are fitted at no cost to what the method knows."""
-        names = [self.config.head]
-        names += ["linear"] if self.epochs(len(self.sizes) - 1) else []
-        names += FITTED if self.method.known.has_statistics else []
+        known = self.method.known
+        names = [self.config.head] + ([] if known.untrained else ["linear"]) + (FITTED if known.has_statistics else [])
         return {name: self.method.decision(name) for name in dict.fromkeys(names)}
 
     def learns(self, task: int) -> bool:
@@ -224,7 +231,7 @@ class Learner:
 
     def epochs(self, task: int) -> int:
         """How many epochs a task is trained for: none where there is nothing to train, and the head is fitted."""
-        return self.config.epochs if self.learns(task) or self.config.head in TRAINED else 0
+        return self.config.epochs if self.learns(task) or self.config.head in TRAINED_HEADS else 0
 
     def clean_batches(self, images: Selection) -> Batches:
         """Images as they are, as many at once as a pass without gradients takes, on the model's device."""
@@ -256,6 +263,7 @@ class Learner:
             seed=self.seed,
             head_seed=derive_seed(self.seed, -1, -1, "heads"),
             learns=self.learns(index),
+            epochs=self.epochs(index),
             clean_batches=lambda: self.clean_batches(images),
             probe_batches=lambda: self.clean_batches(images.spread(PROBE)),
             augmented_batches=lambda: self._training_batches(images, index, self.config.epochs),

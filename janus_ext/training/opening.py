@@ -20,8 +20,10 @@ PRECISIONS = {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 au
 
 def lines(trainer: Trainer) -> list[str]:
     """Where the run computes; what the method trains; how it learns which tasks."""
-    learner = trainer.learner
-    return [_device(learner), f"{learner.config.method}: {adapted(learner.method)}", _learning(trainer)]
+    learner, learn = trainer.learner, trainer.config.learn
+    doing = "the backbone stays as it is" if learn == "none" else adapted(learner.method)
+    only = ", in the first task only" if learn == "first" else ""
+    return [_device(learner), f"{learner.config.method}: {doing}{only}", _learning(trainer)]
 
 
 def adapted(method: Method) -> str:
@@ -43,10 +45,14 @@ def _learning(trainer: Trainer) -> str:
     config, benchmark = trainer.config, trainer.benchmark
     tasks, sizes = len(benchmark.tasks), [len(classes) for classes in benchmark.tasks]
     each = f"{min(sizes)}" if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
-    return (
+    steps = trainer.step_count(tasks)
+    how = (
         f"{config.optimizer}, rate {config.lr:g}, of the heads {config.head_lr:g}, {config.schedule}; "
-        f"{_count(config.epochs, 'epoch')}, batches of {config.batch_size}, "
-        f"{_count(trainer.step_count(tasks), 'step')}; {_count(tasks, 'task')} x {each} classes, "
+        f"{_count(config.epochs, 'epoch')}, batches of {config.batch_size}, {_count(steps, 'step')}"
+    )
+    return (
+        f"{how if steps else f'nothing is trained, head {config.head} is fitted'}; "
+        f"{_count(tasks, 'task')} x {each} classes, "
         f"{len(benchmark.train):,} training and {len(benchmark.test):,} {measured_on(benchmark.validation)}"
     )
 

@@ -84,7 +84,8 @@ class Trainer:
         if others:
             LOG.warning("begun with other versions or threads (%s): bits may differ from now on", ", ".join(others))
         self.matrix, self.known, self.recognised = (results[name] for name in MATRICES)
-        self.heads = {name: measured["accuracy_matrix"] for name, measured in results["heads"].items()}
+        measured = {name: of["accuracy_matrix"] for name, of in results["heads"].items()}
+        self.heads = measured or {self.config.head: self.matrix[:]}  # an earlier version measured no other
         self.seconds = results["seconds"]
         self.reports = [TaskReport(*row) for row in zip(*(results[name] for name in REPORTED), strict=True)]
 
@@ -190,13 +191,6 @@ class Trainer:
             *(index + 1, len(self.benchmark.tasks), seen, known, recognised, self.matrix[index][-1]),
             self.seconds[index],
         )
-
-        report = self.reports[index]
-        if report.merged is not None and report.merged < 1:
-            LOG.info(
-                "task %d/%d: %.0f %% of the update merged, its own features moved by %.3f",
-                *(index + 1, len(self.benchmark.tasks), 100 * report.merged, report.movement),
-            )
 
     def _write_task(self, index: int, write: events.Write) -> None:
         results = self.results()
