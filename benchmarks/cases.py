@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from head_cases import lda_fit, ridge_fit, scores
 from program import Stepper, run_tasks
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -286,5 +287,10 @@ PROGRAM = [
     Case("flatness", "the step of the first task", _steps(JANUS, JANUS | FIRST), {"cpu": 1 / 1.05, "cuda": 1 / 1.05}),
     Case("task", "the task of InfLoRA", _task, {"cpu": 1 / 0.85, "cuda": 1 / 0.85}, repeats=3),
 ]
-GROUPS = {"kernels": KERNELS, "program": PROGRAM}
-CASES = [*KERNELS, *PROGRAM]
+HEADS = [
+    Case("lda-fit", "its formula in NumPy, d = 768, 345 classes", lda_fit, tolerance=1e-3),
+    Case("ridge-fit", "NumPy: a solve for each strength", ridge_fit, tolerance=1e-3),
+    Case("head-scores", "five linear heads side by side", scores, {"cpu": 1.0, "cuda": 1.0}),
+]
+GROUPS = {"kernels": KERNELS, "heads": HEADS, "program": PROGRAM}
+CASES = [*KERNELS, *HEADS, *PROGRAM]
