@@ -49,6 +49,7 @@ def test_tables_are_what_their_commands_print(command: str, text: str) -> None:
 def test_the_documents_have_all_tables() -> None:
     assert {command.partition(" ")[2] for command, _ in generated_blocks()} == {
         "benchmarks/run.py table benchmarks/results/cpu.json",
+        "benchmarks/run.py table benchmarks/results/heads.json",
         "benchmarks/run.py table benchmarks/results/program.json",
         "benchmarks/estimators.py --table benchmarks/results/estimators.json",
         "benchmarks/loader.py --table benchmarks/results/loader.json",
@@ -58,7 +59,7 @@ def test_the_documents_have_all_tables() -> None:
 
 def test_every_target_is_a_case_and_was_reached() -> None:
     listed = [line.split()[0] for line in call("python benchmarks/run.py list").stdout.splitlines()]
-    stored = [json.loads((BENCHMARKS / f"results/{name}.json").read_text()) for name in ("cpu", "program")]
+    stored = [json.loads((BENCHMARKS / f"results/{name}.json").read_text()) for name in ("cpu", "heads", "program")]
     measured = {row["case"]: row for result in stored for row in result["cases"]}
     assert list(measured) == listed
     with_target = {
@@ -70,6 +71,7 @@ def test_every_target_is_a_case_and_was_reached() -> None:
         "lora-linear",
         "margin",
         "commit",
+        "head-scores",
         "step",
         "step-observing",
         "flatness",
