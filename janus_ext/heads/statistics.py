@@ -72,11 +72,12 @@ class FeatureStatistics:
             raise StatisticsError(f"features must have finite squares, got others among {list(features.shape)}")
         if len(labels):
             self.reserve(int(labels.max()) + 1)
-        labels = labels.to(self.counts)
-        self.counts += torch.bincount(labels, minlength=len(self.counts))
-        for c in labels.unique().tolist():  # sums in the order of the rows: index_add_ has no such order on a GPU
-            self.sums[c] += features[labels == c].double().sum(0)
-        ops.gram_update_(self.gram, features.to(self.gram.device))
+        features, labels = features.to(self.gram.device), labels.to(self.counts)
+        for c in labels.unique().tolist():  # bincount and index_add_ have no repeatable kernel on a GPU
+            members = features[labels == c]
+            self.counts[c] += len(members)
+            self.sums[c] += members.double().sum(0)
+        ops.gram_update_(self.gram, features)
 
     def reserve(self, classes: int) -> None:
         """Makes room for classes 0 .. ``classes`` - 1; those without images have a count of 0."""

@@ -112,10 +112,10 @@ class Method(ABC):
         self.learns = task.learns
         if self.learns:
             features, labels = self._features(task.probe_batches)
-            self._probe = features, self.known.spread(features, labels)
             if self.config.drift == "ridge" and task.index:
                 self._before = self._features(task.clean_batches)[0]
-            self.open_task(task)
+            self.open_task(task)  # which names the layer, where inputs are not finite
+            self._probe = features, self.known.spread(features, labels)
 
     def open_task(self, task: Task) -> None:  # noqa: B027 - a hook, most methods need none
         """What a method does before the first step of a task, its head in place."""
@@ -196,6 +196,9 @@ class Method(ABC):
         """Closes the task, measures its features against the old prototypes, adds what they say, fits the head."""
         report = self._consolidate(task) if self.learns else TaskReport()
         features, labels = self._features(task.clean_batches)
+        for found in (self._before, features):
+            if found is not None and not bool(torch.isfinite(found).all()):
+                raise StatisticsError(f"the features of the task's {len(found)} images are not finite")
         if self._before is not None:
             self.known.move(drift_map(self._before, features))
         self._measure(features, labels, report)
@@ -252,15 +255,12 @@ class Method(ABC):
 
     @torch.no_grad()
     def _features(self, batches: Batches) -> tuple[Tensor, Tensor]:
-        """Features [N, d] and labels [N] of a pass over images, in evaluation mode; StatisticsError if not finite."""
+        """Features [N, d] and labels [N] of a pass over images, in evaluation mode."""
         training = self.model.training
         self.model.eval()
         passes = [(self.model.features(images), labels) for images, labels in batches()]
         self.model.train(training)
-        features, labels = (torch.cat(parts) for parts in zip(*passes, strict=True))
-        if not bool(torch.isfinite(features).all()):
-            raise StatisticsError(f"the features of the task's images are not finite, {len(features)} of them")
-        return features, labels
+        return torch.cat([f for f, _ in passes]), torch.cat([y for _, y in passes])
 
     def _measure(self, features: Tensor, labels: Tensor, report: TaskReport) -> None:
         """Fills in danger and the similarities per class."""

@@ -114,7 +114,7 @@ class Learner:
             self.method.begin_epoch(is_last=epoch == self.config.epochs - 1)
         progress.begin_epoch(task.index, epoch)
         for batch, labels in self._training_batches(images, task.index, epoch):
-            step = self._step(batch, labels - task.first, optimizer, scaler, task.learns)
+            step = self._step(batch, labels - task.first, optimizer, scaler)
             progress.add(step.loss, step.correct, len(batch))
         progress.read()
         if scaler.get_scale() < 1:  # 1 without a scaler; halved at every step that was left out
@@ -129,12 +129,7 @@ class Learner:
         return {"task": task.index, "epoch": epoch, **values, "seconds": seconds}
 
     def _step(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        learns: bool,
+        self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> Step:
         """forward, backward, unscale, rectify, clip, step.
 
@@ -143,14 +138,14 @@ class Learner:
         optimizer.zero_grad(set_to_none=True)
         step = self._forward_backward(images, targets, scaler)
         scaler.unscale_(optimizer)
-        if learns:
+        if self.method.learns:
             self.method.after_backward()
         if self.config.clip_norm is not None:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         scaler.step(optimizer)
         scaler.update()
-        if learns:
+        if self.method.learns:
             self.method.after_step()
         return step
 
