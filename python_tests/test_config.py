@@ -184,6 +184,30 @@ def test_what_a_preset_says_is_never_refused(method, preset):
     assert "milestones" in config.without_effect() and ("rank" in config.without_effect()) == (method == "bilora")
 
 
+@pytest.mark.parametrize(
+    ("asked", "budget"),
+    [
+        ({}, None),
+        ({"head": "ncm"}, None),
+        ({"method": "lora-drs"}, None),
+        ({"head": "lda"}, 0.1),
+        ({"head": "aligned", "method": "lora"}, 0.1),
+        ({"head": "ridge", "drift_budget": 1e9}, 1e9),
+        ({"head": "lda", "benchmark": "imagenet-r", "preset": "paper"}, None),
+    ],
+)
+def test_fitted_heads_have_a_guard_that_no_paper_has(asked, budget):
+    assert TrainConfig(**asked).resolved().drift_budget == budget
+
+
+def test_the_embedded_backbone_has_its_own_values_where_no_protocol_is_published():
+    emoji, cifar = TrainConfig().resolved(), TrainConfig(benchmark="cifar100").resolved()
+    folder = TrainConfig(benchmark="folder", backbone="emoji").resolved()
+    for name in ("lr", "epochs", "energy_start", "energy_power", "schedule", "rank"):
+        assert getattr(folder, name) == getattr(emoji, name)
+        assert getattr(TrainConfig(benchmark="cifar100", backbone="emoji").resolved(), name) == getattr(cifar, name)
+
+
 def test_another_schedule_leaves_the_presets_milestones():
     config = TrainConfig(preset="paper", benchmark="domainnet", schedule="cosine").resolved()
     assert config.schedule == "cosine" and not config.milestones

@@ -129,6 +129,36 @@ def test_what_is_protected_is_as_safe(patterns, weights, tmp_path, settings):
     assert max(value for task in results["violation_per_layer"] for value in task.values()) < 1e-5
 
 
+def test_what_is_protected_behind_a_part_of_an_update_are_its_own_inputs(patterns, weights, tmp_path):
+    """Training has seen the inputs that the whole update makes; each layer's basis is that of another pass."""
+    trainer = make_trainer(patterns, weights, tmp_path, epochs=2, lr=5e-2, merge_scale=0.2)
+    method, seen = trainer.learner.method, {}
+    watch = method.watch
+
+    def watching(task, estimators):
+        seen["before"] = {name: float(e.statistics.gram.abs().sum()) for name, e in estimators.items()}
+        watch(task, estimators)
+        seen["after"] = {name: e.statistics.gram.clone() for name, e in estimators.items()}
+
+    method.watch = watching
+    learn_first(trainer)
+    assert not any(seen["before"].values())  # what training has seen is gone
+    for name, gram in seen["after"].items():
+        basis = method.layers[name].basis
+        whole, kept = gram.diagonal().sum(), ((gram @ basis) * basis).sum()
+        least = float(torch.linalg.eigvalsh(gram)[-basis.shape[1] :].sum() / whole)
+        assert float(kept / whole) == pytest.approx(least, rel=1e-4) and float(kept / whole) >= 0.9
+    assert not method.shrunk
+
+
+def test_the_share_that_is_merged_is_said(patterns, weights, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="janus_ext"):
+        _, results = trained(patterns, weights, tmp_path, lr=3e-2, drift_budget=0.02)
+    said = [line for line in caplog.messages if "of the update merged" in line]
+    assert len(said) == sum(share < 1 for share in results["merged"]) == 2
+    assert said[0].startswith(f"task 2: {100 * results['merged'][1]:.0f} % of the update merged")
+
+
 # moved along ---------------------------------------------------------------------------------------------------------
 def test_drift_moves_statistics_towards_where_the_features_went(patterns, weights, tmp_path):
     """After the second task the means of the first are nearer to those of its images' present features."""

@@ -48,9 +48,8 @@ class Janus(ProtectedLoRA):
         self.shrunk = True
 
     def close_task(self, task: Task) -> TaskReport:
-        if (
-            self.shrunk and self.estimators
-        ):  # what was observed are the inputs that the whole update makes, and it is not merged whole
+        if self.shrunk and self.estimators:
+            # what was observed are the inputs that the whole update makes, and it is not merged whole
             for estimator in self.estimators.values():
                 estimator.statistics.clear()
             self.watch(task, self.estimators)
