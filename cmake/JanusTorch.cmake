@@ -39,6 +39,15 @@ elseif(gomp_count GREATER 1)
   list(GET JANUS_TORCH_GOMP 0 JANUS_TORCH_GOMP)
 endif()
 
+# The C++ library, too, has to be the one that torch has in the process: a compiler that comes without the shared one (or
+# is told -static-libstdc++) puts a second into ours, whose streams write numbers with the other's locale: the first error
+# message ends the process. Named before the compiler's own, the shared one is what all symbols are taken from.
+execute_process(COMMAND "${CMAKE_CXX_COMPILER}" -print-file-name=libstdc++.so.6
+  OUTPUT_VARIABLE JANUS_LIBSTDCXX OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+if(NOT IS_ABSOLUTE "${JANUS_LIBSTDCXX}")    # this compiler's library has another name, or is libc++
+  set(JANUS_LIBSTDCXX "")
+endif()
+
 janus_import_torch_library(c10)
 janus_import_torch_library(torch_cpu)
 add_library(janus::torch INTERFACE IMPORTED)
@@ -46,7 +55,7 @@ target_include_directories(janus::torch SYSTEM INTERFACE
   "${JANUS_TORCH_ROOT}/include" "${JANUS_TORCH_ROOT}/include/torch/csrc/api/include")
 target_compile_definitions(janus::torch INTERFACE _GLIBCXX_USE_CXX11_ABI=${JANUS_TORCH_ABI})
 target_compile_options(janus::torch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-fopenmp>)
-target_link_libraries(janus::torch INTERFACE janus::lib_c10 janus::lib_torch_cpu "${JANUS_TORCH_GOMP}")
+target_link_libraries(janus::torch INTERFACE janus::lib_c10 janus::lib_torch_cpu "${JANUS_TORCH_GOMP}" ${JANUS_LIBSTDCXX})
 
 if(JANUS_TORCH_CUDA)
   janus_import_torch_library(c10_cuda)

@@ -212,6 +212,12 @@ inline void check_lora_qkv(const Tensor& x, const Tensor& weight, const Optional
 
 // What the forward saved, and a gradient of its output: nobody else calls this op, but nothing it is given may crash
 // it.
+// The rank in lora.h's big products: matrix units take rows of 16-bit numbers that begin at multiples of 16 bytes, and
+// others at half the speed or less, so that zeros are added there.
+inline int64_t padded_rank(int64_t r, at::ScalarType type) {
+  return at::elementSize(type) == 2 ? (r + 7) / 8 * 8 : r;
+}
+
 inline void check_lora_backward(const Tensor& grad_y, const Tensor& x, const Tensor& xA, const Tensor& effective,
                                 const Tensor& weight, const Tensor& A, const Tensor& B, const OptionalTensor& basis,
                                 double scale, std::string_view rectify, double damping, double share,
@@ -231,7 +237,7 @@ inline void check_lora_backward(const Tensor& grad_y, const Tensor& x, const Ten
     check_device(op, name, rows, A);
   };
   check_rows("grad_y", grad_y, weight.size(0));
-  check_rows("xA", xA, A.size(0) * A.size(1));
+  check_rows("xA", xA, A.size(0) * padded_rank(A.size(1), x.scalar_type()));
   const int64_t last = weight.size(0) - B.size(1);
   TORCH_CHECK_VALUE(static_cast<int64_t>(offsets.size()) == A.size(0) &&
                         std::all_of(offsets.begin(), offsets.end(), [&](int64_t o) { return 0 <= o && o <= last; }),

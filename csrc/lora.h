@@ -2,13 +2,15 @@
 //
 //   y = x W^T + b,  y[off_i : off_i + m] += s (x A_i^T) B_i^T,   A_s = A P in place of A for "exact"
 //
-// A [g, r, n], B [g, m, r]; one x A^T product serves all g targets, and s B A is never formed.
+// A [g, r, n], B [g, m, r]; one x A^T product serves all g targets, and s B A is never formed. In those products r is
+// padded_rank's.
 #pragma once
 
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 #include <tuple>
 #include <vector>
@@ -25,9 +27,19 @@ inline Tensor rows_of(const Tensor& x) {
   return x.reshape({-1, x.size(-1)});
 }
 
-// A's targets on top of each other, in the dtype of the big products.
+// `factor` in the dtype of the big products, zeros beyond its end along `dim`.
+inline Tensor padded(const Tensor& factor, int64_t dim, at::ScalarType type) {
+  auto shape = factor.sizes().vec();
+  shape[dim] = padded_rank(factor.size(dim), type);
+  if (shape[dim] == factor.size(dim)) return factor.to(type);
+  Tensor wide = at::zeros(shape, factor.options().dtype(type));
+  wide.narrow(dim, 0, factor.size(dim)).copy_(factor);
+  return wide;
+}
+
+// A's targets on top of each other, [g r, n].
 inline Tensor stacked(const Tensor& A, at::ScalarType type) {
-  return A.reshape({-1, A.size(-1)}).to(type);
+  return padded(A, 1, type).reshape({-1, A.size(-1)});
 }
 
 inline std::vector<int64_t> slice_offsets(at::IntArrayRef targets, int64_t m) {
@@ -40,7 +52,7 @@ inline std::vector<int64_t> slice_offsets(at::IntArrayRef targets, int64_t m) {
 inline Triple lora_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& A,
                            const Tensor& B, const OptionalTensor& basis, double scale, std::string_view rectify,
                            at::IntArrayRef offsets) {
-  const int64_t r = A.size(1), m = B.size(1);
+  const int64_t r = padded_rank(A.size(1), x.scalar_type()), m = B.size(1);
   Tensor effective;
   {
     FullFloat32 guard;
@@ -48,35 +60,37 @@ inline Triple lora_forward(const Tensor& x, const Tensor& weight, const Optional
   }
   Tensor y = at::linear(x, weight, bias);
   const Tensor rows = rows_of(x), y_rows = y.view({-1, y.size(-1)});
-  const Tensor xA = at::mm(rows, stacked(effective, x.scalar_type()).t());
+  const Tensor xA = at::mm(rows, stacked(effective, x.scalar_type()).t()), wide_B = padded(B, 2, x.scalar_type());
   for (size_t i = 0; i < offsets.size(); ++i) {
     const auto column = static_cast<int64_t>(i);
-    y_rows.narrow(1, offsets[i], m)
-        .addmm_(xA.narrow(1, column * r, r), B[column].to(x.scalar_type()).t(), /*beta=*/1, scale);
+    y_rows.narrow(1, offsets[i], m).addmm_(xA.narrow(1, column * r, r), wide_B[column].t(), /*beta=*/1, scale);
   }
   auto shape = x.sizes().vec();
   shape.back() = xA.size(1);
   return {y, xA.view(shape), effective};
 }
 
-// dL/dx (empty unless need_x) and the rectified gradients of A and B.
-inline Triple lora_backward(const Tensor& grad_y, const Tensor& x, const Tensor& xA, const Tensor& effective,
-                            const Tensor& weight, const Tensor& A, const Tensor& B, const OptionalTensor& basis,
-                            double scale, std::string_view rectify, double damping, double share, bool balance,
-                            at::IntArrayRef offsets, bool need_x) {
+// dL/dx (empty unless need_x) and the gradients of A and B, by `rectify_gradients`, which is `rectified` or a device's
+// form of it.
+template <auto rectify_gradients>
+Triple lora_backward(const Tensor& grad_y, const Tensor& x, const Tensor& xA, const Tensor& effective,
+                     const Tensor& weight, const Tensor& A, const Tensor& B, const OptionalTensor& basis, double scale,
+                     std::string_view rectify, double damping, double share, bool balance, at::IntArrayRef offsets,
+                     bool need_x) {
   check_lora_backward(grad_y, x, xA, effective, weight, A, B, basis, scale, rectify, damping, share, offsets);
   const auto type = x.scalar_type();
-  const int64_t g = A.size(0), r = A.size(1), m = B.size(1);
-  const Tensor gy = rows_of(grad_y), rows = rows_of(x);
+  const int64_t g = A.size(0), r = padded_rank(A.size(1), type), m = B.size(1);
+  const Tensor gy = rows_of(grad_y), rows = rows_of(x), wide_B = padded(B, 2, type);
   const Tensor through = at::empty({gy.size(0), g * r}, x.options());  // s G_i B_i, per target
   for (int64_t i = 0; i < g; ++i) {
     Tensor slice = through.narrow(1, i * r, r);
-    at::mm_out(slice, gy.narrow(1, offsets[i], m), B[i].to(type));
+    at::mm_out(slice, gy.narrow(1, offsets[i], m), wide_B[i]);
   }
   if (scale != 1) through.mul_(scale);
   Tensor grad_x = at::empty({0}, x.options());
   if (need_x) grad_x = at::mm(gy, weight).addmm_(through, stacked(effective, type)).view(x.sizes());
-  const Tensor grad_A = at::mm(through.t(), rows).to(A.scalar_type()).view(A.sizes());
+  const Tensor wide_grad_A = at::mm(through.t(), rows).view({g, r, rows.size(1)});
+  const Tensor grad_A = at::empty(A.sizes(), A.options()).copy_(wide_grad_A.narrow(1, 0, A.size(1)));
 
   FullFloat32 guard;
   Tensor inner = rows_of(xA);
@@ -85,10 +99,12 @@ inline Triple lora_backward(const Tensor& grad_y, const Tensor& x, const Tensor&
   }
   const Tensor grad_B = at::empty(B.sizes(), B.options());
   for (int64_t i = 0; i < g; ++i) {
-    grad_B[i].copy_(at::mm(gy.narrow(1, offsets[i], m).t(), inner.narrow(1, i * r, r)));
+    const Tensor wide_grad_B = at::mm(gy.narrow(1, offsets[i], m).t(), inner.narrow(1, i * r, r));
+    grad_B[i].copy_(wide_grad_B.narrow(1, 0, B.size(2)));
   }
   if (scale != 1) grad_B.mul_(scale);
-  const auto [dA, dB] = rectified(effective, B, grad_A, grad_B, basis, {scale, rectify, damping, share, balance});
+  const Rectification options{scale, rectify, damping, share, balance};
+  const auto [dA, dB] = rectify_gradients(effective, B, grad_A, grad_B, basis, options);
   return {grad_x, dA, dB};
 }
 

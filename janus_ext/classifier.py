@@ -78,10 +78,16 @@ class ContinualClassifier(nn.Module):
         return self.backbone.forward_head(self.backbone.forward_features(pixels), pre_logits=True)
 
     def compile_backbone(self) -> None:
-        """From now on the backbone runs as a compiled graph for every batch size; no name in the state changes."""
-        graph = torch.compile(self.embed, fullgraph=True)
+        """From now on training steps run the backbone as a compiled graph, for every batch size; no name changes.
+
+        Passes without gradients run it as it is: they are few, a graph of their own takes half a minute to make, and
+        PyTorch 2.11 makes a wrong one for bfloat16 on a GPU (docs/performance.md).
+        """
+        plain, graph = self.embed, torch.compile(self.embed, fullgraph=True)
 
         def embed(pixels: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                return plain(pixels)
             torch._dynamo.maybe_mark_dynamic(pixels, 0)
             return graph(pixels)
 

@@ -9,6 +9,9 @@ import torch
 from conftest import KeepingTrainer, assert_close, make_trainer, needs_inductor, without_time
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from janus_ext import inject
+from janus_ext.backbone import load_backbone
+from janus_ext.classifier import ContinualClassifier
 from janus_ext.errors import TrainingError
 from janus_ext.runs.checkpoint import read_tensors
 
@@ -61,6 +64,40 @@ def test_a_compiled_run_is_the_same_run(patterns, weights, tmp_path, monkeypatch
         assert_close(found[key], value, torch.bfloat16 if method == "bf16" else torch.float32)
     first = 1 if method == "lora-drs" else 0  # which has no old updates to subtract in its first task
     assert len(set(trainer.graphs[first:])) == 1 and trainer.graphs[-1] <= torch._dynamo.config.recompile_limit
+
+
+@pytest.mark.cuda
+@needs_inductor
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=str)
+def test_a_gpu_graph_gives_the_features_of_every_image(amp):
+    """Of every pass: a wrong one was wrong for a few images, other ones each time."""
+    torch.manual_seed(0)
+    model = ContinualClassifier(load_backbone("emoji").cuda(), amp)
+    inject(model.backbone, 4)
+    model.train()
+    images = torch.randint(256, (96, 3, 64, 64), dtype=torch.uint8, device="cuda")
+    want, plain = model.features(images).detach(), model.features(images[:5]).detach()
+    model.compile_backbone()
+    for _ in range(8):
+        for batch, features in ((images, want), (images[:5], plain)):
+            got = model.features(batch)
+            got.sum().backward()
+            errors = (got - features).norm(dim=1) / features.norm(dim=1)
+            assert errors.max() < (5e-2 if amp else 1e-4), errors
+
+
+def test_passes_without_gradients_make_no_graph(monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    model = ContinualClassifier(load_backbone("emoji"))
+    inject(model.backbone, 4)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    want = model.features(images).detach()
+    model.compile_backbone()
+    with torch.no_grad():
+        assert torch.equal(model.features(images), want) and counter.frame_count == 0
+    assert_close(model.features(images), want, torch.float32)
+    assert counter.frame_count == 1
 
 
 @needs_inductor

@@ -24,6 +24,21 @@ def test_equals_float64(device: str, dtype: torch.dtype, shape: tuple[int, ...])
     assert torch.equal(gram, gram.mT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [4096, 5003])
+@pytest.mark.parametrize("n", [40, 600])
+def test_many_rows(device: str, dtype: torch.dtype, rows: int, n: int) -> None:
+    """Their chunks, and the rows that are left over, add up; what C held below its diagonal does not matter."""
+    x = torch.randn(rows, n).to(dtype)
+    start = torch.eye(n, dtype=torch.float64)
+    gram = start.float().to(device)
+    if device == "cuda":
+        gram.masked_fill_(torch.ones_like(gram, dtype=torch.bool).tril(-1), float("nan"))
+    ops.gram_update_(gram, x.to(device), decay=0.25)
+    assert_close(gram, 0.25 * start + x.double().mT @ x.double(), torch.float32)
+    assert torch.equal(gram, gram.mT)
+
+
 def test_float64_gram_of_float32_input(device: str) -> None:
     x = torch.randn(50, 20, device=device)
     gram = ops.gram_update_(torch.zeros(20, 20, dtype=torch.float64, device=device), x)

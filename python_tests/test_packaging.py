@@ -71,6 +71,14 @@ def test_every_op_has_a_compiled_cpu_kernel():
 
 
 @needs_native
+def test_the_libraries_have_no_cxx_library_of_their_own():
+    """Linked in statically, it would write numbers into error messages with the locale of torch's, and crash."""
+    libraries = [p for p in _native.folder().glob("*.so") if p.name.startswith(("libjanus", "_C."))]
+    assert len(libraries) >= 2
+    assert [p.name for p in libraries if b"\0libstdc++.so.6\0" not in p.read_bytes()] == []
+
+
+@needs_native
 def test_loading_twice_changes_nothing():
     before = _native.folder()
     _native.load()

@@ -6,6 +6,7 @@
 
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/Exceptions.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -63,8 +64,11 @@ void gram_update_(const Tensor& gram, const Tensor& x, double decay) {
       .n = n,
       .decay = decay,
   };
-  TORCH_CUDABLAS_CHECK(kernels::gram_upper_blocks(at::cuda::getCurrentCUDABlasHandle(), update));
-  C10_CUDA_CHECK(kernels::gram_mirror(update, c10::cuda::getCurrentCUDAStream()));
+  const kernels::GramCut cut = kernels::gram_cut(update.type, update.rows, n);
+  const Tensor partials = at::empty({cut.chunks, n, n}, C.options());
+  void* sums = partials.mutable_data_ptr();
+  TORCH_CUDABLAS_CHECK(kernels::gram_partials(at::cuda::getCurrentCUDABlasHandle(), update, cut, sums));
+  C10_CUDA_CHECK(kernels::gram_gather(update, cut, sums, c10::cuda::getCurrentCUDAStream()));
   if (!gram.is_same(C)) gram.copy_(C);
 }
 

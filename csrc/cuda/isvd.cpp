@@ -6,6 +6,18 @@
 
 #include "on_device.h"
 
+namespace janus {
+namespace {
+
+// A block costs a QR and an eigendecomposition of order min(n, l + rows), of which a GPU does few large ones faster
+// than many small ones: 5 ms at 512, 36 ms at 2304 on an H100. Where n bounds it, a block takes what memory allows.
+int64_t block_rows(int64_t n, int64_t l) {
+  return n <= 2048 ? 32768 : std::max<int64_t>(l, 2048);  // as reference.isvd.block_rows
+}
+
+}  // namespace
+}  // namespace janus
+
 TORCH_LIBRARY_IMPL(janus_ext, CUDA, m) {
-  m.impl("isvd_update", TORCH_FN(janus::OnDevice<&janus::isvd_update>::call));
+  m.impl("isvd_update", TORCH_FN(janus::OnDevice<&janus::isvd_update<&janus::block_rows>>::call));
 }

@@ -2,22 +2,23 @@
 // of rectified.h, layer by layer.
 //
 // Pointers and sizes of the layers travel as kernel parameters: no copy to the device, hence no host memory that must
-// outlive the call, nothing that waits, and a call that a CUDA graph can capture.
-#include "kernels/rectify.h"
+// outlive the call, nothing that waits, and a call that a CUDA graph can capture. So the host learns that A V is not
+// zero only at a later call, from a place in its memory where the kernels note it (Findings).
+#include "rectify.h"
 
-#include <ATen/ops/_assert_async.h>
 #include <ATen/ops/_foreach_norm.h>
-#include <ATen/ops/any.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/logical_not.h>
 #include <ATen/ops/stack.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <map>
+#include <mutex>
+#include <new>
 
+#include "kernels/rectify.h"
 #include "precision.h"
-#include "rectified.h"
 
 namespace janus {
 namespace {
@@ -72,24 +73,65 @@ void append_targets(std::vector<kernels::Layer>& batch, const Layers& layers, in
   }
 }
 
-// |A V| <= tolerance |A|, asserted on the device: reading the norms here would make the host wait at every step. The
-// price is that the message cannot hold them, and that a failure ends the process's use of the device.
-void assert_safe_factors(const Layers& layers, const Indices& indices) {
+[[noreturn]] void refuse_unsafe(int64_t layer, double inside, double whole, const char* consequence) {
+  TORCH_CHECK_VALUE(false, "rectify_: layer ", layer, ": rectify='exact' presumes A V = 0, got |A V| = ", inside,
+                    " with |A| = ", whole, consequence);
+}
+
+// Where the kernels of a device note a layer whose A V is not zero: pinned memory that they write and the host reads,
+// made at the first call and kept for the process.
+class Findings {
+ public:
+  static kernels::Finding* of_current_device() {
+    static Findings findings;
+    const std::lock_guard<std::mutex> lock(findings.mutex_);
+    kernels::Finding*& finding = findings.by_device_[c10::cuda::current_device()];
+    if (finding == nullptr) {
+      void* memory = nullptr;
+      C10_CUDA_CHECK(cudaHostAlloc(&memory, sizeof(kernels::Finding), cudaHostAllocMapped | cudaHostAllocPortable));
+      finding = new (memory) kernels::Finding{kernels::kNothingFound, 0, 0};
+    }
+    return finding;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<c10::DeviceIndex, kernels::Finding*> by_device_;
+};
+
+// Raises what an earlier call found, once.
+void raise_finding(kernels::Finding* finding) {
+  const int layer = *static_cast<volatile int*>(&finding->layer);
+  if (layer < 0) return;
+  std::atomic_thread_fence(std::memory_order_acquire);
+  const kernels::Finding found = *finding;
+  finding->layer = kernels::kNothingFound;
+  refuse_unsafe(layer, found.inside, found.whole, "; found in an earlier call, which set this layer's gradients to 0");
+}
+
+// |A V| <= tolerance |A| in all layers, of which the host waits for the norms.
+void check_safe_factors(const Layers& layers, const Indices& all) {
+  Indices indices;
   std::vector<Tensor> factors, products;
-  for (int64_t i : indices) {
+  for (int64_t i : all) {
     if (is_empty(layers.basis[i]) || layers.A[i].numel() == 0) continue;
+    indices.push_back(i);
     factors.push_back(layers.A[i]);
     products.push_back(at::matmul(layers.A[i], layers.basis[i]));
   }
   if (factors.empty()) return;
-  const Tensor inside = at::stack(at::_foreach_norm(products)), whole = at::stack(at::_foreach_norm(factors));
-  const Tensor wrong = (inside > kBasisTolerance * whole).any();
-  at::_assert_async(wrong.logical_not(),
-                    "rectify_: rectify='exact' presumes A V = 0, got |A V| > 1e-3 |A| in at least one layer");
+  const auto on_host = [](const std::vector<Tensor>& tensors) {
+    return at::stack(at::_foreach_norm(tensors)).to(at::kCPU, at::kDouble);
+  };
+  const Tensor inside = on_host(products), whole = on_host(factors);
+  for (size_t j = 0; j < indices.size(); ++j) {
+    const double in = inside.const_data_ptr<double>()[j], of = whole.const_data_ptr<double>()[j];
+    if (in > kBasisTolerance * of) refuse_unsafe(indices[j], in, of, "");
+  }
 }
 
 void rectify_general(const Layers& layers, const Indices& indices, Rectification options) {
-  if (options.mode == "exact") assert_safe_factors(layers, indices);
+  if (options.mode == "exact") check_safe_factors(layers, indices);
   for (int64_t i : indices) {
     options.scale = layers.scale[i];
     const auto [dA, dB] =
@@ -100,7 +142,7 @@ void rectify_general(const Layers& layers, const Indices& indices, Rectification
 }
 
 void rectify_by_kernels(const std::vector<kernels::Layer>& batch, const at::TensorOptions& like,
-                        const Rectification& options) {
+                        const Rectification& options, kernels::Finding* finding) {
   const auto count = static_cast<int64_t>(batch.size());
   const Tensor workspace = at::empty({kernels::rectify_workspace(batch.data(), count)}, like.dtype(at::kFloat));
   const kernels::RectifyOptions numbers{
@@ -108,6 +150,7 @@ void rectify_by_kernels(const std::vector<kernels::Layer>& batch, const at::Tens
       .floor = static_cast<float>(kDampingFloor),
       .share = static_cast<float>(options.share),
       .tolerance = static_cast<float>(kBasisTolerance),
+      .finding = finding,
       .balance = options.balance,
       .only_project = options.mode == "project",
   };
@@ -115,7 +158,9 @@ void rectify_by_kernels(const std::vector<kernels::Layer>& batch, const at::Tens
                                   c10::cuda::getCurrentCUDAStream()));
 }
 
-void rectify_on_device(const Layers& layers, const Indices& indices, const Rectification& options) {
+void rectify_layers(const Layers& layers, const Indices& indices, const Rectification& options) {
+  kernels::Finding* finding = Findings::of_current_device();
+  raise_finding(finding);
   std::vector<kernels::Layer> batch;
   Indices others;
   for (int64_t i : indices) {
@@ -125,7 +170,7 @@ void rectify_on_device(const Layers& layers, const Indices& indices, const Recti
       others.push_back(i);
   }
   if (!others.empty()) rectify_general(layers, others, options);
-  if (!batch.empty()) rectify_by_kernels(batch, layers.A[indices.front()].options(), options);
+  if (!batch.empty()) rectify_by_kernels(batch, layers.A[indices.front()].options(), options, finding);
 }
 
 void rectify_(at::TensorList A, at::TensorList B, at::TensorList grad_A, at::TensorList grad_B, at::TensorList basis,
@@ -137,11 +182,24 @@ void rectify_(at::TensorList A, at::TensorList B, at::TensorList grad_A, at::Ten
   const FullFloat32 precision;
   for (const auto& [device, indices] : by_device(A)) {
     const c10::cuda::CUDAGuard guard(device);
-    rectify_on_device(layers, indices, {1, rectify, damping, share, balance});
+    rectify_layers(layers, indices, {1, rectify, damping, share, balance});
   }
 }
 
 }  // namespace
+
+std::pair<Tensor, Tensor> rectified_on_device(const Tensor& A, const Tensor& B, const Tensor& grad_A,
+                                              const Tensor& grad_B, const OptionalTensor& basis,
+                                              const Rectification& options) {
+  if (options.mode == "none" || A.numel() == 0 || !fits_kernel(A))
+    return rectified(A, B, grad_A, grad_B, basis, options);
+  const Tensor V = is_empty(basis) ? at::empty({A.size(-1), 0}, A.options()) : *basis;
+  std::vector<kernels::Layer> batch;
+  append_targets(batch, {A, B, grad_A, grad_B, V, options.scale}, 0);
+  rectify_by_kernels(batch, A.options(), options, nullptr);
+  return {grad_A, grad_B};
+}
+
 }  // namespace janus
 
 TORCH_LIBRARY_IMPL(janus_ext, CUDA, m) {

@@ -12,8 +12,8 @@ def isvd_update(
 ) -> tuple[Tensor, Tensor]:
     """Incremental SVD of all rows seen: memory n x l where `gram_update_` takes n x n (Online Estimation).
 
-    Rows X are taken in blocks of l; of [diag(S) U^T; X] the l leading right singular vectors and values are kept. Exact
-    as long as all rows seen have rank l or less, else what is dropped is lost.
+    Rows X are taken in blocks (of l on a CPU, of thousands on a GPU); of [diag(S) U^T; X] the l leading right singular
+    vectors and values are kept. Exact as long as all rows seen have rank l or less, else what is dropped is lost.
 
     Args:
         basis: U, [n, l], float32 or float64, orthonormal columns (zero columns where the singular value is 0); l <= n.

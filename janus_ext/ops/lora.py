@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from janus_ext import reference
 from janus_ext.ops.registry import RECTIFICATION, define, require_reverse_mode
 from janus_ext.rectification import Rectification
+from janus_ext.reference.lora import padded_rank
 
 TARGETS = ("q", "k", "v")  # slices of a fused qkv projection, in this order
 
@@ -103,7 +104,7 @@ def _fake_forward(x: Tensor, weight: Tensor, A: Tensor, groups: int) -> tuple[Te
     r, n = A.shape[-2:]
     return (
         x.new_empty(*x.shape[:-1], weight.shape[0]),
-        x.new_empty(*x.shape[:-1], groups * r),
+        x.new_empty(*x.shape[:-1], groups * padded_rank(r, x.dtype)),
         A.new_empty(groups, r, n),
     )
 

@@ -74,6 +74,17 @@ def lora_qkv(
     return lora_forward(x, weight, bias, A, B, basis, scale, how.rectify, [t * m for t in targets])
 
 
+def padded_rank(r: int, dtype: torch.dtype) -> int:
+    """Columns of x A^T for one target: for 16-bit dtypes the next multiple of 8, with zeros; csrc/lora.h says why."""
+    return -(-r // 8) * 8 if dtype.itemsize == 2 else r
+
+
+def _padded(factor: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """`factor` in the dtype, with zeros up to the padded rank along `dim`, -1 or -2."""
+    missing = padded_rank(factor.shape[dim], dtype) - factor.shape[dim]
+    return F.pad(factor.to(dtype), (0, missing) if dim == -1 else (0, 0, 0, missing))
+
+
 def lora_forward(
     x: Tensor,
     weight: Tensor,
@@ -87,12 +98,12 @@ def lora_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = x W^T + b, and y[off_i : off_i + m] += s (x A_i^T) B_i^T; A is A P for "exact". A [g, r, n], B [g, m, r]."""
     effective = project(A, basis) if rectify == "exact" and not is_empty(basis) else A.clone()
-    g, r, n = A.shape
+    g, _, n = A.shape
     m = B.shape[1]
     y = F.linear(x, weight, bias)
-    xA = x @ effective.reshape(g * r, n).mT.to(x.dtype)
-    for i, offset in enumerate(offsets):
-        y[..., offset : offset + m] += scale * (xA[..., i * r : (i + 1) * r] @ B[i].mT.to(x.dtype))
+    xA = x @ _padded(effective, -2, x.dtype).reshape(-1, n).mT
+    for offset, inner, b in zip(offsets, xA.chunk(g, dim=-1), _padded(B, -1, x.dtype), strict=True):
+        y[..., offset : offset + m] += scale * (inner @ b.mT)
     return y, xA, effective
 
 
@@ -122,16 +133,18 @@ def lora_backward(
     m = B.shape[1]
     gy, rows = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, n)
     slices = [gy[:, offset : offset + m] for offset in offsets]
-    through = torch.cat([scale * (s @ b.to(x.dtype)) for s, b in zip(slices, B, strict=True)], dim=1)  # [N, g r]
+    wide_B = _padded(B, -1, x.dtype)
+    through = torch.cat([scale * (s @ b) for s, b in zip(slices, wide_B, strict=True)], dim=1)  # [N, g r], r padded
     grad_x = x.new_empty(0)
     if need_x:
-        grad_x = (gy @ weight + through @ effective.reshape(g * r, n).to(x.dtype)).reshape(x.shape)
-    grad_A = (through.mT @ rows).to(A.dtype).reshape(g, r, n)
+        grad_x = (gy @ weight + through @ _padded(effective, -2, x.dtype).reshape(-1, n)).reshape(x.shape)
+    grad_A = (through.mT @ rows).reshape(g, -1, n)[:, :r].to(A.dtype)
     with full_float32():
-        inner = xA.reshape(-1, g * r)
+        inner = xA.reshape(-1, xA.shape[-1])
         if how.rectify == "tangent" and not is_empty(basis):  # G P A^T needs only x (A P)^T, not G V
-            inner = rows @ project(A, basis).reshape(g * r, n).mT.to(x.dtype)
-        grad_B = torch.stack([scale * (s.mT @ inner[:, i * r : (i + 1) * r]) for i, s in enumerate(slices)]).to(B.dtype)
+            inner = rows @ _padded(project(A, basis), -2, x.dtype).reshape(-1, n).mT
+        products = [scale * (s.mT @ t) for s, t in zip(slices, inner.chunk(g, dim=1), strict=True)]
+        grad_B = torch.stack(products)[..., :r].to(B.dtype)
         grad_A, grad_B = rectified(effective, B, grad_A, grad_B, basis, scale, how)
     return grad_x, grad_A, grad_B
 
@@ -163,7 +176,8 @@ def check_saved(
     require_dtype(op, "effective", effective, (A.dtype,))
     require_shape(op, "effective", effective, A.shape)
     require_device(op, A, effective=effective)
-    for name, rows, width in (("grad_y", grad_y, weight.shape[0]), ("xA", xA, A.shape[0] * A.shape[1])):
+    rank = padded_rank(A.shape[1], x.dtype)
+    for name, rows, width in (("grad_y", grad_y, weight.shape[0]), ("xA", xA, A.shape[0] * rank)):
         require_dtype(op, name, rows, (x.dtype,))
         require_shape(op, name, rows, (*x.shape[:-1], width))
         require_device(op, A, **{name: rows})

@@ -18,10 +18,19 @@ struct GramUpdate {
   double decay;
 };
 
-// The blocks on and above the diagonal, on the handle's stream, in the handle's math mode.
-cublasStatus_t gram_upper_blocks(cublasHandle_t handle, const GramUpdate& update);
+// How the product is cut: block columns of C, and chunks of rows, each of which has a partial sum of its own.
+struct GramCut {
+  int64_t width;
+  int64_t chunks;
+};
 
-// The strict lower triangle from the upper one.
-cudaError_t gram_mirror(const GramUpdate& update, cudaStream_t stream);
+GramCut gram_cut(cudaDataType_t type, int64_t rows, int64_t n);
+
+// partials [chunks, n, n], of gram's type <- X_chunk^T X_chunk on and above the diagonal blocks, on the handle's
+// stream, in its math mode. The rest of it stays as it is.
+cublasStatus_t gram_partials(cublasHandle_t handle, const GramUpdate& update, const GramCut& cut, void* partials);
+
+// C <- decay C + the sum of the partials, both triangles. C's lower one is not read.
+cudaError_t gram_gather(const GramUpdate& update, const GramCut& cut, const void* partials, cudaStream_t stream);
 
 }  // namespace janus::kernels

@@ -26,6 +26,14 @@ struct Sum {
   }
 };
 
+// a b, rounded: fused with what comes after it, the z that was found largest and the z it is taken from would differ.
+__device__ float product(float a, float b) {
+  return __fmul_rn(a, b);
+}
+__device__ double product(double a, double b) {
+  return __dmul_rn(a, b);
+}
+
 // The same result in every thread: a tree over shared memory [kThreads].
 template <typename T, typename Op>
 __device__ T reduce_block(T value, Op op, T* shared) {
@@ -47,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) weigh_rows_kernel(T* products, const
   __shared__ T shared[kThreads];
   T* row = products + blockIdx.x * columns;
   const T length = norm[blockIdx.x];
-  const auto z = [&](T product) { return temperature * (product / length - margin); };
+  const auto z = [&](T inner) { return product(temperature, inner / length - margin); };
   T top = 0;  // the hinge's own zero takes part in the maximum; a NaN does not, but reaches the sum
   for (int64_t c = threadIdx.x; c < columns; c += kThreads) top = Largest{}(top, z(row[c]));
   top = reduce_block(top, Largest{}, shared);

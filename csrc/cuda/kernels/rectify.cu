@@ -7,14 +7,13 @@
 //
 //   inside_kernel    M = [g_A; A] V, a block for every few columns of V (rectify_projection.cu)
 //   outside_kernel   g_A <- g_A - M_g V^T, a block for every few columns of g_A
-//   algebra_kernel   what is r x r, in shared memory, a block a layer; |M_A| <= tolerance |A|, as A V = 0 is presumed
-//   apply_kernel     dA and dB, a block for every few columns of A and rows of B
+//   algebra_kernel   what is r x r, in shared memory, a block a layer; whether A V = 0, |M_A| <= tolerance |A|
+//   apply_kernel     dA and dB, a block for every few columns of A and rows of B; zeros where A V = 0 does not hold
 //
 // Factors, gradients and V look alike here: vectors of some components (see Vectors). All sums are float32 and have a
 // fixed order, so that a call gives the same bits every time.
 #include <algorithm>
 #include <cfloat>
-#include <cstdio>
 
 #include "rectify_batch.h"
 
@@ -121,10 +120,10 @@ __device__ void copy(const float* from, int r, float* to) {
   __syncthreads();
 }
 
-// |M_A| <= tolerance |A|, or the kernel ends here, and with it the process's use of the device: to read the norms on
-// the host would be to wait at every step. A NaN passes, and reaches the gradients. Targets of a layer are looked at
-// one by one.
-__device__ void check_safe_factor(const Layer& layer, const float* M_A, float square_A, const RectifyOptions& options) {
+// out.unsafe <- whether |M_A| > tolerance |A|, and a note of it for the host, which would otherwise have to wait at
+// every step. A NaN passes, and reaches the gradients. Targets of a layer are looked at one by one.
+__device__ void check_safe_factor(const Layer& layer, const float* M_A, float square_A, const RectifyOptions& options,
+                                  Algebra& out) {
   __shared__ float partial[kThreads];
   float sum = 0;
   for (int64_t e = threadIdx.x; e < static_cast<int64_t>(layer.rank) * layer.k; e += kThreads) sum += M_A[e] * M_A[e];
@@ -133,10 +132,13 @@ __device__ void check_safe_factor(const Layer& layer, const float* M_A, float sq
   if (threadIdx.x != 0) return;
   for (int i = 1; i < kThreads; ++i) sum += partial[i];
   const float inside = sqrtf(sum), whole = sqrtf(square_A);
-  if (!(inside > options.tolerance * whole)) return;
-  printf("rectify_: layer %d: rectify='exact' presumes A V = 0, got |A V| = %g with |A| = %g\n", layer.index, inside,
-         whole);
-  __trap();
+  out.unsafe = inside > options.tolerance * whole;
+  Finding* finding = options.finding;
+  if (!out.unsafe || atomicCAS_system(&finding->layer, kNothingFound, kBeingWritten) != kNothingFound) return;
+  finding->inside = inside;
+  finding->whole = whole;
+  __threadfence_system();
+  atomicExch_system(&finding->layer, layer.index);
 }
 
 // Shared memory: S [r, r], then room for two tiles, which an [r, r] matrix takes over when the tiles are done with.
@@ -154,9 +156,11 @@ __global__ void __launch_bounds__(kThreads) algebra_kernel(const __grid_constant
   inner_products(layer.A, layer.A, layer.n, r, scratch, S);
   const float mean_A = damped_inverse(S, r, batch.options, scratch);
   copy(scratch, r, out.inverse_A);
-  if (layer.k > 0) {
+  if (layer.k > 0 && batch.options.finding != nullptr) {
     const float* M = products_of(workspace, batch, blockIdx.x);
-    check_safe_factor(layer, M + static_cast<int64_t>(r) * layer.k, r * mean_A, batch.options);
+    check_safe_factor(layer, M + static_cast<int64_t>(r) * layer.k, r * mean_A, batch.options, out);
+  } else if (threadIdx.x == 0) {
+    out.unsafe = false;
   }
   inner_products(layer.B, layer.B, layer.m, r, scratch, S);
   const float mean_B = damped_inverse(S, r, batch.options, scratch);
@@ -171,8 +175,8 @@ __global__ void __launch_bounds__(kThreads) algebra_kernel(const __grid_constant
 }
 
 // grad_v <- gain (X grad_v - weight C factor_v), X the inverse, for kTile vectors: so for a column of A, while a row of
-// B is multiplied from the other side and takes X^T and C^T.
-__global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ Batch batch, float* workspace) {
+// B is multiplied from the other side and takes X^T and C^T. Four blocks at a time on a multiprocessor.
+__global__ void __launch_bounds__(kThreads, 4) apply_kernel(const __grid_constant__ Batch batch, float* workspace) {
   extern __shared__ float shared[];
   const Layer& layer = batch.layers[blockIdx.y];
   const Algebra& algebra = algebra_of(workspace, batch, blockIdx.y);
@@ -199,7 +203,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
       own += inverse[c * row + l * column] * grads[l * kPitch + v];
       common += algebra.common[c * row + l * column] * factors[l * kPitch + v];
     }
-    at(grad, begin + v, c) = gain * (own - weight * common);
+    at(grad, begin + v, c) = algebra.unsafe ? 0.f : gain * (own - weight * common);
   }
 }
 

@@ -26,14 +26,22 @@ struct Layer {
   int64_t n, m;
   int rank;    // from 1 to kMaxRank
   int k;       // 0: no basis
-  int index;   // for the message that A V is not zero
+  int index;   // for the finding that A V is not zero
   float gain;  // 1 / s^2, of both factors unless they are balanced
 };
+
+// A layer whose A V is not zero, in memory that host and device share: what the host reads there is from calls before.
+struct Finding {
+  int layer;            // its index, or one of the two below
+  float inside, whole;  // |A V| and |A|, written before `layer` is
+};
+inline constexpr int kNothingFound = -1, kBeingWritten = -2;
 
 struct RectifyOptions {
   float damping, floor;  // of the Gram matrices: see rectified.h
   float share;
-  float tolerance;  // of |A V| / |A|: beyond it the kernel prints the layer's index and traps
+  float tolerance;   // of |A V| / |A|: beyond it the layer's gradients are set to 0, and it is noted in `finding`
+  Finding* finding;  // of the first such layer since the host cleared it; null: A V = 0 is not looked at
   bool balance;
   bool only_project;  // grad_A <- grad_A P, and nothing else is read or written
 };

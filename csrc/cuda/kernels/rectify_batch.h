@@ -19,9 +19,10 @@ struct Batch {
 static_assert(sizeof(Batch) + sizeof(float*) <= 4096, "kernel parameters");
 
 // A layer's part of the workspace is its Algebra, then M [2r, k].
-struct Algebra {  // of one layer, [r, r] each, but for the two numbers tr(A A^T)/r and tr(B^T B)/r
+struct Algebra {  // of one layer, [r, r] each, but for the numbers tr(A A^T)/r and tr(B^T B)/r
   float inverse_A[kMaxRank * kMaxRank], inverse_B[kMaxRank * kMaxRank], common[kMaxRank * kMaxRank];
   float mean_A, mean_B;
+  bool unsafe;  // A V is not zero
 };
 
 inline __device__ Algebra& algebra_of(float* workspace, const Batch& batch, int layer) {
