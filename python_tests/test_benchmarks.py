@@ -49,6 +49,7 @@ def test_tables_are_what_their_commands_print(command: str, text: str) -> None:
 def test_the_documents_have_all_tables() -> None:
     assert {command.partition(" ")[2] for command, _ in generated_blocks()} == {
         "benchmarks/run.py table benchmarks/results/cpu.json",
+        "benchmarks/run.py table benchmarks/results/gpu-h200.json",
         "benchmarks/run.py table benchmarks/results/heads.json",
         "benchmarks/run.py table benchmarks/results/program.json",
         "benchmarks/estimators.py --table benchmarks/results/estimators.json",
