@@ -4,12 +4,18 @@
     python benchmarks/study.py run glyphs --data-dir DATA/glyphs  # built by benchmarks/glyphs/build.py
     python benchmarks/study.py run fashion-mnist --data-dir DATA/fashion-mnist
     python benchmarks/study.py table emoji                        # methods x heads on the reported seeds, as Markdown
+    python benchmarks/study.py paired emoji                       # how far each is behind janus, with intervals
+    python benchmarks/study.py hypotheses emoji                   # what was expected, and what came out
+    python benchmarks/study.py ablation emoji                     # what each part of Janus-LoRA brings
     python benchmarks/study.py trials emoji                       # every candidate on the held-out images
+    python benchmarks/study.py curves emoji                       # forgetting over plasticity, of all data sets
 
 A run trains once and measures all heads, which training does not know of. Every method has nine candidates. All are
 run on seed 100 with `--validation`, so that the test images are not seen; for every head the best two are run on seed
 101, too, and the better mean ACC goes to seeds 0 to 4, which are trained on all training images and tested on the test
-images. The class order is drawn from the seed. Every finished run is a line in benchmarks/results/study-<data>.jsonl.
+images. The head "aligned" trains for a while, so it is measured for three methods alone, in runs of what was chosen for
+their linear heads. The class order is drawn from the seed. Every finished run is a line in
+benchmarks/results/study-<data>.jsonl.
 """
 
 from __future__ import annotations
@@ -19,7 +25,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from study_rows import DATA, HEADS, METHODS, SEEDS, SELECTION_SEEDS, VALIDATION, candidates, located
+from study_rows import ALIGNED, DATA, HEADS, METHODS, SEEDS, SELECTION_SEEDS, VALIDATION, ablation, candidates, located
+from study_tables import best_head, draw, hypotheses, paired
 from sweep_cells import Cell, cell_config, fingerprint, is_done, read_lines, run_cells
 from sweep_tables import spread
 
@@ -80,28 +87,59 @@ class Study:
         again = {row: known[m][row] for m in methods for head in HEADS for row in self.finalists(m, head)}
         self._run([(row, self.trial(c), second) for row, c in again.items()], jobs)
         best = {row: known[m][row] for m in methods for head in HEADS if (row := self.chosen(m, head))}
-        self._run([(row, c, seed) for seed in SEEDS for row, c in best.items()], jobs)
+        aligned = dict(cell for m in methods if m in ALIGNED and (cell := self.pick(m, "aligned")))
+        rows = best | aligned | (self.ablation() if "janus" in methods else {})
+        self._run([(row, c, seed) for seed in SEEDS for row, c in rows.items()], jobs)
 
     def _run(self, cells: list[Cell], jobs: int) -> None:
         run_cells(cells, jobs, 1, self.path, self.where)
 
     # what came out ----------------------------------------------------------------------------------------------------
+    def pick(self, method: str, head: str) -> tuple[str, dict[str, Any]] | None:
+        """What the reported seeds run for a method with a head; None while trials are missing."""
+        if head == "aligned" and method not in ALIGNED:
+            return None
+        row = self.chosen(method, "linear" if head == "aligned" else head)
+        if row is None:
+            return None
+        change = candidates(self.data, method)[row]
+        return (f"{row} | aligned", change | ALIGNED[method]) if head == "aligned" else (row, change)
+
     def reported(self, method: str, head: str) -> Lines:
         """The finished runs of what was chosen, on the reported seeds."""
-        row = self.chosen(method, head)
-        found = [self.line(row, candidates(self.data, method)[row], seed) for seed in SEEDS] if row else []
+        picked = self.pick(method, head)
+        found = [self.line(*picked, seed) for seed in SEEDS] if picked else []
         return [x for x in found if x is not None]
+
+    def ablation(self) -> dict[str, dict[str, Any]]:
+        """The ablation's rows at the settings that janus has with linear heads, and with its best closed-form head."""
+        heads = ["linear", best_head(self, "janus")]
+        chosen = dict(self.pick("janus", head) for head in heads if head and self.pick("janus", head))
+        return {f"{row} | {name}": c for row, change in chosen.items() for name, c in ablation(change).items()}
+
+    def ablation_table(self) -> str:
+        """ACC of every row by head, and BWT and plasticity with linear heads."""
+        text = [f"| row | setting | {' | '.join(HEADS)} | BWT, linear | plasticity, linear |", "|" + "---|" * 8]
+        for row, change in self.ablation().items():
+            lines = [x for seed in SEEDS if (x := self.line(row, change, seed)) is not None]
+            if lines:
+                _, setting, name = row.split(" | ")
+                cells = [spread([x["heads"][head]["acc"] for x in lines], "{:.2f}") for head in HEADS]
+                cells += [spread([x["heads"]["linear"][m] for x in lines], "{:.2f}") for m in ("bwt", "plasticity")]
+                text.append(f"| {name} | {setting} | {' | '.join(cells)} |")
+        return "\n".join(text)
 
     def table(self) -> str:
         """Methods times heads: ACC, mean and deviation; below it MAA, BWT and what was chosen."""
-        text = [f"| ACC | {' | '.join(HEADS)} |", "|" + "---|" * (len(HEADS) + 1)]
-        text += [f"| {m} | {' | '.join(self._cell(m, head, 'acc') for head in HEADS)} |" for m in METHODS]
+        heads = (*HEADS, "aligned")
+        text = [f"| ACC | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
+        text += [f"| {m} | {' | '.join(self._cell(m, head, 'acc') for head in heads)} |" for m in METHODS]
         text += ["", "| method, head | chosen | ACC | MAA | BWT | plasticity | seeds |", "|" + "---|" * 7]
         for method in METHODS:
-            for head in HEADS:
+            for head in heads:
                 lines = self.reported(method, head)
                 if lines:
-                    setting = self.chosen(method, head).partition(" | ")[2]
+                    setting = self.pick(method, head)[0].partition(" | ")[2]
                     cells = [self._cell(method, head, metric) for metric in ("acc", "maa", "bwt", "plasticity")]
                     text.append(f"| {method}, {head} | {setting} | {' | '.join(cells)} | {len(lines)} |")
         return "\n".join(text)
@@ -127,18 +165,23 @@ class Study:
 @until_closed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "table", "trials"])
+    actions = ["run", "table", "paired", "hypotheses", "ablation", "trials", "curves"]
+    parser.add_argument("action", choices=actions)
     parser.add_argument("data", choices=list(DATA))
     parser.add_argument("--data-dir", type=Path, help="where the images of glyphs or fashion-mnist lie")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
+    parser.add_argument("--against", choices=list(METHODS), default="janus", help="of paired and hypotheses")
     arguments = parser.parse_args()
-    folder = arguments.data_dir if arguments.action == "run" else Path()
-    study = Study(arguments.data, folder)
+    study = Study(arguments.data, arguments.data_dir if arguments.action == "run" else Path())
     if arguments.action == "run":
         study.run(arguments.methods, arguments.jobs)
+    elif arguments.action == "curves":
+        draw([Study(data, Path()) for data in DATA], RESULTS / "study-curves.png")
+    elif arguments.action in ("paired", "hypotheses"):
+        print({"paired": paired, "hypotheses": hypotheses}[arguments.action](study, arguments.against))
     else:
-        print(study.table() if arguments.action == "table" else study.trials())
+        print({"table": study.table, "ablation": study.ablation_table, "trials": study.trials}[arguments.action]())
 
 
 if __name__ == "__main__":

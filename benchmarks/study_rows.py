@@ -7,7 +7,7 @@ from typing import Any
 
 SELECTION_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
-HEADS = ("linear", "ncm", "lda", "ridge")  # of every run; aligned has runs of its own
+HEADS = ("linear", "ncm", "lda", "ridge")  # of every run
 
 DATA: dict[str, dict[str, Any]] = {
     "emoji": {"benchmark": "emoji", "epochs": 6},
@@ -48,6 +48,29 @@ METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "joint": ({"method": "joint"}, _RATES),
     "frozen": ({"learn": "none", "head": "linear"}, [{}]),  # nothing to tune
 }
+OFF = {"drift_budget": 1e9}  # the guard, which --head aligned would bring along
+ALIGNED = {method: {"head": "aligned"} | OFF for method in ("janus", "lora", "inflora")}
+
+# The rows of the paper's ablation and more, each at the setting that was chosen for janus with a head.
+ABLATION: dict[str, dict[str, Any]] = {
+    "nothing": {"method": "lora"},
+    "DML": {"rectify": "none", "estimator": "none"},
+    "OE": {"rectify": "project", "margin_weight": 0.0},
+    "GR": {"rectify": "tangent", "estimator": "none", "margin_weight": 0.0},
+    "OE + GR": {"rectify": "tangent", "margin_weight": 0.0},
+    "OE + DML": {"rectify": "project"},
+    "OE + GR + DML": {"rectify": "tangent"},
+    "OE + GR, exact": {"margin_weight": 0.0},
+    "OE + GR + DML, exact": {},
+    "OE + preconditioner, exact": {"margin_weight": 0.0, "preconditioned": True},
+}
+
+
+def ablation(chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The configurations of the ablation's rows, from the one that was chosen for janus."""
+    bare = {name: value for name, value in chosen.items() if not name.startswith("energy")}
+    forgetful = {name for name, change in ABLATION.items() if "lora" in change.values() or "estimator" in change}
+    return {name: (bare if name in forgetful else chosen) | change for name, change in ABLATION.items()}
 
 
 def candidates(data: str, method: str) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,147 @@
+"""What a study's finished runs say: means, paired intervals, the hypotheses, and stability against plasticity."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scipy.stats import t as student
+from study_rows import HEADS, METHODS, SEEDS, SELECTION_SEEDS, candidates
+
+if TYPE_CHECKING:
+    from study import Study
+
+LEARNERS = [m for m in METHODS if m not in ("joint", "frozen")]  # those that learn task after task
+RIVALS = ("lora", "lora-gpm", "inflora", "lora-drs", "bilora")
+CLOSED = [h for h in HEADS if h != "linear"]
+CONFIDENCE = 0.95
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its two-sided t interval at CONFIDENCE; infinite for one value."""
+    n = len(values)
+    if n < 2:
+        return statistics.fmean(values), float("inf")
+    half = student.ppf((1 + CONFIDENCE) / 2, n - 1) * statistics.stdev(values) / n**0.5
+    return statistics.fmean(values), float(half)
+
+
+def shown(values: list[float]) -> str:
+    """A paired difference in Markdown, in bold where its interval excludes zero."""
+    if not values:
+        return "–"
+    mean, half = interval(values)
+    text = f"{mean:+.2f} ± {half:.2f}" if half < float("inf") else f"{mean:+.2f}"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def by_seed(study: Study, method: str, head: str, metric: str = "acc") -> dict[int, float]:
+    """A metric of what was chosen, of the reported seeds that are finished."""
+    lines = study.reported(method, head)
+    return {line["seed"]: line["heads"][head][metric] for line in lines if head in line["heads"]}
+
+
+def gains(study: Study, ours: tuple[str, str], theirs: tuple[str, str], metric: str = "acc") -> list[float]:
+    """ours - theirs, (method, head) each, on the seeds that both have."""
+    mine, other = by_seed(study, *ours, metric), by_seed(study, *theirs, metric)
+    return [mine[seed] - other[seed] for seed in SEEDS if seed in mine and seed in other]
+
+
+def paired(study: Study, against: str) -> str:
+    """How far each method is ahead of `against` with the same head, seed by seed: mean ± half of the interval."""
+    text = [f"| ACC less that of {against} | {' | '.join(HEADS)} |", "|" + "---|" * (len(HEADS) + 1)]
+    for method in METHODS:
+        if method != against:
+            cells = [shown(gains(study, (method, head), (against, head))) for head in HEADS]
+            text.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def best_head(study: Study, method: str) -> str | None:
+    """The closed-form head that did best on the held-out images of both selection seeds."""
+    scores = {}
+    for head in CLOSED:
+        row = study.chosen(method, head)
+        if row is not None:
+            scores[head] = study.accuracy(row, candidates(study.data, method)[row], head, SELECTION_SEEDS)
+    return max(scores, key=scores.__getitem__) if scores else None
+
+
+def hypotheses(study: Study, method: str) -> str:
+    """The three that were written down before any run: what came out for `method` on this data set."""
+    head = best_head(study, method)
+    if head is None:
+        raise SystemExit(f"{method}: trials are missing; `run {study.data}` goes on with them")
+    text = [f"`{method}` with `{head}`, its best closed-form head on held-out images, on {study.data}:", ""]
+    text.append(
+        f"1. Of the gap between lora and joint, both with linear heads, it closes {_closed(study, method, head)}."
+    )
+    ahead = [f"{rival} {shown(gains(study, (method, head), (rival, head)))}" for rival in ("frozen", *RIVALS)]
+    text.append(f"2. Ahead with the same head of {', '.join(ahead)}.")
+    text.append(f"3. {_forgetting(study, method)}")
+    return "\n".join(text)
+
+
+def _closed(study: Study, method: str, head: str) -> str:
+    own, low, high = (by_seed(study, m, h) for m, h in ((method, head), ("lora", "linear"), ("joint", "linear")))
+    seeds = own.keys() & low.keys() & high.keys()
+    if not seeds:
+        return "– (runs are missing)"
+    mean = [statistics.fmean(side[s] for s in seeds) for side in (own, low, high)]
+    return f"{(mean[0] - mean[1]) / (mean[2] - mean[1]):.0%} ({mean[1]:.1f} to {mean[2]:.1f}; it has {mean[0]:.1f})"
+
+
+def curve(study: Study, method: str, head: str) -> list[tuple[float, float]]:
+    """(plasticity, forgetting) of every candidate on the first selection seed, by plasticity."""
+    points = []
+    for row, change in candidates(study.data, method).items():
+        line = study.line(row, study.trial(change), SELECTION_SEEDS[0])
+        if line is not None and head in line["heads"] and line["heads"][head]["bwt"] is not None:
+            points.append((line["heads"][head]["plasticity"], -line["heads"][head]["bwt"]))
+    return sorted(points)
+
+
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other point has at least the plasticity of at less forgetting."""
+    return [p for p in points if not any(q[0] >= p[0] and q[1] < p[1] for q in points)]
+
+
+def least_forgetting(points: list[tuple[float, float]], plasticity: float) -> float | None:
+    """Of the points with at least this plasticity."""
+    return min((forgotten for learned, forgotten in points if learned >= plasticity), default=None)
+
+
+def _forgetting(study: Study, method: str) -> str:
+    """At the plasticity of InfLoRA's choice, linear heads."""
+    row = study.chosen("inflora", "linear")
+    line = study.line(row, study.trial(candidates(study.data, "inflora")[row]), SELECTION_SEEDS[0]) if row else None
+    if line is None:
+        return "– (trials are missing)"
+    theirs = line["heads"]["linear"]
+    ours = least_forgetting(curve(study, method, "linear"), theirs["plasticity"])
+    said = "no candidate has that" if ours is None else f"forgets {ours:.1f}"
+    return (
+        f"With linear heads InfLoRA's choice learns {theirs['plasticity']:.1f} and forgets {-theirs['bwt']:.1f}; "
+        f"with at least its plasticity {method} {said}."
+    )
+
+
+def draw(studies: list[Study], path: Path) -> None:
+    """Forgetting over plasticity for every candidate of every method: a column a data set, a row a head."""
+    import matplotlib.pyplot as plt
+
+    heads = ("linear", "lda")
+    figure, axes = plt.subplots(len(heads), len(studies), figsize=(5 * len(studies), 4 * len(heads)), squeeze=False)
+    for axis, head, study in ((axes[i][j], h, s) for i, h in enumerate(heads) for j, s in enumerate(studies)):
+        for number, method in enumerate(LEARNERS):
+            points = curve(study, method, head)
+            if points:
+                colour = f"C{number}"
+                axis.plot(*zip(*frontier(points), strict=True), color=colour, label=method)
+                axis.plot(*zip(*points, strict=True), ".", color=colour)
+        axis.set(title=f"{study.data}, {head}", xlabel="plasticity (%)", ylabel="forgetting (points)")
+    axes[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
