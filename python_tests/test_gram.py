@@ -1,5 +1,8 @@
 """gram_update_ and the statistics of OnlineEstimator (docs/method.md, properties 5 and 8)."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -37,6 +40,24 @@ def test_many_rows(device: str, dtype: torch.dtype, rows: int, n: int) -> None:
     ops.gram_update_(gram, x.to(device), decay=0.25)
     assert_close(gram, 0.25 * start + x.double().mT @ x.double(), torch.float32)
     assert torch.equal(gram, gram.mT)
+
+
+@needs_native
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_bfloat16_without_its_instructions(capability: str) -> None:
+    """What a processor does that has none of them; ATen's own switch forbids them here."""
+    code = """
+import torch
+from janus_ext import ops
+x = torch.randn(4099, 70).bfloat16()
+gram, want = ops.gram_update_(torch.zeros(70, 70), x).double(), x.double().mT @ x.double()
+assert torch.equal(gram, gram.mT) and (gram - want).norm() < 2e-5 * want.norm()
+print(torch.backends.cpu.get_cpu_capability())
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == capability.upper()
 
 
 def test_float64_gram_of_float32_input(device: str) -> None:

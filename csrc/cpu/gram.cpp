@@ -1,9 +1,12 @@
 // gram_update_ on the CPU: C <- decay * C + X^T X.
 //
 // The product is symmetric, so only its upper triangle is computed and then mirrored: about half the multiplications,
-// and a bit-symmetric result. bfloat16 rows go to the matrix units as they are, with float32 accumulation.
+// and a bit-symmetric result. bfloat16 rows are multiplied as they are where the processor can, with float32
+// accumulation: by MKL on AMX's matrix units, by gram_bfloat16.cpp on AVX512_BF16's dot products, which MKL uses badly
+// (slower than float32 on an AMD EPYC). Elsewhere they become float32, in pieces that stay in the cache.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <torch/library.h>
@@ -12,6 +15,7 @@
 #include <limits>
 
 #include "../checks.h"
+#include "gram_bfloat16.h"
 
 // MKL's product of bfloat16 matrices with a float32 result (mkl_cblas.h, 32-bit integers). A torch built on another
 // BLAS does not have it: the symbol is weak, and null there.
@@ -31,11 +35,11 @@ constexpr int64_t kTile = 32;              // mirrored tile: two of them stay in
 // them, goes through X once, and multiplies what it has of each panel in one product.
 void add_upper_triangle(const Tensor& C, const Tensor& rows, double decay) {
   const int64_t n = C.size(0), N = rows.size(0), panels = (n + kPanel - 1) / kPanel;
-  const int64_t chunk = std::max<int64_t>(256, kChunkBytes / (n * rows.element_size()));
+  const int64_t chunk = std::max<int64_t>(256, kChunkBytes / (n * C.element_size()));
   at::parallel_for(0, panels * (panels + 1) / 2, 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;  // worker threads start with gradients on
     for (int64_t from = 0; from < std::max<int64_t>(N, 1); from += chunk) {
-      const Tensor X = rows.slice(0, from, from + chunk);
+      const Tensor X = rows.slice(0, from, from + chunk).to(C.scalar_type());
       for (int64_t panel = 0, first = 0; first < end; first += ++panel) {  // panel p has tiles first .. first + p
         const int64_t top = std::max<int64_t>(begin - first, 0), bottom = std::min(end - first, panel + 1);
         if (top >= bottom) continue;
@@ -47,9 +51,10 @@ void add_upper_triangle(const Tensor& C, const Tensor& rows, double decay) {
   });
 }
 
-bool has_bfloat16_units() {
+bool has_matrix_units() {
 #if defined(__x86_64__)
-  static const bool supported = cblas_gemm_bf16bf16f32 != nullptr && __builtin_cpu_supports("avx512bf16");
+  static const bool supported =
+      cblas_gemm_bf16bf16f32 != nullptr && __builtin_cpu_supports("amx-bf16") && at::get_cpu_capability() == "AVX512";
   return supported;
 #else
   return false;
@@ -85,19 +90,21 @@ void mirror_upper(scalar_t* C, int64_t n) {
   });
 }
 
+void add_product(const Tensor& C, const Tensor& rows, double decay) {
+  const bool half = rows.scalar_type() == at::kBFloat16 && C.scalar_type() == at::kFloat;
+  if (half && has_matrix_units() && std::max(C.size(0), rows.size(0)) < INT_MAX)
+    add_upper_blocks_bfloat16(C, rows.contiguous(), decay);
+  else if (half && has_bfloat16_dot())
+    add_upper_triangle_bfloat16(C, rows.contiguous(), decay);
+  else
+    add_upper_triangle(C, rows, decay);
+}
+
 void gram_update_(const Tensor& gram, const Tensor& x, double decay) {
   check_gram_update(gram, x, decay);
   const int64_t n = gram.size(0);
-  Tensor rows = x.reshape({-1, n}), C = gram.contiguous();
-  const bool on_units = x.scalar_type() == at::kBFloat16 && C.scalar_type() == at::kFloat && has_bfloat16_units() &&
-                        std::max(n, rows.size(0)) < INT_MAX;
-  if (on_units) {
-    add_upper_blocks_bfloat16(C, rows.contiguous(), decay);
-  } else {
-    rows = rows.to(C.scalar_type());
-    if (rows.is_alias_of(gram)) rows = rows.clone();
-    add_upper_triangle(C, rows, decay);
-  }
+  const Tensor rows = x.reshape({-1, n}), C = gram.contiguous();
+  add_product(C, rows.is_alias_of(gram) ? rows.clone() : rows, decay);
   AT_DISPATCH_FLOATING_TYPES(C.scalar_type(), "gram_update_", [&] { mirror_upper(C.mutable_data_ptr<scalar_t>(), n); });
   if (!gram.is_same(C)) gram.copy_(C);
 }
