@@ -4,6 +4,7 @@ python benchmarks/run.py list
 python benchmarks/run.py run [names or groups] [--device cuda] [--json FILE]
 python benchmarks/run.py compare a.json b.json
 python benchmarks/run.py table FILE
+python benchmarks/run.py columns FILE [FILE ...]
 """
 
 import argparse
@@ -100,6 +101,7 @@ def about(device: str) -> dict[str, Any]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compiled": _native.available(),
@@ -162,6 +164,12 @@ def results_file(name: str) -> list[dict[str, Any]]:
     return cases
 
 
+def stored_file(name: str) -> Path:
+    """The path of a JSON file of `run`."""
+    results_file(name)
+    return Path(name)
+
+
 def new_file(name: str) -> Path:
     """A path that can be written, known before anything is measured."""
     path = Path(name)
@@ -190,6 +198,22 @@ def table(cases: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def columns(names: list[Path]) -> str:
+    """The ratios of several files side by side, a column for each processor, number of threads and instructions."""
+    files = [json.loads(name.read_text()) for name in names]
+    ratios = [{row["case"]: row["ratio"] for row in file["cases"]} for file in files]
+    heads = []
+    for about in (file["about"] for file in files):
+        threads = f"{about['threads']} thread{'s' * (about['threads'] > 1)}"
+        heads.append(", ".join(filter(None, [about["device"], threads, about.get("instructions")])))
+    lines = ["| case | " + " | ".join(heads) + " | target |", "|" + "---|" * (len(files) + 2)]
+    for row in files[0]["cases"]:
+        cells = [f"{of[row['case']]:.2f}" if row["case"] in of else "-" for of in ratios]
+        target = "-" if row["target"] is None else f"{row['target']:.3g}"
+        lines.append(f"| `{row['case']}` | {' | '.join(cells)} | {target} |")
+    return "\n".join(lines)
+
+
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> bool:
     """Prints how the ratios differ; whether none that both have fell by more than a fifth, which noise does not do."""
     old, new = ({row["case"]: row["ratio"] for row in cases} for cases in (before, after))
@@ -215,6 +239,8 @@ def main() -> None:
     comparing.add_argument("before", type=results_file)
     comparing.add_argument("after", type=results_file)
     actions.add_parser("table", help="a JSON file as Markdown").add_argument("json", type=results_file)
+    beside = actions.add_parser("columns", help="the ratios of several JSON files as Markdown, side by side")
+    beside.add_argument("files", nargs="+", type=stored_file)
     arguments = parser.parse_args()
     if arguments.action == "list":
         for case in CASES:
@@ -226,6 +252,8 @@ def main() -> None:
             raise SystemExit(1)
     elif arguments.action == "table":
         print(table(arguments.json))
+    elif arguments.action == "columns":
+        print(columns(arguments.files))
     elif not compare(arguments.before, arguments.after):
         raise SystemExit(1)
 
