@@ -65,6 +65,11 @@ def device_name(device: torch.device) -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
+def available_cores() -> int:
+    """Cores this process may use: a container's or a batch system's share, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def be_deterministic(device: torch.device) -> None:
     """From now on PyTorch takes repeatable kernels; a GPU needs a fixed cuBLAS workspace, set before its first product.
 

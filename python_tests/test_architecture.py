@@ -40,7 +40,7 @@ ALLOWED = {
     "config": {"config"},
     "backbone": {"backbone", "runs.checkpoint"},
     # atomic files; the guard around torchvision's import
-    "data": {"arguments", "backbone", "config", "data", "runs.checkpoint"},
+    "data": {"arguments", "backbone", "config", "data", "devices", "runs.checkpoint"},
     "methods": {
         "adapter",
         "backbone.families",

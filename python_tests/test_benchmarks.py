@@ -50,6 +50,8 @@ def test_the_documents_have_all_tables() -> None:
     assert {command.partition(" ")[2] for command, _ in generated_blocks()} == {
         "benchmarks/run.py table benchmarks/results/cpu.json",
         "benchmarks/run.py table benchmarks/results/gpu-h200.json",
+        "benchmarks/run.py columns "
+        + " ".join(f"benchmarks/results/cpu{name}.json" for name in ("", "-amd", "-amd-one-thread", "-amd-avx2")),
         "benchmarks/run.py table benchmarks/results/heads.json",
         "benchmarks/run.py table benchmarks/results/program.json",
         "benchmarks/estimators.py --table benchmarks/results/estimators.json",

@@ -31,6 +31,7 @@ CLOSED = 128 + signal.SIGPIPE
 )
 def test_a_run_says_what_it_resolved(patterns, weights, tmp_path, monkeypatch, method, count):
     monkeypatch.setattr(opening.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(opening, "available_cores", lambda: 4)
     spectral = {"frequencies": 100} if method == "bilora" else {}
     trainer = make_trainer(patterns, weights, tmp_path, method=method, epochs=3, batch_size=6, lr=2e-3, **spectral)
     device, adapted, learning = opening.lines(trainer)
@@ -43,6 +44,16 @@ def test_a_run_says_what_it_resolved(patterns, weights, tmp_path, monkeypatch, m
         "adam, rate 0.002, of the heads 0.01, cosine; 3 epochs, batches of 6, 27 steps; "
         "3 tasks x 2 classes, 48 training and 24 test images"
     )
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "said"),
+    [(2, 2, "2 threads"), (8, 2, "8 threads on 2 cores: OMP_NUM_THREADS=2 is faster"), (1, 8, "1 thread")],
+)
+def test_more_threads_than_cores_are_said(patterns, weights, tmp_path, monkeypatch, threads, cores, said):
+    monkeypatch.setattr(opening.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(opening, "available_cores", lambda: cores)
+    assert opening.lines(make_trainer(patterns, weights, tmp_path))[0].endswith(f"), float32, {said}")
 
 
 def test_tasks_of_different_sizes_and_single_things_are_said_as_they_are(patterns, weights, tmp_path):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from janus_ext.backbone import prepare_torchvision
 from janus_ext.data.benchmark import Split
 from janus_ext.data.workers import Workers, sendable
+from janus_ext.devices import available_cores
 from janus_ext.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
@@ -305,11 +306,6 @@ def default_workers(device: str) -> int:
     cores = available_cores()
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     return min(MOST_WORKERS, cores) if on_gpu else max(1, cores // 2)
-
-
-def available_cores() -> int:
-    """Cores this process may use: a container's or a batch system's share, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _require_memory(size: float) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from janus_ext.backbone.families import attention_layers, left_out
-from janus_ext.devices import device_name
+from janus_ext.devices import available_cores, device_name
 from janus_ext.runs.metrics import measured_on
 
 if TYPE_CHECKING:
@@ -38,7 +38,13 @@ def adapted(method: Method) -> str:
 
 def _device(learner: Learner) -> str:
     device = f"{learner.device} ({device_name(learner.device)})"
-    return f"{device}, {PRECISIONS[learner.config.amp]}, {_count(torch.get_num_threads(), 'thread')}"
+    return f"{device}, {PRECISIONS[learner.config.amp]}, {_threads(torch.get_num_threads(), available_cores())}"
+
+
+def _threads(threads: int, cores: int) -> str:
+    """How many; and a word where they are more than the cores: then each waits for the others, at every operation."""
+    said = _count(threads, "thread")
+    return f"{said} on {_count(cores, 'core')}: OMP_NUM_THREADS={cores} is faster" if threads > cores else said
 
 
 def _learning(trainer: Trainer) -> str:
