@@ -86,7 +86,7 @@ def hypotheses(study: Study, method: str) -> str:
 def _closed(study: Study, method: str, head: str) -> str:
     own, low, high = (by_seed(study, m, h) for m, h in ((method, head), ("lora", "linear"), ("joint", "linear")))
     seeds = own.keys() & low.keys() & high.keys()
-    if not seeds:
+    if not seeds or low == high:
         return "– (runs are missing)"
     mean = [statistics.fmean(side[s] for s in seeds) for side in (own, low, high)]
     return f"{(mean[0] - mean[1]) / (mean[2] - mean[1]):.0%} ({mean[1]:.1f} to {mean[2]:.1f}; it has {mean[0]:.1f})"

@@ -66,6 +66,7 @@ def run_cell(cell: tuple[str, dict[str, Any], int, int, dict[str, Any]]) -> dict
         with preconditioned(change.get("preconditioned", False)):
             results = train(TrainConfig(**of_program(change), **where, **own))[0]
     line = {"row": row, "seed": seed, "config": cell_config(change, seed), "assets": fingerprint(change)}
+    line |= {"preconditioned": True} if change.get("preconditioned") else {}
     line |= {metric: total_of(metric, results[metric]) for metric in METRICS}
     shown = ("acc", "maa", "bwt", "plasticity")
     return line | {

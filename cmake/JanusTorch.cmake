@@ -44,8 +44,11 @@ endif()
 # message ends the process. Named before the compiler's own, the shared one is what all symbols are taken from.
 execute_process(COMMAND "${CMAKE_CXX_COMPILER}" -print-file-name=libstdc++.so.6
   OUTPUT_VARIABLE JANUS_LIBSTDCXX OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-if(NOT IS_ABSOLUTE "${JANUS_LIBSTDCXX}")    # this compiler's library has another name, or is libc++
+if(NOT IS_ABSOLUTE "${JANUS_LIBSTDCXX}")
   set(JANUS_LIBSTDCXX "")
+  if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_SYSTEM_NAME STREQUAL Linux)
+    message(WARNING "${CMAKE_CXX_COMPILER} finds no libstdc++.so.6: if it links its C++ library statically, error messages will end the process.")
+  endif()
 endif()
 
 janus_import_torch_library(c10)

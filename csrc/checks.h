@@ -210,14 +210,14 @@ inline void check_lora_qkv(const Tensor& x, const Tensor& weight, const Optional
   check_shape(op, "weight", weight, {3 * B.size(1), A.size(2)});
 }
 
-// What the forward saved, and a gradient of its output: nobody else calls this op, but nothing it is given may crash
-// it.
 // The rank in lora.h's big products: matrix units take rows of 16-bit numbers that begin at multiples of 16 bytes, and
 // others at half the speed or less, so that zeros are added there.
 inline int64_t padded_rank(int64_t r, at::ScalarType type) {
   return at::elementSize(type) == 2 ? (r + 7) / 8 * 8 : r;
 }
 
+// What the forward saved, and a gradient of its output: nobody else calls this op, but nothing it is given may crash
+// it.
 inline void check_lora_backward(const Tensor& grad_y, const Tensor& x, const Tensor& xA, const Tensor& effective,
                                 const Tensor& weight, const Tensor& A, const Tensor& B, const OptionalTensor& basis,
                                 double scale, std::string_view rectify, double damping, double share,

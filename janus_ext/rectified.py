@@ -172,5 +172,7 @@ def rectify_group(group: list[Rectified]) -> None:
     try:
         ops.rectify_(*map(list, lists), group[0].rectification)
     except ValueError as error:
-        message = re.sub(r"layer (\d+)", lambda found: group[int(found[1])].name, str(error))
+        message = str(error)
+        if "earlier call" not in message:  # whose layers may have been others: of another group, rectifier or model
+            message = re.sub(r"layer (\d+)", lambda found: group[int(found[1])].name, message)
         raise ArgumentError(message) from error

@@ -38,8 +38,8 @@ def test_exact_where_the_data_have_no_more_rank_than_the_sketch(device: str, n: 
 
 @pytest.mark.parametrize("n", [300, 2100])
 def test_more_rows_than_a_block_takes(device: str, n: int) -> None:
-    """Of a GPU's blocks, too: 2048 rows, or 32768 where there are few columns."""
-    rows = 33000 if n < 2048 else 2500
+    """Of a GPU's blocks, too: 2048 rows, or 24 Mi numbers where there are few columns."""
+    rows = 84000 if n < 2048 else 2500
     x = low_rank(rows, n, 20).float()
     U, S = ops.isvd_update(*start(n, 32, torch.float32, device), x.to(device))
     assert_close(gram_of(U, S), x.double().mT @ x.double(), torch.float32, 5)

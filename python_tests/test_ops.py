@@ -83,6 +83,29 @@ def test_compiled_agrees_with_reference(device: str, op: str, dtype: torch.dtype
             assert_close(got, want, dtype, 10)
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("r", [3, 8, 9])
+def test_padded_ranks_are_the_same_everywhere(device: str, dtype: torch.dtype, r: int) -> None:
+    """Compiled, reference and fake: also what the forward hands to the backward."""
+    x, weight = torch.randn(2, 7, 24).to(device, dtype), torch.randn(60, 24).to(device, dtype)
+    A, B = torch.randn(2, r, 24, device=device), torch.randn(2, 20, r, device=device)
+    arguments = (x, weight, None, A, B, orthonormal(24, 5, torch.float32, device))
+    torch.library.opcheck(torch.ops.janus_ext.lora_qkv.default, arguments)
+    got, want = torch.ops.janus_ext.lora_qkv(*arguments), reference.lora_qkv(*arguments)
+    for mine, other in zip(got, want, strict=True):
+        assert mine.shape == other.shape and mine.dtype == other.dtype
+        assert_close(mine, other, dtype)
+    saved = (torch.randn_like(got[0]), x, *got[1:], weight, A, B, arguments[-1])
+    options = {"scale": 1.0, "rectify": "exact", "damping": 0.1, "share": 0.5, "balance": True}
+    where = {"offsets": [20, 40], "need_x": True}
+    torch.library.opcheck(torch.ops.janus_ext.lora_backward.default, (*saved, *options.values(), *where.values()))
+    got, want = (f(*saved, **options, **where) for f in (torch.ops.janus_ext.lora_backward, reference.lora_backward))
+    for mine, other in zip(got, want, strict=True):
+        assert mine.shape == other.shape
+        assert_close(mine, other, dtype, 5)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("op", ops.OPS)
 def test_waits_for_its_inputs_on_a_second_stream(op: str) -> None:

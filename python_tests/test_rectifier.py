@@ -81,6 +81,19 @@ def test_without_the_rectifier_old_outputs_do_change() -> None:
     assert (after - before).norm() > 100 * TOLERANCE[torch.float32] * before.norm()
 
 
+def test_a_layer_of_an_earlier_call_keeps_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU tells at the next call, whose layers may be others, and fewer."""
+    layer = LoRALinear(nn.Linear(6, 5), 2, rectify_in="step")
+    layer(torch.randn(3, 6)).sum().backward()
+
+    def late(*_: Any, **__: Any) -> None:
+        raise ValueError("rectify_: layer 17: got |A V| = 1; found in an earlier call, which set them to 0")
+
+    monkeypatch.setattr(ops, "rectify_", late)
+    with pytest.raises(ArgumentError, match="layer 17: .* found in an earlier call"):
+        GradientRectifier([layer]).rectify()
+
+
 def test_two_pairs_on_one_module_share_the_estimator() -> None:
     layer = PlainLoRA(24, 30, 3, 0.5)
     other = LoRAPair(nn.Parameter(torch.randn(2, 24)), nn.Parameter(torch.zeros(30, 2)), 1.0, layer)

@@ -67,7 +67,7 @@ stage_sanitize() { # the ops' own kernels; initcheck has to see all writers, hen
   checker=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2> /dev/null | head -n 1)
   [[ -n $checker || $device == cpu ]] || { echo 'no compute-sanitizer'; return 1; }
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # every tensor an allocation: what lies beyond is noticed
-  check memcheck --kernel-name kns=janus : gram rectify margin & pids+=($!)
+  check memcheck --kernel-name kns=janus : gram rectify margin lora & pids+=($!)
   check racecheck --kernel-name kns=janus : rectify margin & pids+=($!)
   check synccheck --kernel-name kns=janus : rectify margin & pids+=($!)
   check initcheck : rectify margin & pids+=($!)
@@ -136,17 +136,20 @@ stage_loader() { need_gpu && python3 "$here/loader.py" "$device" "$work/photos";
 if [[ $1 == --stage ]]; then "stage_$2"; exit; fi
 
 all_stages() { # a stage writes to a file, not to a pipe: what it may leave running cannot hold the next one up
-  local deadline=$((SECONDS + ${GPU_SECONDS:-450})) stage left most begun said table=''
+  local deadline=$((SECONDS + ${GPU_SECONDS:-450})) failed=0 stage left most begun said table=''
   for stage in "$@"; do
     [[ -n ${limit[$stage]} ]] || { echo "$stage: no such stage"; continue; }
     left=$((deadline - SECONDS)) begun=$SECONDS most=$((limit[$stage] * patience)) most=$((left < most ? left : most))
-    if ((most < 15)); then table+=$(printf '%-9s no time left' "$stage")$'\n'; continue; fi
+    if ((most < 15)); then failed=1 table+=$(printf '%-9s no time left' "$stage")$'\n'; continue; fi
     printf '\n=== %s, %d s at most\n' "$stage" "$most"
     timeout -k 10 "$most" bash "${BASH_SOURCE[0]}" --stage "$stage" > "$work/$stage.txt" 2>&1
     case $? in 0) said=ok ;; 77) said='no GPU' ;; 124 | 137) said='TIME OUT' ;; *) said=FAILED ;; esac
+    [[ $said == ok ]] || failed=1
     cat "$work/$stage.txt"
     table+=$(printf '%-9s %-9s %4d s  %s' "$stage" "$said" $((SECONDS - begun)) "$(tail -n 1 "$work/$stage.txt" | cut -c 1-110)")$'\n'
   done
   printf '\n=== %d s; %s\n%s' "$SECONDS" "$(git rev-parse --short HEAD 2> /dev/null)" "$table"
+  return $failed
 }
+set -o pipefail
 all_stages ${*:-build info tests bench step train sanitize} 2>&1 | tee "$out/console.txt"

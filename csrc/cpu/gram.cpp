@@ -11,6 +11,10 @@
 #include <ATen/ops/addmm.h>
 #include <torch/library.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <climits>
 #include <limits>
 
@@ -53,8 +57,12 @@ void add_upper_triangle(const Tensor& C, const Tensor& rows, double decay) {
 
 bool has_matrix_units() {
 #if defined(__x86_64__)
-  static const bool supported =
-      cblas_gemm_bf16bf16f32 != nullptr && __builtin_cpu_supports("amx-bf16") && at::get_cpu_capability() == "AVX512";
+  static const bool supported = [] {
+    constexpr unsigned kAmxBFloat16 = 1u << 22;  // of EDX; not every compiler knows the name
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAmxBFloat16) != 0;
+    return amx && cblas_gemm_bf16bf16f32 != nullptr && at::get_cpu_capability() == "AVX512";
+  }();
   return supported;
 #else
   return false;

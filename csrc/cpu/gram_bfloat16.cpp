@@ -13,6 +13,7 @@
 #include <ATen/Version.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -79,8 +80,8 @@ bool has_bfloat16_dot() {
   return supported;
 }
 
-// Every thread takes an equal share of the tiles, goes through X once, and packs it for itself: that is one operation
-// for every n / 2 of the product.
+// Every thread takes an equal share of the tiles, goes through X once, and packs it for itself: one operation for every
+// n / 2 of the product, times the number of threads. Measured on one and two.
 void add_upper_triangle_bfloat16(const at::Tensor& C, const at::Tensor& X, double decay) {
   const int64_t n = C.size(0), N = X.size(0), pitch = (n + kColumns - 1) / kColumns * kColumns + kRows;
   const int64_t room = kPackedBytes / (2 * pitch) / 2 * 2, step = std::clamp<int64_t>(room, 32, kMostRows);
@@ -89,14 +90,15 @@ void add_upper_triangle_bfloat16(const at::Tensor& C, const at::Tensor& X, doubl
     for (int64_t i = 0; i < std::min(n, j + kColumns); i += kRows) tiles.emplace_back(i, j);
   const auto* x = reinterpret_cast<const uint16_t*>(X.const_data_ptr<at::BFloat16>());
   auto* out = C.mutable_data_ptr<float>();
+  // A decay below the range of float32 must not lose what C holds of inf.
+  const float factor = std::max(static_cast<float>(decay), std::numeric_limits<float>::min());
   at::parallel_for(0, static_cast<int64_t>(tiles.size()), 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> packed(step / 2 * pitch);
     for (int64_t from = 0; from < std::max<int64_t>(N, 1); from += step) {
       const int64_t rows = std::min(step, N - from);
       pack(x + from * n, rows, n, packed.data(), pitch);
       for (int64_t t = begin; t < end; ++t)
-        add_tile(packed.data(), pitch, (rows + 1) / 2, tiles[t].first, tiles[t].second, out, n,
-                 from == 0 ? static_cast<float>(decay) : 1);
+        add_tile(packed.data(), pitch, (rows + 1) / 2, tiles[t].first, tiles[t].second, out, n, from == 0 ? factor : 1);
     }
   });
 }

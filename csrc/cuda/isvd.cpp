@@ -10,9 +10,10 @@ namespace janus {
 namespace {
 
 // A block costs a QR and an eigendecomposition of order min(n, l + rows), of which a GPU does few large ones faster
-// than many small ones: 5 ms at 512, 36 ms at 2304 on an H100. Where n bounds it, a block takes what memory allows.
+// than many small ones: 5 ms at 512, 36 ms at 2304 on an H100. Where n bounds the
+// order, a block has as many rows as make 24 Mi numbers; what is worked on is then about 0.6 GB.
 int64_t block_rows(int64_t n, int64_t l) {
-  return n <= 2048 ? 32768 : std::max<int64_t>(l, 2048);  // as reference.isvd.block_rows
+  return n <= 2048 ? (int64_t{24} << 20) / n : std::max<int64_t>(l, 2048);  // as reference.isvd.block_rows
 }
 
 }  // namespace

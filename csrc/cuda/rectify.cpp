@@ -3,12 +3,14 @@
 //
 // Pointers and sizes of the layers travel as kernel parameters: no copy to the device, hence no host memory that must
 // outlive the call, nothing that waits, and a call that a CUDA graph can capture. So the host learns that A V is not
-// zero only at a later call, from a place in its memory where the kernels note it (Findings).
+// zero only at a later call, from a place in its memory where the kernels note it (Findings). The general path waits
+// for the norms, and cannot be captured under "exact".
 #include "rectify.h"
 
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
@@ -88,6 +90,8 @@ class Findings {
     kernels::Finding*& finding = findings.by_device_[c10::cuda::current_device()];
     if (finding == nullptr) {
       void* memory = nullptr;
+      const c10::cuda::CUDAStreamCaptureModeGuard allowed(
+          cudaStreamCaptureModeRelaxed);  // the first call may be captured
       C10_CUDA_CHECK(cudaHostAlloc(&memory, sizeof(kernels::Finding), cudaHostAllocMapped | cudaHostAllocPortable));
       finding = new (memory) kernels::Finding{kernels::kNothingFound, 0, 0};
     }
@@ -101,12 +105,13 @@ class Findings {
 
 // Raises what an earlier call found, once.
 void raise_finding(kernels::Finding* finding) {
-  const int layer = *static_cast<volatile int*>(&finding->layer);
+  std::atomic_ref<int> noted(finding->layer);
+  const int layer = noted.load(std::memory_order_acquire);
   if (layer < 0) return;
-  std::atomic_thread_fence(std::memory_order_acquire);
   const kernels::Finding found = *finding;
-  finding->layer = kernels::kNothingFound;
-  refuse_unsafe(layer, found.inside, found.whole, "; found in an earlier call, which set this layer's gradients to 0");
+  noted.store(kernels::kNothingFound, std::memory_order_release);
+  refuse_unsafe(layer, found.inside, found.whole,
+                "; found in an earlier call, which set the gradients of these factors to 0");
 }
 
 // |A V| <= tolerance |A| in all layers, of which the host waits for the norms.
@@ -159,8 +164,6 @@ void rectify_by_kernels(const std::vector<kernels::Layer>& batch, const at::Tens
 }
 
 void rectify_layers(const Layers& layers, const Indices& indices, const Rectification& options) {
-  kernels::Finding* finding = Findings::of_current_device();
-  raise_finding(finding);
   std::vector<kernels::Layer> batch;
   Indices others;
   for (int64_t i : indices) {
@@ -170,7 +173,8 @@ void rectify_layers(const Layers& layers, const Indices& indices, const Rectific
       others.push_back(i);
   }
   if (!others.empty()) rectify_general(layers, others, options);
-  if (!batch.empty()) rectify_by_kernels(batch, layers.A[indices.front()].options(), options, finding);
+  if (batch.empty()) return;
+  rectify_by_kernels(batch, layers.A[indices.front()].options(), options, Findings::of_current_device());
 }
 
 void rectify_(at::TensorList A, at::TensorList B, at::TensorList grad_A, at::TensorList grad_B, at::TensorList basis,
@@ -180,7 +184,12 @@ void rectify_(at::TensorList A, at::TensorList B, at::TensorList grad_A, at::Ten
   check_on_cuda(A);
   if (rectify == "none") return;
   const FullFloat32 precision;
-  for (const auto& [device, indices] : by_device(A)) {
+  const auto devices = by_device(A);
+  for (const auto& [device, indices] : devices) {  // before anything is written on any of them
+    const c10::cuda::CUDAGuard guard(device);
+    raise_finding(Findings::of_current_device());
+  }
+  for (const auto& [device, indices] : devices) {
     const c10::cuda::CUDAGuard guard(device);
     rectify_layers(layers, indices, {1, rectify, damping, share, balance});
   }

@@ -33,9 +33,9 @@ def rectify_(
         scale: a number, or one a layer.
         rectify: a `Rectification`, or the name of one. "exact" presumes A V = 0 (checked: |A V| <= 1e-3 |A|);
             "tangent" with a basis raises, since factor gradients do not hold G V: use it in the backward. On a GPU the
-            check of A V = 0 costs no wait: where it fails, the layer's gradients are set to 0, and the next call
-            raises, with the layer's index in the call that found it. Float64 and ranks above 64 wait, and raise at
-            once.
+            check of A V = 0 costs no wait: where it fails, the gradients of these factors are set to 0, and the
+            next call raises, with the layer's index in the call that found it; so nothing is said of the last call of a
+            process, or of a CUDA graph that is only replayed. Float64 and ranks above 64 wait, and raise at once.
         options: as in `lora_linear`.
     """
     how = Rectification.of("rectify_", rectify, options, balance=False)

@@ -9,7 +9,7 @@ from janus_ext.reference.checks import INPUT_DTYPES, check_factor, require, requ
 def block_rows(n: int, l: int, device: torch.device) -> int:  # noqa: E741
     """How many rows are taken at once; csrc/cpu/isvd.cpp and csrc/cuda/isvd.cpp say why."""
     if device.type == "cuda":
-        return 32768 if n <= 2048 else max(l, 2048)
+        return (24 << 20) // n if n <= 2048 else max(l, 2048)
     return l
 
 

@@ -275,7 +275,7 @@ class Learner:
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """On the model's device; to a GPU from pinned memory, which it reads by itself while the host goes on."""
-        if self.device.type == "cuda" and not tensor.is_pinned():
+        if self.device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
