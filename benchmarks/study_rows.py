@@ -51,15 +51,19 @@ METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 OFF = {"drift_budget": 1e9}  # the guard, which --head aligned would bring along
 ALIGNED = {method: {"head": "aligned"} | OFF for method in ("janus", "lora", "inflora")}
 
-# The rows of the paper's ablation and more, each at the setting that was chosen for janus with a head.
-ABLATION: dict[str, dict[str, Any]] = {
-    "nothing": {"method": "lora"},
+# The rows of the paper's ablation but for plain LoRA, as changes of Janus-LoRA.
+PAPER: dict[str, dict[str, Any]] = {
     "DML": {"rectify": "none", "estimator": "none"},
     "OE": {"rectify": "project", "margin_weight": 0.0},
     "GR": {"rectify": "tangent", "estimator": "none", "margin_weight": 0.0},
     "OE + GR": {"rectify": "tangent", "margin_weight": 0.0},
     "OE + DML": {"rectify": "project"},
     "OE + GR + DML": {"rectify": "tangent"},
+}
+# Those and more, each at the setting that was chosen for janus with a head.
+ABLATION: dict[str, dict[str, Any]] = {
+    "nothing": {"method": "lora"},
+    **PAPER,
     "OE + GR, exact": {"margin_weight": 0.0},
     "OE + GR + DML, exact": {},
     "OE + preconditioner, exact": {"margin_weight": 0.0, "preconditioned": True},

@@ -2,16 +2,13 @@
 
 from typing import Any
 
+from study_rows import PAPER
+
 # The seven rows of the paper's ablation, plain LoRA once more at the rate that suits it best, and two exact rows.
 ABLATION: dict[str, dict[str, Any]] = {
     "nothing": {"method": "lora", "lr": 1.6e-2},  # Janus-LoRA's rate
     "nothing, at its own best rate": {"method": "lora", "lr": 1.5e-3},  # what the sweep of all methods chose
-    "DML": {"rectify": "none", "estimator": "none"},
-    "OE": {"rectify": "project", "margin_weight": 0.0},
-    "GR": {"rectify": "tangent", "estimator": "none", "margin_weight": 0.0},
-    "OE + GR": {"rectify": "tangent", "margin_weight": 0.0},
-    "OE + DML": {"rectify": "project"},
-    "OE + GR + DML": {"rectify": "tangent"},
+    **PAPER,
     "OE + GR, exact": {"rectify": "exact", "margin_weight": 0.0},
     "OE + GR + DML, exact": {"rectify": "exact"},
 }
