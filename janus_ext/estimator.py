@@ -6,7 +6,7 @@ the processes of a data-parallel training, which are summed at the end of a task
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -20,6 +20,7 @@ from janus_ext.errors import ArgumentError, StatisticsError, TaskBoundaryError
 from janus_ext.statistics import SKETCH_RANK, Gram, Sketch, Statistics
 
 ESTIMATORS = ("gram", "isvd")
+Observer = Callable[[Tensor, Tensor], None]  # of a layer's input: as it was given, and as it enters the product
 
 
 class OnlineEstimator:
@@ -262,23 +263,31 @@ def observing(modules: Mapping[str, nn.Module], estimators: Mapping[str, OnlineE
             raise ArgumentError(f"observing: {name} must have an OnlineEstimator, got {shown(estimators[name])}")
     with ExitStack() as stack:
         for name, estimator in estimators.items():
-            stack.enter_context(_observed(modules[name], estimator))
+            stack.enter_context(intercepted(modules[name], _alone(estimator)))
         yield
 
 
+def _alone(estimator: OnlineEstimator) -> Observer:
+    return lambda given, entering: estimator.observe(entering)
+
+
 @contextmanager
-def _observed(module: nn.Module, estimator: OnlineEstimator) -> Iterator[None]:
-    """The instance's `forward` is wrapped, which torch.compile checks before it runs a graph."""
+def intercepted(module: nn.Module, observe: Observer) -> Iterator[None]:
+    """Within it, `observe(given, entering)` comes before each forward pass of `module`.
+
+    `given` is its first argument, `entering` the same as it enters the product: under autocast in its dtype. The
+    instance's `forward` is wrapped, which torch.compile checks before it runs a graph.
+    """
     patched = vars(module).get("forward")  # by an outer `observing`, or somebody else
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self is not module:  # a deep copy made meanwhile runs its own weights, unobserved
             return type(self).forward(self, *args, **kwargs)
-        name, x = ("", args[0]) if args else next(iter(kwargs.items()))
-        x = ops.autocast(x)
+        name, given = ("", args[0]) if args else next(iter(kwargs.items()))
+        x = ops.autocast(given)
         if getattr(type(self), "_enters_autocast", False):  # a layer of ours: cast once, here, as it would do itself
             args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, name: x})
-        estimator.observe(x)
+        observe(given, x)
         return type(self).forward(self, *args, **kwargs) if patched is None else patched(*args, **kwargs)
 
     module.forward = MethodType(forward, module)

@@ -1,9 +1,5 @@
-"""LoRA factors that somebody else owns, and whether their layer computes what protection presumes: W x + s B (A x).
+"""LoRA factors that somebody else owns, and whether their layer computes what protection presumes: W x + s B (A x)."""
 
-A layer of PEFT is known by its attributes (`lora_A`, `scaling`, ... by adapter name), so that PEFT need not be there.
-"""
-
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +11,7 @@ from janus_ext.arguments import check_tensor, shown
 from janus_ext.errors import ArgumentError
 from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_scale
 from janus_ext.ops import WORKING_DTYPES
+from janus_ext.peft_layers import base_layer, check_adapter
 
 
 class LoRAPair(NamedTuple):
@@ -51,13 +48,9 @@ def checked_pair(name: str, item: Any) -> LoRAPair:
     check_scale(name, pair.scale)
     if pair.module is not None and not isinstance(pair.module, nn.Module):
         raise ArgumentError(f"{name}: module must be a torch.nn.Module or None, got {shown(pair.module)}")
-    _check_adapter(name, pair)
+    if pair.module is not None:
+        check_adapter(name, *pair)
     return pair
-
-
-def is_merged(A: Tensor, module: nn.Module | None) -> bool:
-    """Whether PEFT has added the adapter of `A` to the weight, and computes it no more."""
-    return _adapter(A, module) in getattr(module, "merged_adapters", ())
 
 
 def warn_of_rounded_weights(modules: Mapping[str, nn.Module | None]) -> None:
@@ -83,55 +76,8 @@ def _check_shapes(name: str, A: Tensor, B: Tensor) -> None:
         raise ArgumentError(f"{name}: A and B must be of one dtype on one device, got {found}")
 
 
-def _check_adapter(name: str, pair: LoRAPair) -> None:
-    """Refuse a PEFT layer that computes something else with this pair's adapter, or trains more than the pair."""
-    module, adapter = pair.module, _adapter(pair.A, pair.module)
-    if adapter is None:
-        return
-    variant = _variant(module, adapter)
-    if variant is not None:
-        cure = "make it with use_dora=False" if variant == "DoRA" else "make it as plain LoRA"
-        raise ArgumentError(f"{name}: the adapter must compute W x + s B A x, but {variant} computes otherwise: {cure}")
-    if getattr(module.lora_B[adapter], "bias", None) is not None:
-        raise ArgumentError(f"{name}: B has a bias, which moves protected outputs: make it with lora_bias=False")
-    trained = [key for key, p in _base(module).named_parameters(recurse=False) if p.requires_grad]
-    if trained:
-        raise ArgumentError(
-            f"{name}: the layer's own {trained[0]} is trained, which moves protected outputs: make the adapter with "
-            "bias='none' (lora_only and all train it), or freeze it"
-        )
-    scaling = module.scaling[adapter]
-    if not math.isclose(scaling, pair.scale, rel_tol=1e-6):
-        raise ArgumentError(f"{name}: scale must be the adapter's scaling, {scaling:g}, got {pair.scale:g}")
-    if is_merged(pair.A, module):
-        raise ArgumentError(f"{name}: the adapter is merged, so that it is not trained: call unmerge_adapter() first")
-
-
-def _adapter(A: Tensor, module: nn.Module | None) -> str | None:
-    """Name of the adapter of a PEFT layer that has A as its factor."""
-    adapters = getattr(module, "lora_A", None)
-    if not isinstance(adapters, (nn.ModuleDict, nn.ParameterDict)):
-        return None
-    return next((name for name, factor in adapters.items() if getattr(factor, "weight", factor) is A), None)
-
-
-def _variant(module: nn.Module, adapter: str) -> str | None:
-    """What the adapter is instead of plain LoRA."""
-    variant = getattr(module, "lora_variant", {}).get(adapter)
-    if getattr(module, "use_dora", {}).get(adapter) or adapter in getattr(module, "lora_magnitude_vector", ()):
-        return "DoRA"
-    if adapter in getattr(module, "lora_E", ()):
-        return "AdaLoRA"
-    return None if variant is None else getattr(variant, "__name__", type(variant).__name__)
-
-
-def _base(module: nn.Module) -> nn.Module:
-    """The module that holds W."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
-
-
 def _weight(module: nn.Module | None) -> Tensor | None:
-    weight = None if module is None else getattr(_base(module), "weight", None)
+    weight = None if module is None else getattr(base_layer(module), "weight", None)
     return weight if isinstance(weight, Tensor) else None
 
 

@@ -12,7 +12,8 @@ from janus_ext import ops
 from janus_ext.arguments import shown
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.lora import LoRALayer
-from janus_ext.pairs import checked_pair, is_merged
+from janus_ext.pairs import checked_pair
+from janus_ext.peft_layers import is_merged, lora_factors
 from janus_ext.protection import project_rows_
 from janus_ext.rectification import Rectification
 
@@ -74,7 +75,7 @@ class Rectified:
         if bool(self.B.any()):
             cure = (
                 "PEFT's merge_adapter() keeps the factors: zero every B in place, call unmerge_adapter(), which so "
-                "takes nothing back, and then commit()"
+                "takes nothing back, and then commit(); or start a new adapter, see commit(layers=...)"
                 if merged
                 else "merge the factors first (W += s * B @ A), then zero B in place"
             )
@@ -128,13 +129,13 @@ class Rectified:
         return self._plain_exact() and self.A._version != self.projected
 
 
-def rectified_layers(layers: Any, rectification: Rectification) -> list[Rectified]:
+def rectified_layers(layers: Any, rectification: Rectification, adapter: str | None = None) -> list[Rectified]:
     """Those that `GradientRectifier` was given, no factor in two of them; `rectification` is that of pairs."""
-    entries = [_rectified(name, item, rectification) for name, item in _named(layers)]
+    entries = [_rectified(name, item, rectification) for name, item in _named(layers, adapter)]
     if not entries:
         raise ArgumentError(
-            "GradientRectifier: layers must hold at least one LoRA layer or (A, B) pair, got none; of a PEFT model "
-            "pass {name: (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter], layer)}"
+            "GradientRectifier: layers must hold at least one LoRA layer, of this package or of PEFT, or (A, B) pair, "
+            "got none"
         )
     owners: dict[int, str] = {}
     for entry in entries:
@@ -146,9 +147,12 @@ def rectified_layers(layers: Any, rectification: Rectification) -> list[Rectifie
     return entries
 
 
-def _named(layers: Any) -> list[tuple[str, Any]]:
+def _named(layers: Any, adapter: str | None) -> list[tuple[str, Any]]:
     if isinstance(layers, nn.Module):
-        return [(name, module) for name, module in layers.named_modules() if isinstance(module, LoRALayer)]
+        own = {name: module for name, module in layers.named_modules() if isinstance(module, LoRALayer)}
+        return list((own | lora_factors(layers, adapter)).items())
+    if adapter is not None:
+        raise ArgumentError(f"GradientRectifier: adapter belongs to a PEFT model, got {adapter!r} with {shown(layers)}")
     if isinstance(layers, Mapping):
         return list(layers.items())
     if isinstance(layers, (str, Tensor)) or not isinstance(layers, Iterable):

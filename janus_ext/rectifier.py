@@ -1,10 +1,12 @@
 """Gradient Rectification as a plug-in: for the layers of `janus_ext.lora` and for LoRA factors that somebody else owns.
 
-rectifier = GradientRectifier(pairs, energy=0.95)
+model = get_peft_model(base, config)        # PEFT; own layers and (A, B) pairs likewise
+rectifier = GradientRectifier(model, energy=0.95)
 rectifier.attach(optimizer)                 # rectifies before each step, keeps A V = 0 after it
 with rectifier.observe():                   # the last epoch of the task
     train_one_epoch()
-merge_your_factors(); rectifier.commit()    # the task's inputs are protected from now on
+model = get_peft_model(model.merge_and_unload(), config)
+rectifier.commit(layers=model)              # the task's inputs are protected from now on, in the new adapter's layers
 
 A loop that clips rectified gradients does not attach its optimizer, but calls
 
@@ -18,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from janus_ext.arguments import check_integer, check_number, shown
+from janus_ext.arguments import check_flag, check_integer, check_number, shown
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.estimator import OnlineEstimator, observing
 from janus_ext.pairs import warn_of_rounded_weights
 from janus_ext.processes import refuse_together
 from janus_ext.rectification import Rectification
 from janus_ext.rectified import Rectified, rectified_layers, rectify_group
+from janus_ext.shared_inputs import SharedInputs, share_together
 
 
 class GradientRectifier:
@@ -33,13 +36,18 @@ class GradientRectifier:
     In data-parallel training every process has its rectifier, and all of them call `commit` together.
 
     Args:
-        layers: a model with layers of `janus_ext.lora`; or such layers or (A, B) pairs (`LoRAPair`, or plain tuples of
-            its fields), as a mapping from names or as a sequence.
+        layers: a model with layers of `janus_ext.lora` or LoRA layers of PEFT; or such layers or (A, B) pairs
+            (`LoRAPair`, or plain tuples of its fields), as a mapping from names or as a sequence.
         energy: share of the observed input energy that `commit` protects, in [0, 1].
-        rectify: for pairs: a `Rectification`, or the name of one; "tangent" only while nothing is protected. Own layers
-            have their own, and must be made with rectify_in="step".
+        adapter: of a PEFT model, the one that is rectified; None: the one that is active. What PEFT trains beside it
+            (`modules_to_save`) is left alone.
+        rectify: for pairs and PEFT: a `Rectification`, or the name of one; "tangent" only while nothing is protected.
+            Own layers have their own, and must be made with rectify_in="step".
         estimator, estimator_rank: "gram" or "isvd" and its rank, see `OnlineEstimator`.
         energy_power: see `janus_ext.ops.extend_basis`.
+        share_inputs: whether layers that are seen to get the very same input (q, k and v of attention) share an
+            estimator: observed once, one basis. Found out in the first observed pass of a task, checked in all others;
+            not in compiled ones.
         distributed: where torch.distributed runs several processes, `commit` protects what all of them observed, see
             `OnlineEstimator`.
         options: damping, share and balance of a `Rectification` that is given by name.
@@ -54,25 +62,32 @@ class GradientRectifier:
         layers: nn.Module | Mapping[str, Any] | Iterable[Any],
         energy: float = 0.9,
         *,
+        adapter: str | None = None,
         rectify: str | Rectification = "exact",
         estimator: str = "gram",
         estimator_rank: int | None = None,
         energy_power: int = 1,
+        share_inputs: bool = True,
         distributed: bool = True,
         **options: Any,
     ) -> None:
         check_number("GradientRectifier: energy", energy, lambda e: 0 <= e <= 1, "in [0, 1]")
-        rectification = Rectification.of("GradientRectifier", rectify, options)
+        self._rectification = Rectification.of("GradientRectifier", rectify, options)
         if estimator_rank is not None:
             check_integer("GradientRectifier: estimator_rank", estimator_rank, lambda r: r >= 1, "positive")
-        self.energy, self.distributed = energy, distributed
-        self._entries = rectified_layers(layers, rectification)
-        self.estimators = self._make_estimators(
-            estimator=estimator, rank=estimator_rank, energy_power=energy_power, distributed=distributed
-        )
+        check_flag("GradientRectifier: share_inputs", share_inputs)
+        self.energy, self.share_inputs, self.distributed = energy, share_inputs, distributed
+        self._entries = rectified_layers(layers, self._rectification, adapter)
+        self._estimating = {
+            "estimator": estimator,
+            "rank": estimator_rank,
+            "energy_power": energy_power,
+            "distributed": distributed,
+        }
+        self.estimators = self._make_estimators()
         warn_of_rounded_weights({e.name: e.module for e in self._entries if e.layer is None})
 
-    def _make_estimators(self, **options: Any) -> dict[str, OnlineEstimator]:
+    def _make_estimators(self) -> dict[str, OnlineEstimator]:
         """One for each observed module: pairs that share a module share their input, hence the estimator."""
         estimators: dict[str, OnlineEstimator] = {}
         by_module: dict[int, OnlineEstimator] = {}
@@ -80,7 +95,7 @@ class GradientRectifier:
             key = id(entry.A) if entry.module is None else id(entry.module)
             if key not in by_module:
                 where = {"dtype": entry.A.dtype, "device": entry.A.device}
-                by_module[key] = OnlineEstimator(entry.A.shape[-1], name=entry.name, **options, **where)
+                by_module[key] = OnlineEstimator(entry.A.shape[-1], name=entry.name, **self._estimating, **where)
             elif by_module[key].dim != entry.A.shape[-1]:
                 wanted, found = by_module[key].dim, entry.A.shape[-1]
                 raise ArgumentError(f"{entry.name}: A must be [r, {wanted}] as others on its module, got [r, {found}]")
@@ -97,48 +112,77 @@ class GradientRectifier:
             if entry.module is None:
                 raise ArgumentError(f"{entry.name}: observe() needs the pair's module, got None")
         first = {id(e.module): e for e in reversed(self._entries)}.values()  # of the pairs on one module
-        names = [entry.name for entry in first]
-        with observing({e.name: e.module for e in first}, {name: self.estimators[name] for name in names}):
-            yield
+        modules = {entry.name: entry.module for entry in reversed(first)}
+        if self.share_inputs:
+            with SharedInputs(self.estimators).observing(modules):
+                yield
+        else:
+            with observing(modules, {name: self.estimators[name] for name in modules}):
+                yield
 
-    def commit(self, energy: float | None = None) -> None:
+    def commit(self, energy: float | None = None, layers: Any = None) -> None:
         """End the task: protect what was observed, from now on. Merge the factors first, so that every B is zero.
 
-        With PEFT: `merge_adapter()`, zero every B in place, then `unmerge_adapter()`, which so takes nothing back.
-        Attached optimizers forget their state of the factors: momenta of the last task know nothing of the next.
+        With PEFT: `model = get_peft_model(model.merge_and_unload(), config)`, then `commit(layers=model)`; or keep the
+        adapter by `merge_adapter()`, zero every B in place, `unmerge_adapter()`, which so takes nothing back, and
+        `commit()`. Attached optimizers forget their state of the factors: momenta of the last task know nothing of the
+        next.
+
+        Args:
+            energy: share of the observed energy that is protected, if not the rectifier's own.
+            layers: those of the next task where they are new ones, as the constructor takes them, under the same names
+                and with inputs of the same width; of a PEFT model the active adapter's.
 
         Raises:
+            ArgumentError: layers are others than before.
             TaskBoundaryError: a B is not zero, or PEFT's adapter still merged, in any process; nothing has changed.
             StatisticsError: a layer's statistics are empty, zero or not finite; nothing has changed.
         """
-        refusal = self._refusal()
+        entries = self._entries if layers is None else self._successors(layers)
+        refusal = self._refusal(entries)
         if self.distributed:
-            refuse_together(refusal, self._entries[0].A.device)
+            refuse_together(refusal, entries[0].A.device)
+            share_together(self.estimators, entries[0].A.device)
         elif refusal is not None:
             raise refusal
         share = self.energy if energy is None else energy
         estimators = {id(e): e for e in self.estimators.values()}
-        rooms = {key: e.dim - self._rank_on(e) for key, e in estimators.items()}
+        rooms = {key: e.dim - self._rank_on(e, entries) for key, e in estimators.items()}
         bases = {key: estimator.extended(share, rooms[key]) for key, estimator in estimators.items()}
         for key, basis in bases.items():  # all were looked at before any is changed
             estimators[key].adopt(basis)
+        self._entries = entries
         for entry in self._entries:
             entry.protect(bases[id(self.estimators[entry.name])])
             if entry.optimizer is not None:
                 for factor in (entry.A, entry.B):
                     entry.optimizer.state.pop(factor, None)
 
-    def _refusal(self) -> TaskBoundaryError | None:
+    def _successors(self, layers: Any) -> list[Rectified]:
+        """The layers of the next task, by the names of the present ones."""
+        entries = rectified_layers(layers, self._rectification)
+        wanted, found = ({e.name: e.A.shape[-1] for e in group} for group in (self._entries, entries))
+        if found != wanted:
+            differing = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
+            raise ArgumentError(
+                f"commit: layers must be named and as wide as before, {differing} has inputs of width "
+                f"{found.get(differing)}, before {wanted.get(differing)}"
+            )
+        by_name = {entry.name: entry for entry in entries}
+        warn_of_rounded_weights({e.name: e.module for e in entries if e.layer is None})
+        return [by_name[name] for name in wanted]
+
+    def _refusal(self, entries: list[Rectified]) -> TaskBoundaryError | None:
         """What stands against a commit in this process."""
         try:
-            for entry in self._entries:
+            for entry in entries:
                 entry.check_consolidated()
         except TaskBoundaryError as error:
             return error
         return None
 
-    def _rank_on(self, estimator: OnlineEstimator) -> int:
-        return max(e.A.shape[-2] for e in self._entries if self.estimators[e.name] is estimator)
+    def _rank_on(self, estimator: OnlineEstimator, entries: list[Rectified]) -> int:
+        return max(e.A.shape[-2] for e in entries if self.estimators[e.name] is estimator)
 
     def rectify(self) -> None:
         """Rewrite `.grad` of all factors, rectified: after unscaling, before clipping and the optimizer's step.
@@ -250,6 +294,7 @@ class GradientRectifier:
         for entry in self._entries:
             self.estimators[entry.name].check_state(state[entry.name])
             entry.check_basis(state[entry.name]["basis"].to(entry.A))
+        self.estimators = self._make_estimators()  # layers that shared one may have had two when the state was taken
         for name, estimator in self.estimators.items():
             estimator.load_state_dict(state[name])
         for entry in self._entries:

@@ -71,6 +71,10 @@ def test_a_snippet_runs_as_it_stands(code, mark, tmp_path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_runs_as_it_stands(path, tmp_path):
+    wanted = set(re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    missing = [name for name in sorted(wanted) if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
     run(str(path), folder=tmp_path)
 
 

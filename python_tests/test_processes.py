@@ -122,11 +122,45 @@ def trained(kind: str, rank: int, ranks: int, distributed: bool = True) -> Outco
     return bases | {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
+class Twofold(nn.Module):
+    """Two adapters of one input, or of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = Adapter(N, 4, 2), Adapter(N, 4, 2)
+
+    def forward(self, x: Tensor, copied: bool = False) -> Tensor:
+        return self.one(x) + self.other(x.clone() if copied else x)
+
+
+def shared(rank: int) -> Outcome:
+    """Two layers with one input, and then a process that saw nothing, or gave them two."""
+    torch.manual_seed(3)
+    model = Twofold()
+    pairs = {name: LoRAPair(m.A, m.B, 1.0, m) for name, m in model.named_children()}
+    rectifier = GradientRectifier(pairs, 0.95)
+    outcome: Outcome = {}
+    if rank == 1:
+        with rectifier.observe():
+            model(rows(1))
+    rectifier.commit()
+    outcome["estimators"] = len({id(e) for e in rectifier.estimators.values()})
+    outcome |= {name: e.basis for name, e in rectifier.estimators.items()}
+    rectifier = GradientRectifier(pairs, 0.95)
+    with rectifier.observe():
+        model(rows(1), copied=rank == 1)
+    try:
+        rectifier.commit()
+    except TaskBoundaryError as error:
+        outcome["error"] = str(error)
+    return outcome
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", RANKS)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    outcome = {"poisoned": poisoned(rank), "refused": refused(rank)}
+    outcome = {"poisoned": poisoned(rank), "refused": refused(rank), "shared": shared(rank)}
     for kind in KINDS:
         for run in (committed, committed_alone, committed_by_one_that_saw, summed_by_hand):
             outcome[f"{run.__name__} {kind}"] = run(kind, rank)
@@ -225,3 +259,17 @@ def test_what_one_process_refuses_all_refuse(both: Callable[[str], list[Outcome]
     one, other = both("refused")
     assert "commit() came while B is not zero" in one["error"] and "another process refused" in other["error"]
     assert torch.equal(one["basis"], other["basis"]) and one["basis"].shape[1] > 0
+
+
+def test_layers_share_an_estimator_in_all_processes_or_in_none(both: Callable[[str], list[Outcome]]) -> None:
+    """Else one would wait for ever for a sum that the other does not make."""
+    alone = estimator("gram")
+    alone.observe(rows(1))
+    want = subspace(alone.commit(0.95))
+    for outcome in both("shared"):
+        assert outcome["estimators"] == 1
+        assert torch.equal(outcome["one"], outcome["other"])
+        assert_close(subspace(outcome["one"]), want, torch.float32, 10)
+    told, waiting = both("shared")[1]["error"], both("shared")[0]["error"]
+    assert told.startswith("other: its input is that of another layer in one process") and "share_inputs=False" in told
+    assert waiting.startswith("another process refused")
