@@ -32,5 +32,13 @@ class CheckpointError(JanusError):
     """A file of weights or of a run cannot be written, is truncated, or does not fit."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to end, and what it leaves can be gone on with; ``number`` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class TrainingError(JanusError, RuntimeError):
     """Training cannot go on: the loss or a statistic is not finite. Task, step and layer are named."""

@@ -18,7 +18,7 @@ from typing import ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from janus_ext.errors import CheckpointError, JanusError
+from janus_ext.errors import CheckpointError, Interrupted, JanusError
 
 LOG = logging.getLogger("janus_ext")
 P, T = ParamSpec("P"), TypeVar("T")
@@ -63,7 +63,7 @@ def logging_to(path: Path | None = None) -> Iterator[None]:
 
 def command(name: str, interrupted: str = "interrupted") -> Callable[[Callable[P, int]], Callable[P, int]]:
     """Makes a program of a function: its return value is the exit status, 2 with one line on the standard error for
-    what the user can mend, 130 on Ctrl-C.
+    what the user can mend, 130 on Ctrl-C, 143 on a SIGTERM that it waits for.
     """
 
     def wrap(body: Callable[P, int]) -> Callable[P, int]:
@@ -78,9 +78,9 @@ def command(name: str, interrupted: str = "interrupted") -> Callable[[Callable[P
             except (JanusError, OSError) as error:  # the system's own errors name the file and what is wrong with it
                 print(f"{name}: {error}", file=sys.stderr)
                 return 2
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
                 print(f"\n{name}: {interrupted}", file=sys.stderr)
-                return 128 + signal.SIGINT
+                return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
 
         return main
 

@@ -200,7 +200,9 @@ class RunConfig(Settings):
     output: Maybe[Path] = None
     """Run folder; by default runs/<benchmark>-<method>-<seed>, numbered if that holds a finished run."""
     resume: bool = False
-    """Go on with the run in --output behind the last task that it finished; with several seeds, with each of them."""
+    """Go on with the run in --output where it was kept last; with several seeds, with each of them."""
+    save_every: str = "1"
+    """How often a run is kept within a task: behind every so many epochs, or minutes (10m); signals keep it at once."""
     seed: Maybe[tuple[int, ...]] = None
     """Random seeds, by default 0 (--preset paper: 0 to 4); several make one run each under <output>/seed-<n>."""
     preset: Literal["default", "paper"] = "default"

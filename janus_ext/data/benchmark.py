@@ -38,9 +38,12 @@ class Split(Dataset):
 
     @abstractmethod
     def stream(
-        self, batches: Iterable[Tensor], generator: torch.Generator | None = None
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(uint8 [b, 3, H, W], int64 [b]) per int64 index tensor [b]; augmented if and only if a generator is given."""
+        """(uint8 [b, 3, H, W], int64 [b]) per int64 index tensor [b]; augmented if and only if a generator is given.
+
+        The first ``skip`` of them are passed over; what they would have drawn from the generator is drawn.
+        """
 
     @abstractmethod
     def take(self, indices: Tensor) -> Split:
@@ -84,13 +87,14 @@ class MemorySplit(Split):
         return self.images[index], self.labels[index]
 
     def stream(
-        self, batches: Iterable[Tensor], generator: torch.Generator | None = None
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices in batches:
+        for number, indices in enumerate(batches):
             images = self.images[indices]
             if generator is not None and self.augmentation is not None:
                 images = self.augmentation(images, generator)
-            yield images, self.labels[indices]
+            if number >= skip:
+                yield images, self.labels[indices]
 
     def take(self, indices: Tensor) -> MemorySplit:
         names = [self.samples[i] for i in indices.tolist()]
@@ -120,13 +124,15 @@ class Selection:
         """(uint8 [b, 3, H, W], int64 [b] outputs) of ``size`` images at most, in order and as they are."""
         return self._stream(self.rows, size, None)
 
-    def shuffled(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same in random order, augmented."""
+    def shuffled(self, size: int, seed: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same in random order, augmented, without the first ``skip`` batches."""
         generator = torch.Generator().manual_seed(seed)
-        return self._stream(self.rows[torch.randperm(len(self.rows), generator=generator)], size, generator)
+        return self._stream(self.rows[torch.randperm(len(self.rows), generator=generator)], size, generator, skip)
 
-    def _stream(self, rows: Tensor, size: int, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.split.stream(rows.split(size), generator):
+    def _stream(
+        self, rows: Tensor, size: int, generator: torch.Generator | None, skip: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.split.stream(rows.split(size), generator, skip):
             yield images, self.outputs[labels]
 
 

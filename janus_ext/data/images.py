@@ -236,15 +236,15 @@ class ImageSplit(Split):
         return self._reader.read(self.keys[index], None), self.labels[index]
 
     def stream(
-        self, batches: Iterable[Tensor], generator: torch.Generator | None = None
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         batches = list(batches)
-        requests = [self._request(indices, generator) for indices in batches]
+        requests = [self._request(indices, generator) for indices in batches][skip:]
         chunks = self._read(
             [request[i : i + CHUNK] for request in requests for i in range(0, len(request), CHUNK)],
             ahead=-(-max(LOOKAHEAD, 2 * max(map(len, requests), default=0)) // CHUNK),
         )
-        for indices in batches:
+        for indices in batches[skip:]:
             yield self._gather(chunks, len(indices)), self.labels[indices]
 
     def take(self, indices: Tensor) -> ImageSplit:

@@ -244,6 +244,16 @@ class Method(ABC):
         before, spread = self._probe
         return movement(before, self._features(task.probe_batches)[0], spread)
 
+    def state_within_task(self) -> dict[str, Tensor]:
+        """Named tensors that its steps change beside `trainable`, such as statistics that it adds up meanwhile.
+
+        What `begin_task` sets is not among them: where a run goes on within a task, that is called again.
+        """
+        return {}
+
+    def load_state_within_task(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - likewise
+        """Restores what ``state_within_task`` gave."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """Named tensors that the method keeps from task to task, beside the model."""
         return self.known.state_dict()

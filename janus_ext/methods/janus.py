@@ -21,6 +21,7 @@ from janus_ext.estimator import observing
 from janus_ext.margin import DecoupledMarginLoss
 from janus_ext.methods.base import Task, TaskReport
 from janus_ext.methods.protected import ProtectedLoRA
+from janus_ext.named_tensors import load_states, states
 
 if TYPE_CHECKING:
     from janus_ext.classifier import ContinualClassifier
@@ -60,6 +61,12 @@ class Janus(ProtectedLoRA):
         super().abandon_task()
         self.shrunk = False
         self.observing.close()
+
+    def state_within_task(self) -> dict[str, Tensor]:
+        return states("estimators", self.estimators)
+
+    def load_state_within_task(self, state: dict[str, Tensor]) -> None:
+        load_states("estimators", self.estimators, state)
 
     def penalty(self, features: Tensor, targets: Tensor) -> Tensor | float:
         if self.config.margin_weight == 0 or not len(self.prototypes):

@@ -102,8 +102,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     about = dict(metadata or {})
     about[SHA256] = _sha256(stored, about)
     # not save_file: it has a temporary file of its own, which a kill would leave behind for ever
-    replace_file(path, lambda temporary: temporary.write_bytes(save(stored, about)))
+    data = _with_sorted_metadata(save(stored, about))
+    replace_file(path, lambda temporary: temporary.write_bytes(data))
     return about[SHA256]
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their names, which the library leaves to chance.
+
+    It is the length of a header in 8 bytes, the header in JSON, padded with spaces to whole 8 bytes, and the tensors.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -172,10 +186,23 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flushes the names in a folder to the disk, else a file moved there may be lost with the power."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+            raise
+    finally:
+        os.close(handle)
 
 
 def check_replaceable(folder: str | Path) -> Path:

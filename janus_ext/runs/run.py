@@ -47,12 +47,13 @@ class Run:
     """The run in ``folder``; making this object neither needs nor touches it.
 
     ``config.json`` is written first, a line of ``metrics.jsonl`` after every epoch, the files in ``checkpoints`` after
-    every task, ``results.json`` at the end.
+    every task, one of them within it, too, ``results.json`` at the end.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.checkpoints = self.folder / "checkpoints"
+        self._behind = ""  # SHA-256 of the model of the last finished task
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -105,14 +106,14 @@ class Run:
         append_json_line(self.folder / "metrics.jsonl", record)
 
     def keep_epochs(self, epochs: Sequence[int]) -> None:
-        """Drops the lines of ``metrics.jsonl`` that belong to no finished task; ``epochs`` has the number of each."""
+        """Drops the lines of ``metrics.jsonl`` but for the first so many of each task."""
         path, lines = self.folder / "metrics.jsonl", self.epochs()
         if not lines and not sum(epochs):
             return
         wanted = [(task, epoch) for task, number in enumerate(epochs) for epoch in range(number)]
         kept = [line for line in lines if (line.get("task"), line.get("epoch")) in wanted]
         if [(line["task"], line["epoch"]) for line in kept] != wanted:
-            LOG.warning("%s was altered: it does not hold every epoch of the finished tasks once", path)
+            LOG.warning("%s was altered: it does not hold every epoch that is done once", path)
         write_json_lines(path, kept)
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
@@ -143,8 +144,14 @@ class Run:
         about["state"] = write_tensors(self._method_path(index), method, about)
         if results is not None:
             about["results"] = to_json(results)
-        write_tensors(self._model_path, model, about)
+        self._behind = write_tensors(self._model_path, model, about)
         self.remove_methods_before(index)
+        remove([self._within_path])
+
+    def write_within(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Writes what there is of the task that is being learned, in place of what there was of it."""
+        make_folder(self.checkpoints)
+        write_tensors(self._within_path, tensors, {"behind": self._behind, "state": to_json(state)})
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Writes ``results.json``: the run is finished."""
@@ -166,11 +173,30 @@ class Run:
         model, about = read_tensors(self._model_path)
         if not about.keys() >= {"task", "state"}:
             raise CheckpointError(f"{self._model_path} lacks results: an earlier version of this program wrote it")
+        self._behind = about.get(SHA256, "")
         beside = self._method_path(int(about["task"]))
         method, of_method = read_tensors(beside)
         if of_method.get(SHA256) != about["state"]:
             raise CheckpointError(f"{beside} does not belong to {self._model_path}")
         return Saved(model, method, about, tuple(map(tuple, _task_names(about, model))))
+
+    def within(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `write_within` was given of the task behind the one that `saved` gave; None where there is nothing.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        if not self._within_path.exists():
+            return None
+        try:
+            tensors, about = read_tensors(self._within_path)
+            if about.get("behind") != self._behind:  # of a task that was finished before this file could be removed
+                remove([self._within_path])
+                return None
+            return tensors, json.loads(about["state"])
+        except (CheckpointError, KeyError, ValueError) as error:
+            reason = error if isinstance(error, CheckpointError) else f"{self._within_path} holds no state"
+            raise CheckpointError(f"{reason}; without that file --resume goes on behind the last task") from error
 
     def factors(self, task: int) -> dict[str, Tensor]:
         """What a task has added to the weights, as it was before its merge."""
@@ -196,6 +222,10 @@ class Run:
     @property
     def _model_path(self) -> Path:
         return self.checkpoints / "model.safetensors"
+
+    @property
+    def _within_path(self) -> Path:
+        return self.checkpoints / "within.safetensors"
 
     def _method_path(self, index: int) -> Path:
         return self.checkpoints / f"method-{index}.safetensors"

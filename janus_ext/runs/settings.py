@@ -13,7 +13,9 @@ from janus_ext.runs.folder import OTHER
 if TYPE_CHECKING:
     from janus_ext.data.benchmark import Benchmark
 
-NOT_COMPARED = {"output", "resume", "plots", "tensorboard", "workers", "cache_images"}  # results do not depend on them
+NOT_COMPARED = {  # results do not depend on them
+    *("output", "resume", "save_every", "plots", "tensorboard", "workers", "cache_images"),
+}
 # What a run is on, beside its settings; and the settings that only say where it lies, which may be spelled otherwise.
 CONTENTS = {
     "split_sha256": (

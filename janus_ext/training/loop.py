@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +21,9 @@ from janus_ext.config.parts import TRAINED_HEADS
 from janus_ext.errors import StatisticsError, TrainingError
 from janus_ext.methods.base import Step, Task
 from janus_ext.runs.metrics import hits
+from janus_ext.training.keeping import Keeping
 from janus_ext.training.optimization import make_optimizer, schedule
+from janus_ext.training.underway import Underway
 
 if TYPE_CHECKING:
     from janus_ext.classifier import ContinualClassifier
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from janus_ext.heads.base import Decision
     from janus_ext.methods.base import Method, TaskReport
     from janus_ext.training.progress import Progress
+    from janus_ext.training.underway import State
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Record = Callable[[dict[str, Any]], None]
@@ -63,28 +65,37 @@ class Learner:
         """Number of classes of each task learned so far."""
         return [head.out_features for head in self.model.heads]
 
-    def learn(self, images: Selection, classes: int, progress: Progress, record: Record) -> TaskReport:
+    def learn(
+        self, images: Selection, classes: int, progress: Progress, record: Record, keeping: Keeping | None = None
+    ) -> TaskReport:
         """Trains the next task, of ``classes`` classes, and lets the method consolidate it.
 
         ``record`` is given each epoch: its task and number, loss, accuracy (percent, within the task), learning rates
-        and seconds.
+        and seconds. ``keeping`` is what writes the state within the task, and what it goes on from.
 
         Raises:
             TrainingError: the loss, a layer's statistics or the gradients are not finite; torch.compile or a kernel
                 without a repeatable form fails.
         """
         with naming_task(len(self.sizes)), compiling(), repeatable():
-            return self._learn(self._task(images, classes), images, progress, record)
+            return self._learn(self._task(images, classes), images, progress, record, keeping or Keeping())
 
-    def _learn(self, task: Task, images: Selection, progress: Progress, record: Record) -> TaskReport:
+    def _learn(self, task: Task, images: Selection, progress: Progress, record: Record, keeping: Keeping) -> TaskReport:
         torch.manual_seed(derive_seed(self.seed, task.index, -1, "factors and head"))
         self.method.begin_task(task)
         trained = self.method.trainable() if task.learns else []
         optimizer = make_optimizer(self.config, trained, list(self.model.heads[-1].parameters()))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
+        underway = Underway(self.method, optimizer, scaler, progress, self.device)
         self.model.train()
-        for epoch in range(self.epochs(task.index)):
-            record(self._train_epoch(task, epoch, images, optimizer, scaler, progress))
+        start = keeping.take_start()
+        if start is not None:
+            underway.restore(start)
+        with keeping.stepping():
+            for epoch in range(start.position[0] if start else 0, task.epochs):
+                record(self._train_epoch(task, epoch, images, underway, keeping, start))
+                keeping.epoch_done(underway, epoch, task.epochs)
+                start = None
         if task.learns:
             self.method.end_epochs()
         torch.manual_seed(derive_seed(self.seed, task.index, self.config.epochs, "next factors"))
@@ -101,11 +112,11 @@ class Learner:
         task: Task,
         epoch: int,
         images: Selection,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        progress: Progress,
+        underway: Underway,
+        keeping: Keeping,
+        start: State | None,
     ) -> dict[str, Any]:
-        started = time.perf_counter()
+        optimizer, scaler, progress = underway.optimizer, underway.scaler, underway.progress
         share = schedule(self.config, epoch)
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak"]
@@ -113,9 +124,12 @@ class Learner:
         if task.learns:
             self.method.begin_epoch(is_last=epoch == self.config.epochs - 1)
         progress.begin_epoch(task.index, epoch)
-        for batch, labels in self._training_batches(images, task.index, epoch):
+        if start is not None and start.position[1]:
+            underway.restore_epoch(start)
+        for batch, labels in self._training_batches(images, task.index, epoch, progress.step):
             step = self._step(batch, labels - task.first, optimizer, scaler)
             progress.add(step.loss, step.correct, len(batch))
+            keeping.step_done(underway, epoch, progress.step)
         progress.read()
         if scaler.get_scale() < 1:  # 1 without a scaler; halved at every step that was left out
             raise TrainingError(
@@ -124,9 +138,8 @@ class Learner:
             )
         lr, head_lr = (group["lr"] for group in optimizer.param_groups)
         values = {"loss": progress.loss, "accuracy": progress.accuracy, "lr": lr, "head_lr": head_lr}
-        seconds = time.perf_counter() - started
-        progress.end_epoch(seconds)
-        return {"task": task.index, "epoch": epoch, **values, "seconds": seconds}
+        progress.end_epoch()
+        return {"task": task.index, "epoch": epoch, **values, "seconds": progress.seconds}
 
     def _step(
         self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
@@ -264,10 +277,10 @@ class Learner:
             augmented_batches=lambda: self._training_batches(images, index, self.config.epochs),
         )
 
-    def _training_batches(self, images: Selection, task: int, epoch: int) -> Batches:
+    def _training_batches(self, images: Selection, task: int, epoch: int, skip: int = 0) -> Batches:
         """The task's images in random order, augmented; epochs beyond the last one serve the method's statistics."""
         seed = derive_seed(self.seed, task, epoch, "data")
-        return self._to_device(images.shuffled(self.config.batch_size, seed))
+        return self._to_device(images.shuffled(self.config.batch_size, seed, skip))
 
     def _to_device(self, batches: Batches) -> Batches:
         for images, labels in batches:

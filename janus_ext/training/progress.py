@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,19 +40,20 @@ class Progress:
     step: int = 0
     pending: list[tuple[int, Tensor, Tensor, int]] = field(default_factory=list)
     totals: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    started: float = 0.0
 
     def begin_epoch(self, task: int, epoch: int) -> None:
-        """Starts the epoch's sums."""
+        """Starts the epoch's sums, and its clock."""
         self.task, self.epoch, self.step = task, epoch, 0
-        self.totals = [0.0, 0.0, 0.0]
+        self.totals, self.started = [0.0, 0.0, 0.0], time.perf_counter()
         self.bar.set_description(f"task {task + 1}/{self.tasks}", refresh=False)
 
-    def end_epoch(self, seconds: float) -> None:
+    def end_epoch(self) -> None:
         """Logs the epoch where that is all there is to see of it."""
         if self.bar.disable or not sys.stdout.isatty():
             LOG.info(
                 "task %d/%d, epoch %d/%d: loss %.3f, accuracy %.1f %%, %.1f s",
-                *(self.task + 1, self.tasks, self.epoch + 1, self.epochs, self.loss, self.accuracy, seconds),
+                *(self.task + 1, self.tasks, self.epoch + 1, self.epochs, self.loss, self.accuracy, self.seconds),
             )
 
     def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
@@ -73,11 +76,26 @@ class Progress:
                     f"the loss is {value} in task {self.task + 1}, epoch {self.epoch + 1}, step {step + 1}; "
                     "a smaller --lr, --clip-norm 1 or --amp off may help"
                 )
-        self.totals[0] += sum(v * n for v, n in zip(values[0], images, strict=True))
+        for value, n in zip(values[0], images, strict=True):  # one by one: when they are read must not change the sum
+            self.totals[0] += value * n
         self.totals[1] += sum(values[1])
         self.totals[2] += sum(images)
         self.bar.set_postfix_str(f"loss {self.loss:.3f}, accuracy {self.accuracy:.0f} %", refresh=False)
         self.bar.update(len(steps))
+
+    def state(self) -> dict[str, Any]:
+        """The epoch so far; what is pending has to be read before."""
+        return {"step": self.step, "totals": self.totals, "seconds": self.seconds}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on with it."""
+        self.step, self.totals = state["step"], list(state["totals"])
+        self.started -= state["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Of the epoch so far."""
+        return time.perf_counter() - self.started
 
     @property
     def loss(self) -> float:

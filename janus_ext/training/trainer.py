@@ -12,7 +12,9 @@ from janus_ext.methods.base import TaskReport
 from janus_ext.runs import metrics
 from janus_ext.runs.checkpoint import make_folder, to_json
 from janus_ext.training import events
+from janus_ext.training.keeping import Keeping
 from janus_ext.training.progress import Progress, make_bar
+from janus_ext.training.underway import State
 from janus_ext.versions import result_versions
 
 if TYPE_CHECKING:
@@ -52,10 +54,12 @@ class Trainer:
         self.heads: dict[str, list[list[float]]] = {}  # R of all heads measured, the configuration's among them
         self.reports: list[TaskReport] = []
         self.seconds: list[float] = []
+        self.keeping = Keeping(self._keep, config.save_every)
+        self._started = 0.0  # of the task that is being learned, on the clock of this process
         self._check_tasks()
 
     def restore(self) -> None:
-        """Takes up the run in the folder behind the last task that it finished; at its beginning if it finished none.
+        """Takes up the run in the folder where it was kept last: within a task, behind one, or at its beginning.
 
         Raises:
             CheckpointError: a file of that run is damaged, or does not belong to this benchmark, model and method.
@@ -66,9 +70,13 @@ class Trainer:
             sizes = [len(classes) for classes in self.benchmark.tasks[: len(self.matrix)]]
             with run.fitting():
                 self.learner.restore(sizes, saved.model, saved.method)
-        run.keep_epochs([self.learner.epochs(task) for task in range(len(self.matrix))])
+        within = run.within()
+        self.keeping.start = within and State(*within)
+        run.keep_epochs([self.learner.epochs(task) for task in range(len(self.matrix))] + [self._epochs_within()])
         run.remove_methods_before(len(self.matrix) - 1)
         LOG.info("taken up behind task %d/%d", len(self.matrix), len(self.benchmark.tasks))
+        if self.keeping.start is not None:
+            LOG.info("and within the next, behind %d epochs and %d steps", *self.keeping.start.position)
 
     def _restore_results(self, results: dict[str, Any]) -> None:
         """The inverse of ``results``; the factors of old tasks stay in their files."""
@@ -94,8 +102,9 @@ class Trainer:
         make_folder(self.run_on_disk.checkpoints)
         done, total = len(self.matrix), len(self.benchmark.tasks)
         scalars = self.run_on_disk.folder / "tensorboard" if self.config.tensorboard else None
-        bar = make_bar(self.step_count(total), self.step_count(done))
-        with bar, events.writing(scalars, self._epochs_before(done)) as write:
+        bar = make_bar(self.step_count(total), self.step_count(done) + self._steps_within())
+        epochs = self._epochs_before(done) + self._epochs_within()
+        with bar, events.writing(scalars, epochs) as write, self.keeping.listening():
             progress = Progress(bar, total, self.config.epochs)
             for index in range(done, total):
                 self._learn(index, progress, write)
@@ -145,10 +154,27 @@ class Trainer:
             scalars = {name: epoch[name] for name in ("loss", "accuracy", "lr", "head_lr")}
             write("epoch", scalars, self._epochs_before(index) + epoch["epoch"] + 1)
 
-        started = time.perf_counter()
+        before = self.keeping.start.about["seconds"] if self.keeping.start else 0.0
+        self._started = time.perf_counter() - before
         classes = len(self.benchmark.tasks[index])
-        self.reports.append(self.learner.learn(self.train_images[index], classes, progress, record))
-        self.seconds.append(time.perf_counter() - started)
+        self.reports.append(self.learner.learn(self.train_images[index], classes, progress, record, self.keeping))
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def _keep(self, state: State) -> None:
+        """Writes the state within the task."""
+        seconds = time.perf_counter() - self._started
+        self.run_on_disk.write_within(state.tensors, state.about | {"seconds": seconds})
+
+    def _epochs_within(self) -> int:
+        """Number of epochs that are done of the task to go on with."""
+        return self.keeping.start.position[0] if self.keeping.start else 0
+
+    def _steps_within(self) -> int:
+        """Number of its steps."""
+        if self.keeping.start is None:
+            return 0
+        task, (epoch, step) = len(self.matrix), self.keeping.start.position
+        return epoch * self.learner.step_count(task, len(self.train_images[task])) // self.learner.epochs(task) + step
 
     def _evaluate(self, index: int) -> dict[str, list[list[float]]]:
         """For every head row ``index`` of the three matrices of `metrics`, from one pass over the test images."""

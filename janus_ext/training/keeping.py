@@ -1,0 +1,93 @@
+"""When the state within a task is written: every so many epochs or minutes, and as soon as the system asks.
+
+SIGUSR1 (a cluster's warning) writes it and goes on. SIGTERM and SIGINT (Ctrl-C) write it behind the step that is
+computed, and end the process. Outside the epochs of a task, and at the second time, they end it at once.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from janus_ext.errors import Interrupted
+from janus_ext.training.underway import State, Underway
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Keeping:
+    """Keeps the state of the task that is learned.
+
+    Args:
+        write: puts a state where it lasts.
+        every: "3", behind every third epoch and behind the last; "10m", when ten minutes have passed; "" never.
+        start: the state that the next task goes on from.
+    """
+
+    def __init__(
+        self, write: Callable[[State], None] = lambda state: None, every: str = "", start: State | None = None
+    ) -> None:
+        self.write, self.start = write, start
+        self.epochs = int(every) if every.isdigit() else math.inf
+        self.seconds = 60 * float(every[:-1]) if every.endswith("m") else math.inf
+        self._written = time.monotonic()
+        self._asked = False
+        self._ending: int | None = None
+        self._stepping = False
+
+    def take_start(self) -> State | None:
+        """What the task goes on from; of the next one there is none."""
+        start, self.start = self.start, None
+        return start
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Within it are the epochs of a task: a signal waits for the end of the step that is computed."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    def step_done(self, underway: Underway, epoch: int, step: int) -> None:
+        """Behind every step; raises `Interrupted` once the state is written, where the process is to end."""
+        self._keep(underway, epoch, step, due=time.monotonic() - self._written >= self.seconds)
+
+    def epoch_done(self, underway: Underway, epoch: int, epochs: int) -> None:
+        """Behind every epoch, when it is on record; raises likewise."""
+        done = epoch + 1
+        self._keep(underway, done, 0, due=self.epochs < math.inf and (done % self.epochs == 0 or done == epochs))
+
+    def _keep(self, underway: Underway, epoch: int, step: int, due: bool) -> None:
+        if due or self._asked or self._ending is not None:
+            self._asked = False
+            self.write(underway.state(epoch, step))
+            self._written = time.monotonic()
+        if self._ending is not None:
+            raise Interrupted(self._ending)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it, the signals are heard; outside the main thread they cannot be."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in (*ENDING, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self._asked = True
+        elif self._stepping and self._ending is None:
+            self._ending = number
+        else:
+            raise Interrupted(number)

@@ -1,0 +1,98 @@
+"""A task in the middle of its training: what its steps change, as tensors and numbers to go on from with the same bits.
+
+All else follows from the files of the task before and from the seed: what a method computes at a task's beginning it
+computes anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from janus_ext.errors import CheckpointError
+from janus_ext.named_tensors import below, prefixed
+
+if TYPE_CHECKING:
+    from janus_ext.methods.base import Method
+    from janus_ext.training.progress import Progress
+
+
+class State(NamedTuple):
+    """Of a task within its training: named tensors, and values of JSON."""
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """How many whole epochs are done, and how many steps of the next one."""
+        return self.about["epoch"], self.about["step"]
+
+
+@dataclass
+class Underway:
+    """What changes from step to step: parameters, optimizer, scaler, the method's statistics, random state, losses."""
+
+    method: Method
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    device: torch.device
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer moves: the method's parameters and the newest head's."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def state(self, epoch: int, step: int) -> State:
+        """Where the task stands, after ``step`` steps of ``epoch``."""
+        self.progress.read()
+        slots = self.optimizer.state_dict()["state"]
+        tensors = {f"parameters.{i}": p.detach() for i, p in enumerate(self.parameters)}
+        for index, slot in slots.items():
+            tensors |= prefixed(f"optimizer.{index}", {k: v for k, v in slot.items() if isinstance(v, Tensor)})
+        tensors |= prefixed("method", self.method.state_within_task())
+        tensors |= prefixed("random", _random_states(self.device))
+        about = {"epoch": epoch, "step": step, "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
+        return State(tensors, about)
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Takes up what ``state`` gave, behind the beginning of the same task; random state: `restore_epoch`.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        try:
+            self._restore(state)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"what was kept within the task does not fit this run: {reason}") from error
+
+    def _restore(self, state: State) -> None:
+        for index, parameter in enumerate(self.parameters):
+            parameter.copy_(state.tensors[f"parameters.{index}"])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in below("optimizer", state.tensors).items():
+            index, _, key = name.partition(".")
+            slots.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state.about["scaler"])
+        self.method.load_state_within_task(below("method", state.tensors))
+
+    def restore_epoch(self, state: State) -> None:
+        """The random numbers that the model draws next, and the losses of the epoch so far."""
+        torch.set_rng_state(state.tensors["random.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state.tensors["random.cuda"], self.device)
+        self.progress.load_state(state.about["progress"])
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    of_gpu = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | of_gpu
