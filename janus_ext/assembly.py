@@ -16,15 +16,18 @@ from janus_ext.backbone import adopt, attach, load_backbone, probe, rebuild
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig, presets
 from janus_ext.config.checks import check_learning
+from janus_ext.config.foreign import find_method, loaded_method, own_settings
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.heads import HEADS
-from janus_ext.methods import METHODS
+from janus_ext.methods import method_class, method_name
+from janus_ext.methods.base import Method
 from janus_ext.training.loop import Learner, derive_seed
 
 FIELDS = tuple(field.name for field in fields(LearnConfig))
+SHARED = tuple(name for name in FIELDS if name != "own")
 # Settings that runs of earlier versions lack, and that do nothing where they are left out.
-LATER = ("learn", "merge_scale", "drift_budget", "drift", "head_width")
+LATER = ("learn", "merge_scale", "drift_budget", "drift", "head_width", "own")
 
 
 def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Module | None = None) -> Learner:
@@ -40,7 +43,7 @@ def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Modu
         backbone = load_backbone(config.backbone, config.weights, config.image_size)
     model = ContinualClassifier(backbone.to(config.device), AMP_DTYPES[config.amp], config.normalize)
     try:
-        method = METHODS[config.method](model, config)
+        method = method_class(config.method)(model, config)
     except ArgumentError as error:
         raise ArgumentError(f"--backbone {config.backbone}: {error}") from error
     return Learner(config, model, method, seed, planned)
@@ -48,31 +51,52 @@ def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Modu
 
 def resolve(settings: Mapping[str, Any]) -> LearnConfig:
     """The checked configuration of a learner, with its device and autocast chosen; ArgumentError names a setting."""
+    settings = {**settings, "method": method_name(settings["method"])}
+    found = find_method(settings["method"])
+    known = [] if found is None or found.Own is None else [field.name for field in fields(found.Own)]
     for name in settings:
-        if name not in FIELDS:
-            similar = difflib.get_close_matches(name, FIELDS, n=3)
+        if name not in (*SHARED, *known):
+            similar = difflib.get_close_matches(name, (*SHARED, *known), n=3)
             hint = f"; similar: {', '.join(similar)}" if similar else ""
             raise ArgumentError(f"a learner has no setting {name!r}{hint}")
-    config = LearnConfig(**settings).resolved()
+    own = {name: value for name, value in settings.items() if name in known}
+    shared = {name: value for name, value in settings.items() if name not in known}
+    config = LearnConfig(**shared, own=own or None).resolved()
     if config.method == "joint":
         raise ArgumentError("method joint learns all classes at once, and a learner one set after another")
     device = pick_device(config.device)
     return replace(config, device=str(device), amp=pick_amp(config.amp, device))
 
 
-def stored_config(settings: Mapping[str, Any], device: str | None = None, head: str | None = None) -> LearnConfig:
+def stored_config(
+    settings: Mapping[str, Any],
+    device: str | None = None,
+    head: str | None = None,
+    method: str | type[Method] | None = None,
+) -> LearnConfig:
     """The configuration in a run's ``config.json``, on ``device``, or where it was if that is there, or else anywhere.
 
-    Another kind of device chooses its own autocast. ``head`` takes the place of the run's own.
+    Another kind of device chooses its own autocast. ``head`` takes the place of the run's own. ``method`` is the run's
+    own, said by whoever lets its code be imported.
 
     Raises:
-        CheckpointError: a setting is missing or none of a learner's.
+        ArgumentError: ``method`` is another one.
+        CheckpointError: a setting is missing or none of a learner's; the run's method has not been imported.
     """
+    _consent(method, settings.get("method"))
     missing = [name for name in FIELDS if name not in (*settings, *LATER)]
     if missing:
         raise CheckpointError(f"config.json lacks {', '.join(missing[:3])}: another version of this program wrote it")
     try:
         config = LearnConfig(**{name: settings[name] for name in FIELDS if name in settings})
+    except (ArgumentError, TypeError) as error:
+        raise CheckpointError(f"config.json holds what cannot be: {error}") from error
+    try:
+        found = loaded_method(config.method)
+    except ArgumentError as error:
+        raise CheckpointError(f"config.json names a method that is not here: {error}") from error
+    try:
+        config = replace(config, own=own_settings(config.method, found, config.own))
         check_learning(config)
     except (ArgumentError, TypeError) as error:
         raise CheckpointError(f"config.json holds what cannot be: {error}") from error
@@ -85,6 +109,15 @@ def stored_config(settings: Mapping[str, Any], device: str | None = None, head: 
         config = replace(config, head=head, head_width=config.head_width if head == config.head else None, **guard)
     amp = config.amp if chosen.type == torch.device(config.device).type else pick_amp("auto", chosen)
     return replace(config, device=str(chosen), amp=amp)
+
+
+def _consent(method: str | type[Method] | None, own: Any) -> None:
+    if method is None:
+        return
+    name = method_name(method)
+    if name != own:
+        raise ArgumentError(f"--method {name} is not that of the run, which is {own}: it cannot be changed")
+    find_method(name)
 
 
 def network_of(settings: Mapping[str, Any], backbone: nn.Module | None = None) -> nn.Module:

@@ -11,13 +11,15 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
-from janus_ext.config import BenchmarkName, OneHead, TrainConfig
-from janus_ext.data import BENCHMARKS
+from janus_ext.config import OneHead, TrainConfig
+from janus_ext.config.parts import BENCHMARK_NAMES
+from janus_ext.data import load_benchmark
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.layout import find_parts
 from janus_ext.data.workers import naming_lost_workers
 from janus_ext.errors import ArgumentError, DataError
 from janus_ext.learner import ContinualLearner
+from janus_ext.plugins import typed
 from janus_ext.reports.evaluation import Evaluation
 from janus_ext.runs.run import Run
 from janus_ext.terminal import command
@@ -36,12 +38,14 @@ class EvaluateConfig:
 
     run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Folder of a run of janus_ext.train, or of a learner that was saved."""
-    benchmark: Annotated[BenchmarkName | None, arg(help_behavior_hint="")] = None
+    benchmark: Annotated[str | None, arg(metavar=BENCHMARK_NAMES, help_behavior_hint="")] = None
     """A benchmark's test images, of the classes that the run knows; by default the run's own benchmark."""
     data_dir: Annotated[Path | None, arg(help_behavior_hint="")] = None
     """Where the benchmark's images lie; alone, a folder of class folders, or of train and test with such folders."""
     head: Annotated[OneHead | None, arg(help_behavior_hint="")] = None
     """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
+    method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
+    """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
     output: Annotated[Path | None, arg(help_behavior_hint="")] = None
     """Folder of the files; by default evaluation in the folder of the run."""
     device: Annotated[str | None, arg(help_behavior_hint="")] = None
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Scores the run, prints a table and writes the files; returns what they hold."""
     run = Run.open(config.run)
-    learner = ContinualLearner.load(config.run, config.device, head=config.head)
+    learner = ContinualLearner.load(config.run, config.device, head=config.head, method=typed(config.method))
     with naming_lost_workers():
         found = (
             _on_benchmark(learner, run.settings(), config) if _wants_benchmark(config) else _on_folder(learner, config)
@@ -82,7 +86,7 @@ def _on_folder(learner: ContinualLearner, config: EvaluateConfig) -> Evaluation:
 
 def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config: EvaluateConfig) -> Evaluation:
     """On the test images that the run's own settings choose, or on those of another benchmark as it is by default."""
-    name = config.benchmark or settings["benchmark"]
+    name = typed(config.benchmark) or settings["benchmark"]
     if name is None:
         raise ArgumentError(f"{config.run} was not trained on a benchmark; name one with --benchmark, or a --data-dir")
     own = name == settings["benchmark"]
@@ -90,7 +94,13 @@ def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config
     asked = {key: settings[key] for key in kept} | {"benchmark": name, "validation": None}  # the test images
     if config.data_dir is not None:
         asked["data_dir"] = config.data_dir
-    benchmark = BENCHMARKS[name](TrainConfig(**asked)).at(learner.input_size)
+    wanted = TrainConfig(**asked)
+    if config.benchmark is None and ":" in wanted.benchmark:
+        raise ArgumentError(
+            f"{config.run} was trained on --benchmark {name}, and no file makes this program run code: if you trust "
+            "it, say that flag"
+        )
+    benchmark = load_benchmark(wanted).at(learner.input_size)
     if own and "split_sha256" in settings and settings["split_sha256"] != _split_sha256(benchmark, settings):
         print(f"janus_ext.evaluate: {OTHERS}", file=sys.stderr)
     return learner.evaluate_split(benchmark.test, benchmark.class_names)

@@ -15,6 +15,7 @@ from janus_ext.config import OneHead
 from janus_ext.exports import onnx, peft, pt2, timm
 from janus_ext.exports.contents import Contents
 from janus_ext.learner import ContinualLearner
+from janus_ext.plugins import typed
 from janus_ext.terminal import command
 
 FORMATS: dict[str, Callable[[Contents, Path], None]] = {
@@ -40,6 +41,8 @@ class ExportConfig:
     """Folder to write, new or empty."""
     head: Annotated[OneHead | None, arg(help_behavior_hint="")] = None
     """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
+    method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
+    """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
 
 
 @command("janus_ext.export", "interrupted, nothing was written")
@@ -51,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(config: ExportConfig) -> None:
     """Writes the folder and says where it is."""
-    FORMATS[config.format](ContinualLearner.load(config.run, device="cpu", head=config.head).contents(), config.output)
+    learner = ContinualLearner.load(config.run, device="cpu", head=config.head, method=typed(config.method))
+    FORMATS[config.format](learner.contents(), config.output)
     print(f"{config.output}: README.md there says how to load it")
 
 

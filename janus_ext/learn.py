@@ -20,6 +20,7 @@ from janus_ext.data.tasks import split_classes
 from janus_ext.data.workers import naming_lost_workers
 from janus_ext.errors import ArgumentError, DataError
 from janus_ext.learner import ContinualLearner
+from janus_ext.plugins import typed
 from janus_ext.runs.checkpoint import check_replaceable
 from janus_ext.runs.run import Run
 from janus_ext.terminal import command, logging_to
@@ -42,6 +43,8 @@ class LearnArguments:
     """Folder of what comes out; by default that of the run with -learned behind its name."""
     tasks: int = 1
     """Number of tasks in which the new classes are learned, one after another."""
+    method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
+    """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
     device: Annotated[str | None, arg(help_behavior_hint="")] = None
     """cpu, cuda, cuda:1, ...; by default what the run was trained on, if it is there."""
 
@@ -100,7 +103,7 @@ def _next_to(run: Path) -> Path:
 def _load(arguments: LearnArguments, run: Run) -> ContinualLearner:
     if run.settings()["method"] == "joint":
         raise ArgumentError(f"{run.folder} is of --method joint, which learns all classes at once and none later")
-    return ContinualLearner.load(run.folder, arguments.device)
+    return ContinualLearner.load(run.folder, arguments.device, method=typed(arguments.method))
 
 
 def _parts(folder: Path) -> tuple[Path, Path | None]:

@@ -48,7 +48,7 @@ from janus_ext.training.progress import Progress, make_bar
 if TYPE_CHECKING:
     from janus_ext.config import LearnConfig
     from janus_ext.data.benchmark import Split
-    from janus_ext.methods.base import TaskReport
+    from janus_ext.methods.base import Method, TaskReport
 
 PLANNED = 10
 
@@ -59,13 +59,13 @@ class ContinualLearner:
     Args:
         backbone: "emoji" (embedded, 64 pixels), any name that ``--backbone`` takes, or a model of timm's, which is
             copied and stays as it is; what it has of a classifier is left out (`from_classifier` keeps it).
-        method: of ``--method``, all but "joint".
+        method: of ``--method``, all but "joint"; a class of your own (docs/extending.md).
         head: of ``--head``.
         seed: of all random numbers; two learners with the same seed, images and machine have the same bits.
         planned_tasks: how often `learn` will be called, roughly: over so many tasks the protected share of the inputs
             grows from ``energy_start`` to ``energy_end``; then it stays. More are welcome.
-        settings: every other field of `janus_ext.config.LearnConfig`, spelled as the flags of ``janus_ext.train``
-            (``epochs=5, lr=1e-3, device="cuda"``). What is not said is as with ``--benchmark folder``.
+        settings: every other field of `janus_ext.config.LearnConfig`, and of your own method, spelled as the flags of
+            ``janus_ext.train`` (``epochs=5, device="cuda"``). What is not said is as with ``--benchmark folder``.
 
     Raises:
         ArgumentError: there is no such setting, or it cannot be.
@@ -75,7 +75,7 @@ class ContinualLearner:
     def __init__(
         self,
         backbone: str | nn.Module = "emoji",
-        method: str = "janus",
+        method: str | type[Method] = "janus",
         head: str = "auto",
         *,
         seed: int = 0,
@@ -93,7 +93,7 @@ class ContinualLearner:
 
     @classmethod
     def from_classifier(
-        cls, model: nn.Module, class_names: Sequence[str], method: str = "janus", **settings: Any
+        cls, model: nn.Module, class_names: Sequence[str], method: str | type[Method] = "janus", **settings: Any
     ) -> ContinualLearner:
         """A classifier in use, which is to learn more classes: what it knows becomes the first task.
 
@@ -212,9 +212,8 @@ class ContinualLearner:
         if labelled:
             self._past.check_met(self._core.method.prototypes.classes, split.labels.unique().tolist())
         require_readable(split)
-        outputs = range(len(self.classes)) if labelled else (0,)
         with self._at_work(), self._core.undone_on_error():
-            self._core.observe(_all_of(split, outputs), labelled)
+            self._core.observe(_all_of(split, range(len(self.classes)) if labelled else (0,)), labelled)
         self._past.unprotected = self._past.unprotected and not self._core.method.remembers
 
     # using ------------------------------------------------------------------------------------------------------------
@@ -311,6 +310,7 @@ class ContinualLearner:
         device: str | None = None,
         backbone: nn.Module | None = None,
         head: str | None = None,
+        method: str | type[Method] | None = None,
     ) -> ContinualLearner:
         """The learner that was saved in ``folder``, or that a run of ``janus_ext.train`` has left there.
 
@@ -318,17 +318,18 @@ class ContinualLearner:
             device: where it computes from now on; by default where it did, or what there is of that.
             backbone: a model of the architecture that it was made with, where that was none that timm makes by name.
             head: another head than it had, fitted to what is known of all classes: no image is needed for that.
+            method: its own, where that is one of your own: saying it is what lets its code be imported.
 
         Raises:
             ArgumentError: the folder holds nothing of that kind, or the head cannot be fitted.
-            CheckpointError: no task was finished, or a file is missing, damaged or altered.
+            CheckpointError: no task was finished, a file is missing, damaged or altered, the method is not loaded.
         """
         run = Run.open(folder)
         settings, saved = run.settings(), run.saved()
         if saved is None:
             raise CheckpointError(f"{folder} has not finished a task yet: there is nothing to load")
         learner = cls.__new__(cls)
-        config = stored_config(settings, device, head)
+        config = stored_config(settings, device, head, method)
         with at_work(torch.device(config.device)):
             learner._core = make_learner(config, *stored_numbers(settings), network_of(settings, backbone))
             with run.fitting():
@@ -388,9 +389,8 @@ class ContinualLearner:
 
     def _warn_of_unprotected(self) -> None:
         if self._past.unprotected:
-            cure = "observe() takes images of that kind, without labels"
-            if not self._core.method.remembers:
-                cure = f"method {self.config.method} protects nothing"
+            none = f"method {self.config.method} protects nothing"
+            cure = "observe() takes images of that kind, without labels" if self._core.method.remembers else none
             warnings.warn(f"nothing of what the model knew is protected: {cure}", stacklevel=3)
 
 

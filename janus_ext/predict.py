@@ -17,6 +17,7 @@ from janus_ext.data.collect import find_images, readable, unlabelled
 from janus_ext.data.names import on_one_line
 from janus_ext.errors import ArgumentError
 from janus_ext.learner import ContinualLearner
+from janus_ext.plugins import typed
 from janus_ext.terminal import command
 
 
@@ -36,6 +37,8 @@ class PredictConfig:
     """How many classes of each image."""
     head: Annotated[OneHead | None, arg(help_behavior_hint="")] = None
     """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
+    method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
+    """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
     json: bool = False
     """Lines of JSON instead of a table: the path, and names and scores of the classes, or what was wrong."""
     batch_size: Annotated[int | None, arg(help_behavior_hint="")] = None
@@ -64,7 +67,7 @@ def _check(config: PredictConfig) -> None:
 def predict(config: PredictConfig) -> int:
     """Prints what the images are; 1 if any could not be read, else 0."""
     _check(config)
-    learner = ContinualLearner.load(config.run, config.device, head=config.head)
+    learner = ContinualLearner.load(config.run, config.device, head=config.head, method=typed(config.method))
     paths = find_images(config.images)
     good, problems = readable(paths)
     for problem in problems:

@@ -11,7 +11,7 @@ from pathlib import Path
 from janus_ext.assembly import make_learner
 from janus_ext.backbone import weight_file
 from janus_ext.config import TrainConfig, command_line
-from janus_ext.data import BENCHMARKS
+from janus_ext.data import load_benchmark
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.workers import naming_lost_workers
 from janus_ext.devices import deterministic, pick_amp, pick_device
@@ -63,7 +63,7 @@ def train_seeds(config: TrainConfig) -> list[table.Results]:
 
 def check_data(config: TrainConfig) -> None:
     """Loads the benchmark, which decodes every image and prints what is wrong with it; DataError if it is unusable."""
-    benchmark = BENCHMARKS[config.benchmark](config)
+    benchmark = load_benchmark(config)
     print(
         f"{benchmark.name}: {len(benchmark.train):,} training and {len(benchmark.test):,} "
         f"{measured_on(benchmark.validation)}, {len(benchmark.class_names)} classes in {len(benchmark.tasks)} tasks, "
@@ -73,7 +73,7 @@ def check_data(config: TrainConfig) -> None:
 
 def run_seed(config: TrainConfig, folder: Path) -> table.Results:
     """Trains with the one seed of ``config``, or takes what ``folder`` has of it; writes and prints the results."""
-    benchmark = BENCHMARKS[config.benchmark](config)
+    benchmark = load_benchmark(config)
     config = replace(config, tasks=len(benchmark.tasks))
     settings = settings_of(config, benchmark, weight_file(config.backbone, config.weights))
     run = Run(folder)

@@ -54,7 +54,8 @@ def commands_of(code: str) -> list[list[str]]:
 
 def run(*arguments: str, folder: Path) -> str:
     """What a program prints, run in an empty folder as a reader would run it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    places = os.pathsep.join((str(ROOT), str(ROOT / "examples")))  # whose modules documents name, as in that folder
+    environment = os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     result = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -104,6 +105,8 @@ def parse(monkeypatch):
             raise Parsed
 
         return stopped
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
 
     def parse(words: list[str]) -> None:
         assert words[0] in SCRIPTS, f"{words[0]} is none of the scripts in pyproject.toml"
@@ -157,9 +160,9 @@ def test_every_command_is_one_that_there_is(code, mark, parse):
 
 
 # flags ---------------------------------------------------------------------------------------------------------------
-def help_of(script: str, monkeypatch, capsys) -> str:
+def help_of(script: str, monkeypatch, capsys, *words: str) -> str:
     """What `--help` prints, with room for every flag in its line."""
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.setattr(sys, "argv", [script, *words, "--help"])
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit):
         importlib.import_module(script).main()
@@ -179,6 +182,8 @@ def test_every_flag_has_a_place_in_the_commands_page(script, monkeypatch, capsys
 def test_flags_in_the_documents_exist(monkeypatch, capsys):
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")]
     texts = sources + [help_of(script, monkeypatch, capsys) for script in SCRIPTS]
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    texts.append(help_of("janus_ext.train", monkeypatch, capsys, "--method", "own_method:Soft"))
     known = FOREIGN_FLAGS | {flag for text in texts for flag in FLAG.findall(text)}
     named = {(name, flag) for name, text in PRESENT.items() for flag in FLAG.findall(text)}
     assert len(named) > 50 and not {(name, flag) for name, flag in named if flag not in known}

@@ -12,6 +12,7 @@ from janus_ext.config.parts import (
     OneHead,
     OptimizationConfig,
     RunConfig,
+    Settings,
     flag,
 )
 from janus_ext.config.train import TrainConfig
@@ -28,6 +29,7 @@ __all__ = [
     "OneHead",
     "OptimizationConfig",
     "RunConfig",
+    "Settings",
     "TrainConfig",
     "flag",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -17,9 +17,9 @@ class _Unfit(Exception):
 def fit(hint: Any, value: Any) -> Any:
     """``value`` as the annotation ``hint`` has it, where its meaning is clear.
 
-    ``hint`` is bool, int, float, str, Path, a Literal, tuple[X, ...] of these, or one of them or None. An int is a
-    float, too; what names a file is text and a path; a list is a tuple, and so is an X alone. Nothing is rounded and
-    no text is read as a number.
+    ``hint`` is bool, int, float, str, Path, Mapping (of names), a Literal, tuple[X, ...] of these, or one of them or
+    None. An int is a float, too; what names a file is text and a path; a list is a tuple, and so is an X alone. Nothing
+    is rounded and no text is read as a number.
 
     Raises:
         TypeError: the value is of another type, or no choice of the Literal; the message says what was wanted.
@@ -79,12 +79,19 @@ def _path(value: Any) -> Path:
     return Path(_text(value))
 
 
+def _named(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return dict(value)
+    raise _Unfit
+
+
 SCALARS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     bool: ("True or False", _flag),
     int: ("a whole number", _whole_number),
     float: ("a number", _number),
     str: ("text", _text),
     Path: ("a path", _path),
+    Mapping: ("values by name", _named),
 }
 
 

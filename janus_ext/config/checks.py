@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from janus_ext.config.foreign import BENCHMARK, loaded_method
 from janus_ext.config.parts import BenchmarkName, Settings, Split, flag
 from janus_ext.errors import ArgumentError
 
@@ -54,6 +55,7 @@ DATA_FLAGS: dict[str, tuple[BenchmarkName, ...]] = {  # flags that only some ben
     "workers": (*FILES, "cifar100", "fashion-mnist"),
     "cache_images": FILES,  # the others are in memory anyway
 }
+FOR_ALL_OTHERS = ("data_dir", "workers", "cache_images")  # of these flags, those that a benchmark from elsewhere has
 SPLITS: dict[str, tuple[Split, ...]] = {
     "imagenet-r": ("auto", "inflora", "coda", "folders"),
     "domainnet": ("auto", "coda"),
@@ -74,6 +76,8 @@ def check_data(config: TrainConfig) -> None:
     """ArgumentError unless the benchmark has these flags, in these combinations."""
     _check_seeds(config.seed)
     for name, benchmarks in DATA_FLAGS.items():
+        if name in FOR_ALL_OTHERS and config.benchmark not in BENCHMARK.ours:
+            continue
         if getattr(config, name) != default(config, name) and config.benchmark not in benchmarks:
             raise ArgumentError(
                 f"--benchmark {config.benchmark} has no {flag(name)}; it belongs to {', '.join(benchmarks)}"
@@ -163,8 +167,15 @@ def _check_schedule(config: LearnConfig) -> None:
         raise ArgumentError(f"--milestones must be at least 1, got {list(config.milestones)}")
 
 
+def _limits(method: str) -> Mapping[str, tuple[Any, ...]]:
+    found = loaded_method(method)
+    if found is None:
+        return METHOD_LIMITS.get(method, {})
+    return METHOD_LIMITS.get(found.like, {}) if found.limits is None else found.limits
+
+
 def _check_method(config: LearnConfig) -> None:
-    for name, allowed in METHOD_LIMITS.get(config.method, {}).items():
+    for name, allowed in _limits(config.method).items():
         if getattr(config, name, allowed[0]) not in allowed:
             raise ArgumentError(
                 f"--method {config.method} has no {flag(name)} {getattr(config, name)}; "

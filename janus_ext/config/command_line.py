@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 
 import tyro
 
+from janus_ext import plugins
+from janus_ext.config.foreign import Declared, find_method
 from janus_ext.config.parts import (
     DataConfig,
     MachineConfig,
@@ -37,5 +40,26 @@ class Groups:
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """The configuration that ``argv`` (the process's arguments, without its name) asks for; exits on wrong flags."""
-    groups = tyro.cli(Groups, prog="janus_ext.train", description=ABOUT, args=argv, config=(tyro.conf.OmitArgPrefixes,))
-    return TrainConfig(**{name: value for part in vars(groups).values() for name, value in vars(part).items()})
+    wanted = _groups(_method(argv))
+    groups = tyro.cli(wanted, prog="janus_ext.train", description=ABOUT, args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    parts = dict(vars(groups))
+    own = parts.pop("own", None)
+    said = {name: value for part in parts.values() for name, value in vars(part).items()}
+    plugins.typed(said["benchmark"])
+    return TrainConfig(**said, own=own and vars(own))
+
+
+def _method(argv: Sequence[str] | None) -> type[Declared] | None:
+    """The class of --method where it is from elsewhere: its own flags are part of the help and of the parser."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", nargs="?")
+    name = parser.parse_known_args(argv)[0].method
+    return None if name is None else find_method(plugins.typed(name))
+
+
+def _groups(method: type[Declared] | None) -> type[Groups]:
+    """All groups, with one for what only ``method`` has."""
+    if method is None or method.Own is None:
+        return Groups
+    own = ("own", method.Own, field(default_factory=method.Own))
+    return make_dataclass("Groups", [own], bases=(Groups,), frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from janus_ext.config import checks, presets
+from janus_ext.config.foreign import OURS, find_method, own_settings
 from janus_ext.config.parts import TRAINED_HEADS, MachineConfig, MethodConfig, ModelConfig, OptimizationConfig
 
 T = TypeVar("T", bound="LearnConfig")
@@ -24,25 +26,32 @@ OF_STEPS = (
 class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
     """Method, network, optimisation and machine of a learner; see the parts for the fields."""
 
+    own: Mapping | None = None
+    """Settings that only this method has, by name, as JSON has them; None where it has none."""
+
     def resolved(self: T) -> T:
         """The checked configuration, with the values of ``--benchmark folder`` for what was not said.
 
         Of the embedded backbone these are the ones of ``--benchmark emoji``.
         """
-        return self._with(presets.values("default", "folder", self.method, self.backbone, self.head))
+        return self._filled("default", "folder")
 
-    def _with(self: T, defaults: dict[str, Any]) -> T:
-        """The checked configuration with ``defaults`` for what was not said; ArgumentError names the flag."""
+    def _filled(self: T, preset: str, benchmark: str) -> T:
+        """The checked configuration with the preset's values for what was not said; ArgumentError names the flag."""
+        method = find_method(self.method)
+        like, declared = (self.method, {}) if method is None else (method.like, method.defaults)
+        defaults = presets.values(preset, benchmark, like, declared, self.backbone, self.head)
         if self.schedule not in ("auto", "step"):  # the user's schedule leaves the preset's milestones
             defaults.pop("milestones", None)
         unsaid = {n: v for n, v in defaults.items() if hasattr(self, n) and getattr(self, n) in (None, "auto")}
-        config = replace(self, **unsaid)
+        config = replace(self, **unsaid, own=own_settings(self.method, method, self.own))
         checks.check_learning(config)
         checks.check_effect(self, config.without_effect(), defaults)
         return config
 
     def without_effect(self) -> dict[str, str]:
         """The fields that a run of this resolved configuration does not read, each with what it would take."""
+        other = self.method not in OURS  # which may read whatever its limits take
         rectified = (self.rectify in ("tangent", "exact"), "--rectify tangent or exact")
         remembering = (self.estimator != "none", "a method that remembers old inputs, and an --estimator")
         learning = (self.learn != "none", "a backbone that learns: --learn all or first")
@@ -50,10 +59,11 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
         later = (several, "a backbone that learns in several tasks: --learn all, and no --method joint")
         training = (learning[0] or self.head in TRAINED_HEADS, f"--head {' or '.join(TRAINED_HEADS)}, or {learning[1]}")
         pushing = (self.margin_weight > 0, "--method janus or lora-drs, and a --margin-weight above 0")
+        sharp = other or self.method == "janus"
         needs = {
             "rank": (self.method != "bilora", "LoRA factors, and --method bilora has --frequencies"),
-            "frequencies": (self.method == "bilora", "--method bilora"),
-            "gpm": (self.method == "inflora", "--method inflora"),
+            "frequencies": (other or self.method == "bilora", "--method bilora"),
+            "gpm": (other or self.method == "inflora", "--method inflora"),
             "energy_start": remembering,
             "energy_end": remembering,
             "energy_power": remembering,
@@ -61,7 +71,7 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
             "share": rectified,
             "balance": rectified,
             "margin": pushing,
-            "temperature": (self.method == "janus" and pushing[0], "--method janus, and a --margin-weight above 0"),
+            "temperature": (pushing[0] and sharp, "--method janus, and a --margin-weight above 0"),
             "merge_scale": learning,
             "drift_budget": later,
             "drift": later,

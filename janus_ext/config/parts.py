@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from tyro.conf import arg
 
@@ -34,6 +34,8 @@ Rectify = Literal["auto", "none", "project", "tangent", "exact"]
 Estimator = Literal["auto", "gram", "isvd", "none"]
 OneHead = Literal["linear", "ncm", "lda", "ridge", "aligned"]
 Head = Literal["auto", OneHead]
+BENCHMARK_NAMES = f"{{{','.join(get_args(BenchmarkName))}}}|MODULE:FUNCTION"  # as the help has them
+METHOD_NAMES = f"{{{','.join(get_args(MethodName))}}}|MODULE:CLASS"
 TRAINED_HEADS = ("linear", "aligned")  # what epochs serve, even where the backbone stays as it is; others are fitted
 HeadInit = Literal["auto", "default", "small"]
 Normalize = Literal["auto", "identity", "model"]
@@ -41,7 +43,11 @@ Normalize = Literal["auto", "identity", "model"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What all parts share: values of the fields' types, and their way into JSON."""
+    """What all parts share, and the settings of a method of one's own: values of the fields' types, as JSON has them.
+
+    A field is bool, int, float, str, Path, a Literal, a tuple of these, or one of them or None, and has a default; the
+    text below it is the command line's help.
+    """
 
     def __post_init__(self) -> None:
         """Brings every value to its field's type; ArgumentError where the meaning of another type is not clear."""
@@ -61,8 +67,8 @@ class Settings:
 class DataConfig(Settings):
     """Which images are learned, in which tasks."""
 
-    benchmark: BenchmarkName = "emoji"
-    """Images to learn; emoji is embedded: 200 concepts in eight art styles; folder is any tree of class folders."""
+    benchmark: Annotated[str, arg(metavar=BENCHMARK_NAMES)] = "emoji"
+    """Images to learn: emoji is embedded, folder any tree of class folders; of your own: package.module:function."""
     data_dir: Maybe[Path] = None
     """Folder of the images, for all benchmarks but emoji; left out, the exact files wanted are shown."""
     tasks: Maybe[int] = None
@@ -89,8 +95,8 @@ class DataConfig(Settings):
 class MethodConfig(Settings):
     """How a task is learned without losing what came before."""
 
-    method: MethodName = "janus"
-    """Continual-learning method; lora is fine-tuning in sequence, joint learns all classes at once (an upper bound)."""
+    method: Annotated[str, arg(metavar=METHOD_NAMES)] = "janus"
+    """Continual-learning method: lora is fine-tuning, joint an upper bound; one of your own: package.module:Class."""
     rectify: Rectify = "auto"
     """Gradient rectification (GR) of janus, lora-gpm and lora-drs; auto: exact, project and none."""
     estimator: Estimator = "auto"
@@ -230,4 +236,6 @@ def _plain(value: Any) -> Any:
     """``value`` as JSON knows it: paths as text, tuples as lists."""
     if isinstance(value, Path):
         return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

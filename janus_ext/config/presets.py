@@ -7,6 +7,7 @@ letter: InfLoRA's line, which Janus-LoRA's paper follows, quirks included.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from janus_ext.errors import ArgumentError
@@ -112,10 +113,19 @@ HEADS: dict[str, dict[str, Any]] = {head: {"drift_budget": 0.1} for head in ("ld
 PAPER: dict[str, Any] = {"normalize": "identity", "head_init": "default", "seed": (0, 1, 2, 3, 4)}
 
 
-def values(preset: str, benchmark: str, method: str, backbone: str | None = None, head: str = "auto") -> dict[str, Any]:
+def values(
+    preset: str,
+    benchmark: str,
+    method: str,
+    declared: Mapping[str, Any],
+    backbone: str | None = None,
+    head: str = "auto",
+) -> dict[str, Any]:
     """Fields of the configuration and what they are unless the user says otherwise; the later table wins.
 
-    Where no protocol is published, the embedded ``backbone`` takes what was tuned for it, whatever the images are.
+    ``declared`` are those of a method from elsewhere, which is like ``method``; a benchmark from elsewhere is like
+    ``folder``. Where no protocol is published, the embedded ``backbone`` takes what was tuned for it, whatever the
+    images are.
     """
     if preset == "paper" and benchmark not in PUBLISHED:
         raise ArgumentError(
@@ -124,6 +134,7 @@ def values(preset: str, benchmark: str, method: str, backbone: str | None = None
         )
     published = PAPER if preset == "paper" else {}
     tuned = "emoji" if backbone == "emoji" and benchmark not in PUBLISHED else benchmark
-    tables = [COMMON, published, BENCHMARKS[tuned], METHODS[method], SPECIAL.get((method, tuned), {})]
+    of_benchmark = BENCHMARKS.get(tuned, BENCHMARKS["folder"])
+    tables = [COMMON, published, of_benchmark, METHODS[method], SPECIAL.get((method, tuned), {}), declared]
     found = {name: value for table in tables for name, value in table.items()}
     return found | (HEADS.get(found["head"] if head == "auto" else head, {}) if preset == "default" else {})

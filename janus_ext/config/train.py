@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from janus_ext.config import checks, presets
+from janus_ext import plugins
+from janus_ext.config import checks, foreign
 from janus_ext.config.learn import LearnConfig
 from janus_ext.config.parts import DataConfig, RunConfig
 
@@ -15,6 +16,8 @@ class TrainConfig(RunConfig, LearnConfig, DataConfig):
 
     def resolved(self) -> TrainConfig:
         """The checked configuration with the preset's values for what was not said; ArgumentError names the flag."""
-        config = self._with(presets.values(self.preset, self.benchmark, self.method, self.backbone, self.head))
+        if self.benchmark not in foreign.BENCHMARK.ours:
+            plugins.find(foreign.BENCHMARK, self.benchmark)
+        config = self._filled(self.preset, self.benchmark)
         checks.check_data(config)
         return config

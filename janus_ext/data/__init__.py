@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from janus_ext import plugins
 from janus_ext.config import TrainConfig
+from janus_ext.config.foreign import BENCHMARK
 from janus_ext.data import (
     cars,
     cifar100,
     cub,
     domainnet,
+    elsewhere,
     emoji,
     fashion_mnist,
     folder,
@@ -31,3 +34,15 @@ BENCHMARKS: dict[str, Callable[[TrainConfig], Benchmark]] = {
     "domainnet": domainnet.load,
     "folder": folder.load,
 }
+
+
+def load_benchmark(config: TrainConfig) -> Benchmark:
+    """The images and tasks that a configuration asks for.
+
+    Raises:
+        ArgumentError, DataError: as its own function says; a function from elsewhere gives no `Benchmark`, or one whose
+            classes and tasks do not fit together.
+    """
+    if config.benchmark in BENCHMARKS:
+        return BENCHMARKS[config.benchmark](config)
+    return elsewhere.load(plugins.find(BENCHMARK, config.benchmark), config)

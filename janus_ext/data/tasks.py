@@ -39,13 +39,7 @@ def make_tasks(
             f"--task-list {config.task_list} has {len(tasks)} tasks, --tasks {config.tasks} asks for others: leave one "
             "out (--method joint has one task)"
         )
-    single = [number for number, classes in enumerate(tasks, start=1) if len(classes) == 1]
-    if single:
-        _take_single_classes(
-            config.head,
-            f"--task-list {config.task_list}: task {single[0]} has one class, from which linear heads learn nothing; "
-            "name two or more, or --head ncm",
-        )
+    require_several_classes(tasks, f"--task-list {config.task_list}", config.head)
     return tasks
 
 
@@ -85,6 +79,17 @@ def split_classes(order: Sequence[int], tasks: int, head: str = "linear") -> tup
     size, larger = divmod(len(order), tasks)
     starts = [t * size + min(t, larger) for t in range(tasks + 1)]
     return tuple(tuple(order[a:b]) for a, b in zip(starts, starts[1:], strict=False))
+
+
+def require_several_classes(tasks: Sequence[Sequence[int]], whose: str, head: str) -> None:
+    """ArgumentError where a linear ``head`` would get a task of one class; ``whose`` tasks they are."""
+    single = [number for number, classes in enumerate(tasks, start=1) if len(classes) == 1]
+    if single:
+        _take_single_classes(
+            head,
+            f"{whose}: task {single[0]} has one class, from which linear heads learn nothing; name two or more, or "
+            "--head ncm",
+        )
 
 
 def _take_single_classes(head: str, complaint: str) -> None:

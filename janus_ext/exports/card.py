@@ -10,6 +10,7 @@ from janus_ext.config import LearnConfig
 from janus_ext.exports.contents import Contents
 from janus_ext.runs.checkpoint import replace_file
 from janus_ext.runs.metrics import measured_on
+from janus_ext.runs.settings import with_own
 from janus_ext.versions import installed
 
 PRIVATE = {  # settings that say where things lie, how a machine is used, or what stands elsewhere in the card
@@ -95,6 +96,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
     known = {name: settings[name] for name in LearnConfig.__dataclass_fields__ if name in settings}
     idle = LearnConfig(**known).without_effect() if "estimator" in known else {}
     left_out = PRIVATE | idle.keys()
+    settings = with_own(settings)
     shown = {key: value for key, value in settings.items() if key not in left_out and value not in (None, [], ())}
     if isinstance(shown.get("seed"), list):
         shown["seed"] = shown["seed"][0]

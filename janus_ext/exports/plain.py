@@ -8,6 +8,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from janus_ext.adapter import Adapter
 from janus_ext.backbone.files import first_line
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.errors import ArgumentError
@@ -72,7 +73,9 @@ def merged_backbone(classifier: ContinualClassifier) -> nn.Module:
     Random numbers that others draw stay what they were.
     """
     with torch.random.fork_rng(devices=[]):
-        return uninject(deepcopy(classifier.backbone).float().cpu()).eval()
+        copied = deepcopy(classifier.backbone).float().cpu()
+        adapted = any(isinstance(module, Adapter) for module in copied.modules())  # not by every method from elsewhere
+        return (uninject(copied) if adapted else copied).eval()
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from janus_ext import plugins
+from janus_ext.config.foreign import METHOD, loaded_method
 from janus_ext.methods.base import Method
 from janus_ext.methods.bilora import BiLoRA
 from janus_ext.methods.inflora import InfLoRA
@@ -20,3 +22,14 @@ METHODS: dict[str, type[Method]] = {
     "bilora": BiLoRA,
     "joint": Joint,
 }
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method's name; nothing is imported for it, see `janus_ext.plugins.loaded`."""
+    return METHODS.get(name) or loaded_method(name)
+
+
+def method_name(method: str | type[Method]) -> str:
+    """The name by which a class is found again, and a name as it is; ArgumentError where there is none."""
+    ours = {cls: name for name, cls in METHODS.items()}
+    return method if isinstance(method, str) else ours.get(method) or plugins.name_of(METHOD, method)

@@ -1,15 +1,23 @@
 """What the trainer asks of a continual-learning method, and what every method measures in the same way.
 
-A method is called in this order, once per task: ``begin_task``; per epoch ``begin_epoch`` and, per step, ``loss``,
-``after_backward`` and ``after_step``; ``end_epochs`` and ``end_task``. A baseline needs ``trainable``,
-``shrink_update`` and ``close_task``. In a task that leaves the backbone as it is, only the head is trained, and of all
-these ``begin_task``, ``loss`` and ``end_task`` alone are called.
+A method is called in this order, once per task:
+
+    begin_task                                 adds the task's head, and calls open_task
+    trainable                                  the optimizer is made of it, fresh for every task
+    per epoch    begin_epoch
+    per step     loss, which calls penalty; after_backward; after_step
+    end_epochs
+    end_task                                   shrink_update where less than all is merged, close_task; then it measures
+
+A method writes ``trainable``, ``shrink_update`` and ``close_task`` at least, and of ``open_task``, ``begin_epoch``,
+``penalty``, ``after_backward``, ``after_step``, ``end_epochs`` what it needs. In a task that leaves the backbone as it
+is, only the head is trained, and of all these ``begin_task``, ``loss`` and ``end_task`` alone are called.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from janus_ext.config.foreign import Declared
 from janus_ext.errors import ArgumentError, StatisticsError
 from janus_ext.heads import HEADS
 from janus_ext.heads.base import Decision
@@ -88,12 +97,23 @@ class TaskReport:
     """The task's update before it was merged, for the checkpoint."""
 
 
-class Method(ABC):
-    """Base of all methods: one head per task, cross entropy over the current task's classes, and what heads know."""
+class Method(Declared, ABC):
+    """Base of all methods: one head per task, cross entropy over the current task's classes, and what heads know.
+
+    Attributes:
+        model: the backbone and the heads; ``model.features(images)`` gives what the heads see.
+        config: the resolved settings.
+        own: the settings that only this method has, an object of its ``Own``; None where it has none.
+        layers: by their names in the backbone, the modules whose tensors the method moves. An error or an interrupt in
+            a task restores these, and the heads; everything else in the backbone must stay as it is.
+        known: what the heads know of the classes so far; kept by this class.
+    """
 
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         self.model = model
         self.config = config
+        self.own = None if self.Own is None else self.Own(**(config.own or {}))
+        self.layers: Mapping[str, nn.Module] = {}
         self.known = Knowledge(model.heads, model.feature_dim, model.mean.device, config.head_width)
         self.learns = True
         self._decisions: dict[str, Decision] = {}
@@ -118,11 +138,14 @@ class Method(ABC):
             self._probe = features, self.known.spread(features, labels)
 
     def open_task(self, task: Task) -> None:  # noqa: B027 - a hook, most methods need none
-        """What a method does before the first step of a task, its head in place."""
+        """What a method does before the first step of a task, its head in place.
+
+        Random numbers come from torch's generator, which is seeded for the task.
+        """
 
     @abstractmethod
     def trainable(self) -> list[nn.Parameter]:
-        """What the optimizer of the current task moves, beside the newest head."""
+        """What the optimizer of the current task moves at --lr, beside the newest head; asked for behind open_task."""
 
     def begin_epoch(self, is_last: bool) -> None:  # noqa: B027 - likewise
         """Called before each epoch; ``is_last`` in the last one of the task."""
@@ -138,7 +161,7 @@ class Method(ABC):
         return Step(loss, (logits.detach().argmax(-1) == targets).sum())
 
     def penalty(self, features: Tensor, targets: Tensor) -> Tensor | float:
-        """What a method adds to the cross entropy, from the features [b, d] and targets [b]."""
+        """What a method adds to the cross entropy: a scalar with gradient, from features [b, d] and targets [b]."""
         return 0.0
 
     def end_epochs(self) -> None:  # noqa: B027 - likewise
@@ -186,11 +209,14 @@ class Method(ABC):
 
     @abstractmethod
     def shrink_update(self, share: float) -> None:
-        """Multiplies the current task's update of the backbone by ``share``."""
+        """Multiplies the current task's update of the backbone by ``share``; without gradient, before close_task."""
 
     @abstractmethod
     def close_task(self, task: Task) -> TaskReport:
-        """Consolidates the task: afterwards the model is what will be evaluated, and what the next task starts from."""
+        """Consolidates the task: afterwards the model is what will be evaluated, and what the next task starts from.
+
+        It fills in of the report what it knows itself: violation, basis_rank, factors. The rest is measured for it.
+        """
 
     def end_task(self, task: Task) -> TaskReport:
         """Closes the task, measures its features against the old prototypes, adds what they say, fits the head."""
@@ -255,11 +281,13 @@ class Method(ABC):
         """Restores what ``state_within_task`` gave."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Named tensors that the method keeps from task to task, beside the model."""
+        """Named tensors that the method keeps from task to task, beside the model: with them, and the model's own, a
+        run goes on in another process with the same bits. A subclass adds its own to ``super().state_dict()``.
+        """
         return self.known.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what ``state_dict`` gave."""
+        """Restores what ``state_dict`` gave, between two tasks; the tensors are on the CPU where a file gave them."""
         self._decisions.clear()
         self.known.load_state_dict(state)
 

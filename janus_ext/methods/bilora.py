@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 class BiLoRA(Method):
     """BiLoRA; ``frequencies`` is f, ``scale`` is s (300 as published)."""
 
+    like = "bilora"
+
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
         owners = fused_attention(model.backbone)

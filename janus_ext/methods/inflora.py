@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 class InfLoRA(SequentialLoRA):
     """InfLoRA; energy_start and energy_end are the thresholds of DualGPM."""
 
+    like = "inflora"
+
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
         dual = config.gpm == "dual"

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class Janus(ProtectedLoRA):
     """Janus-LoRA; each of its three parts can be switched off (rectify, estimator, margin_weight)."""
 
+    like = "janus"
+
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
         self.observing = ExitStack()

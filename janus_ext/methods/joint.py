@@ -7,3 +7,5 @@ from janus_ext.methods.lora import SequentialLoRA
 
 class Joint(SequentialLoRA):
     """Plain LoRA on the benchmark as a single task, for as many epochs: what the tasks would give if none were old."""
+
+    like = "joint"

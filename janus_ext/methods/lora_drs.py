@@ -38,6 +38,8 @@ class LoRADRS(SequentialLoRA):
     ``energy_start`` and ``energy_end`` are the share of the trace that the space holds.
     """
 
+    like = "lora-drs"
+
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
         self.pretrained = {name: torch.stack(layer.target_weights()) for name, layer in self.layers.items()}

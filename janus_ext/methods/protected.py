@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class ProtectedLoRA(SequentialLoRA):
     """Keeps one estimator and one growing basis per layer; how the inputs are observed is up to the method."""
 
+    like = "lora-gpm"
+
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
         self.estimators = {} if config.estimator == "none" else self.make_estimators()

@@ -13,7 +13,7 @@ from janus_ext.errors import ArgumentError
 from janus_ext.reports.found import FoundRun
 from janus_ext.reports.table import measured
 from janus_ext.runs.checkpoint import to_json
-from janus_ext.runs.settings import CONTENTS, NOT_COMPARED
+from janus_ext.runs.settings import CONTENTS, NOT_COMPARED, with_own
 
 UNREAD = "–"  # the method does not read the setting, or an older run has not stored it
 MOST_IN_NAME = 2  # settings in a group's name
@@ -58,7 +58,7 @@ def differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 def _settings(run: FoundRun) -> dict[str, Any]:
     """What the run read of its configuration and what it was on, but for the seed and what no result depends on."""
     unread = NOT_COMPARED | {"seed", "class_names"} | _without_effect(run.settings)
-    settings = {flag(name): value for name, value in run.settings.items() if name not in unread}
+    settings = {flag(name): value for name, value in with_own(run.settings).items() if name not in unread}
     drawn = run.settings.get("shuffle_classes") or run.settings.get("validation") is not None
     return settings | ({"--split-sha256": "of each seed"} if drawn else {})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -48,7 +49,9 @@ def choose_folder(config: TrainConfig) -> Path:
         if several and is_run(config.output):
             raise ArgumentError(f"{config.output} holds a run with one seed; {OTHER}")
         return config.output
-    name = f"{config.benchmark}-{config.method}" + ("" if several else f"-{config.seed[0]}")
+    # of what comes from elsewhere, own_module:Class, a name that needs no quotes anywhere
+    names = (re.sub(r"[^\w.-]", "-", name) for name in (config.benchmark, config.method))
+    name = "-".join(names) + ("" if several else f"-{config.seed[0]}")
     return _default_folder(name, several, config.resume)
 
 

@@ -40,11 +40,19 @@ def settings_of(config: TrainConfig, benchmark: Benchmark, weights: Path | None)
     }
 
 
+def with_own(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with those that only the method has among the others: no two have one name."""
+    own = settings.get("own")
+    others = {name: value for name, value in settings.items() if name != "own"}
+    return others | own if isinstance(own, dict) else others
+
+
 def check_same_settings(asked: dict[str, Any], stored: dict[str, Any], folder: Path) -> None:
     """Raises ArgumentError when the run in ``folder`` was begun with other settings, or has lost one.
 
     Images and weights are compared by their content: the same under another path are the same.
     """
+    asked, stored = with_own(asked), with_own(stored)
     same = {key for key in CONTENTS if asked[key] is not None and asked[key] == stored.get(key, MISSING)}
     elsewhere = {name for key in same for name in CONTENTS[key][1]}
     compared = asked.keys() - NOT_COMPARED - CONTENTS.keys() - elsewhere
@@ -62,7 +70,8 @@ def check_same_settings(asked: dict[str, Any], stored: dict[str, Any], folder: P
 
 def _differs(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> bool:
     """Whether a setting is another one; what a run lacks that its version did not know was what it is by default."""
-    if name not in stored and asked[name] == TrainConfig.__dataclass_fields__[name].default:
+    field = TrainConfig.__dataclass_fields__.get(name)  # None of a setting that only the method has
+    if name not in stored and field is not None and asked[name] == field.default:
         return False
     return _comparable(name, stored) != _comparable(name, asked)
 

@@ -31,6 +31,8 @@ def adapted(method: Method) -> str:
     backbone = method.model.backbone
     trained = sum(parameter.numel() for parameter in method.trainable())
     whole = sum(parameter.numel() for parameter in backbone.parameters())
+    if not method.layers:
+        return f"{trained:,} of {whole:,} parameters trained, and the heads"
     layers = f"{len(method.layers)} of {len(attention_layers(backbone))} attention layers adapted"
     others = left_out(backbone, method.layers)
     return f"{layers}, {trained:,} of {whole:,} parameters trained, and the heads{others}"
