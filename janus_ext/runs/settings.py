@@ -60,7 +60,7 @@ def check_same_settings(asked: dict[str, Any], stored: dict[str, Any], folder: P
 
 def _differs(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> bool:
     """Whether a setting is another one; what a run lacks that its version did not know was what it is by default."""
-    if name not in stored and asked[name] == TrainConfig.__dataclass_fields__[name].default:
+    if name not in stored and asked[name] == TrainConfig().to_json()[name]:
         return False
     return _comparable(name, stored) != _comparable(name, asked)
 
