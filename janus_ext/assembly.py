@@ -27,7 +27,7 @@ from janus_ext.training.loop import Learner, derive_seed
 FIELDS = tuple(field.name for field in fields(LearnConfig))
 SHARED = tuple(name for name in FIELDS if name != "own")
 # Settings that runs of earlier versions lack, and that do nothing where they are left out.
-LATER = ("learn", "merge_scale", "drift_budget", "drift", "head_width", "own")
+LATER = ("learn", "merge_scale", "drift_budget", "drift", "head_width", "own", "targets")
 
 
 def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Module | None = None) -> Learner:

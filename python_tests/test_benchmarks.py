@@ -55,6 +55,7 @@ def test_the_documents_have_all_tables() -> None:
         "benchmarks/run.py table benchmarks/results/heads.json",
         "benchmarks/run.py table benchmarks/results/program.json",
         "benchmarks/estimators.py --table benchmarks/results/estimators.json",
+        "benchmarks/families.py --table benchmarks/results/families.json",
         "benchmarks/loader.py --table benchmarks/results/loader.json",
         "benchmarks/sweep.py table methods",
     }

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from janus_ext import ops
+from janus_ext.backbone.places import TARGETS
 from janus_ext.config import BenchmarkName, MethodName, TrainConfig, foreign, parts
 from janus_ext.data import BENCHMARKS
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
@@ -39,6 +40,7 @@ def test_what_the_user_says_wins():
 
 
 def test_choices_and_registries_agree():
+    assert get_args(parts.Target) == TARGETS and TrainConfig().targets == ("k", "v")
     assert set(get_args(MethodName)) == set(METHODS)
     assert set(get_args(parts.Head)) == {"auto", *HEADS}
     assert set(get_args(BenchmarkName)) == set(BENCHMARKS)
@@ -114,6 +116,11 @@ def test_every_field_is_explained_to_the_user():
             {"estimator": "isvd", "energy_power": 2},
             "--energy-power 2 (InfLoRA's, in all presets but emoji's) needs the Gram matrix",
         ),
+        ({"targets": ()}, "--targets must be one or more different names, got none"),
+        ({"targets": ("k", "fc1", "k")}, "--targets must be one or more different names, got k fc1 k"),
+        ({"targets": ("k", "mlp")}, "--targets must be a list, each item one of q, k, v, proj, fc1, fc2, got "),
+        ({"method": "bilora", "targets": ("q", "v")}, "bilora learns frequencies of k and v alone, got --targets q v"),
+        ({"learn": "none", "targets": ("q",)}, "--targets would do nothing here: it needs a backbone that learns"),
         ({"compile": True, "estimator": "isvd"}, "--compile makes a graph for every batch size"),
         ({"method": "lora", "rectify": "exact"}, "--rectify"),
         ({"method": "lora", "margin_weight": 0.5}, "--margin-weight"),

@@ -1,8 +1,11 @@
 """Which attention layers of timm's models can be adapted: the table of `families` against what the layers compute."""
 
 import copy
+import json
 import pickle
 import types
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from torch import nn
 
 from janus_ext import ArgumentError, inject
 from janus_ext.backbone import prepare_torchvision
-from janus_ext.backbone.families import LAYOUTS, attention_layers, declare_stacked, freeze, fused_attention
+from janus_ext.backbone.families import LAYOUTS, attention_layers, declare_stacked
+from janus_ext.backbone.freezing import freeze
+from janus_ext.backbone.places import places
 
 SMALL = {"depth": 1}
 STAGES = {"depths": (1, 1, 1, 1)}
@@ -33,6 +38,7 @@ MODELS = {  # per class of the table a small model of timm that uses it, and wha
     "timm.models.metaformer.Attention": ("caformer_s18", {}),
     "timm.models.mvitv2.MultiScaleAttention": ("mvitv2_tiny", {}),
     "timm.models.nest.Attention": ("nest_tiny", {}),
+    "timm.models.nextvit.EfficientAttention": ("nextvit_small", {"depths": (1, 2, 5, 2)}),
     "timm.models.swin_transformer.WindowAttention": ("swin_tiny_patch4_window7_224", STAGES),
     "timm.models.swin_transformer_v2.WindowAttention": ("swinv2_tiny_window8_256", STAGES),
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": ("swinv2_cr_tiny_ns_224", STAGES),
@@ -42,6 +48,15 @@ MODELS = {  # per class of the table a small model of timm that uses it, and wha
     "timm.models.volo.Attention": ("volo_d1_224", {}),
     "timm.models.xcit.XCA": ("xcit_nano_12_p16_224", SMALL),
 }
+
+
+@pytest.fixture
+def families(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/families.py, which tries what the tables say."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import families
+
+    return families
 
 
 def make(name: str, options: dict[str, object]) -> nn.Module:
@@ -58,46 +73,29 @@ def first_of(model: nn.Module, kind: str) -> nn.Module:
     return found[-1]
 
 
-@torch.no_grad()
-def call_of(model: nn.Module, layer: nn.Module) -> tuple[tuple, dict]:
+def call_of(families: ModuleType, model: nn.Module, layer: nn.Module) -> tuple[tuple, dict]:
     """The arguments of the layer when the model sees an image."""
-    calls = []
-    handle = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    size = model.default_cfg["input_size"][-1] if hasattr(model, "default_cfg") else 224
-    model.forward_features(torch.randn(1, 3, size, size))
-    handle.remove()
+    calls = families.calls_of(layer)
+    with torch.no_grad():
+        model.forward_features(families.image_of(model))
     return calls[-1]
 
 
-@torch.no_grad()
-def reads_its_tokens(layer: nn.Module, args: tuple, kwargs: dict) -> bool:
-    """Whether the layer's output depends on its tokens by more than rounding."""
-    x, *rest = args
-    outputs = [layer(torch.randn_like(x) * scale, *rest, **kwargs) for scale in (1.0, 3.0)]
-    one, other = (y[0] if isinstance(y, tuple) else y for y in outputs)
-    return float((one - other).norm()) > 1e-6 * float(one.norm() + other.norm())
+GROUPED = {"depth": 1, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "img_size": 64}  # two queries a key
+SEPARATE = {  # classes that have separate projections in some models
+    "timm.layers.attention.AttentionRope": ("vit_base_patch16_sapiens2", GROUPED),
+    "timm.models.eva.EvaAttention": ("eva02_base_patch14_224", {"depth": 1, "embed_dim": 64, "num_heads": 4}),
+    "timm.models.nextvit.EfficientAttention": MODELS["timm.models.nextvit.EfficientAttention"],
+}
 
 
-@torch.no_grad()
-def zero_last_third(layer: nn.Module) -> None:
-    width = layer.qkv.out_features // 3
-    layer.qkv.weight[2 * width :] = 0
-    if layer.qkv.bias is not None:
-        layer.qkv.bias[2 * width :] = 0
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_without_its_v_slice_a_stacked_layer_does_not_see_its_tokens(kind: str) -> None:
-    model = make(*MODELS[kind])
-    layer = first_of(model, kind)
+@pytest.mark.parametrize(
+    ("kind", "model"), [*MODELS.items(), *SEPARATE.items()], ids=[*MODELS, *(f"{kind}, separate" for kind in SEPARATE)]
+)
+def test_without_its_values_a_layer_does_not_see_its_tokens(families, kind: str, model: tuple[str, dict]) -> None:
+    layer = first_of(model := make(*model), kind)
     assert LAYOUTS[kind](layer) == ""
-    layer.residual_pooling = False  # MViTv2 adds its pooled q to what attention gives
-    for part in getattr(layer, "crpe", nn.Identity()).parameters():  # CoaT, of q times a convolution of v with a bias
-        nn.init.zeros_(part)
-    args, kwargs = call_of(model, layer)
-    assert reads_its_tokens(layer, args, kwargs)
-    zero_last_third(layer)
-    assert not reads_its_tokens(layer, args, kwargs)
+    assert families.sees_only_by_values(model, layer)
 
 
 def test_every_class_of_the_table_is_tried() -> None:
@@ -117,12 +115,12 @@ def test_every_class_of_the_table_is_tried() -> None:
     ],
     ids=lambda v: str(v).rpartition(".")[2],
 )
-def test_a_refused_layer_sees_its_tokens_without_its_last_third(kind: str, name: str, options: dict) -> None:
+def test_a_refused_layer_sees_its_tokens_without_its_last_third(families, kind: str, name: str, options: dict) -> None:
     model = make(name, options)
     layer = first_of(model, kind)
-    args, kwargs = call_of(model, layer)
-    zero_last_third(layer)
-    assert reads_its_tokens(layer, args, kwargs)
+    args, kwargs = call_of(families, model, layer)
+    families.zero_values(layer)
+    assert families.sees_its_tokens(layer, args, kwargs)
     with pytest.raises(ArgumentError, match=rf"cannot be adapted at \S+ \({kind.rpartition('.')[2]}\): it"):
         inject(model, rank=2)
 
@@ -136,9 +134,10 @@ def test_a_refused_layer_sees_its_tokens_without_its_last_third(kind: str, name:
         ("test_coatnet", r"Attention2d\): its qkv is a Conv2d, only an nn.Linear"),
         ("gcvit_xxtiny", r"WindowAttentionGlobal\): its qkv holds k and v only"),
         (
-            "eva02_base_patch14_224",
-            r"its 12 attention layers have others, blocks.0.attn \(EvaAttention\) has q_proj",
+            "gemma4_vit_167m",
+            r"Gemma4Attention\) has q_proj, k_proj, v_proj, and a Gemma4ClippableLinear is no nn.Linear",
         ),
+        ("tnt_s_patch16_224", r"attention layers have others, blocks.0.attn_in \(Attention\) has qk, v$"),
         ("pvt_v2_b0", r"attention layers have others, stages.0.blocks.0.attn \(Attention\) has q, kv"),
         ("resnet18", r"got ResNet: it has no attention layer at all"),
     ],
@@ -169,7 +168,7 @@ def test_what_was_adapted_of_how_much_is_said(name: str, options: dict, adapted:
     assert layers.summary().startswith(
         f"LoRA on k, v of {adapted} attention layers, {factors:,} parameters beside {size:,}"
     )
-    assert ("not adapted, for they have no fused qkv: " in layers.summary()) == bool(left)
+    assert ("; not adapted: " in layers.summary()) == bool(left)
     assert all(f" ({kind})" in layers.summary() for kind in left)
 
 
@@ -182,13 +181,13 @@ def test_what_was_adapted_of_how_much_is_said(name: str, options: dict, adapted:
         ("swinv2_tiny_window8_256", STAGES),
     ],
 )
-def test_a_bias_beside_qkv_is_folded_in(name: str, options: dict) -> None:
+def test_a_bias_beside_qkv_is_folded_in(families, name: str, options: dict) -> None:
     model = make(name, options)
-    attention = list(fused_attention(model).values())[-1]
+    attention = list(places(model, ("k", "v")).values())[-1].owner
     for part in ("q_bias", "v_bias"):
         if getattr(attention, part, None) is not None:
             nn.init.normal_(getattr(attention, part))
-    args, kwargs = call_of(model, attention)
+    args, kwargs = call_of(families, model, attention)
     with torch.no_grad():
         before = attention(*args, **kwargs)
         layer = list(inject(model, rank=2).values())[-1]
@@ -237,6 +236,67 @@ def test_unknown_attention_is_refused_until_it_is_declared(monkeypatch: pytest.M
 def test_attention_that_torch_computes_counts_as_left_out() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
     assert list(attention_layers(model)) == ["0"]
+
+
+# ------------------------------------------------------------------------------------------- the table of the documents
+
+
+def stored() -> dict[str, object]:
+    return json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "families.json").read_text())
+
+
+def same_timm() -> None:
+    import timm
+
+    if timm.__version__ != stored()["timm"]:
+        pytest.skip(f"the table is of timm {stored()['timm']}")
+
+
+def test_the_table_has_every_family_of_timm(families) -> None:
+    same_timm()
+    from timm.models import list_modules
+
+    models = {(family, name) for family, named in families.FAMILIES.items() for name in named}
+    assert models == {(case["family"], case["model"]) for case in stored()["cases"]}
+    assert set(list_modules()) == set(families.FAMILIES) | set(families.WITHOUT)
+    assert not set(families.FAMILIES) & set(families.WITHOUT)
+
+
+@pytest.mark.parametrize("case", stored()["cases"], ids=lambda case: case["model"])
+def test_the_table_says_what_inject_does(families, case: dict[str, object]) -> None:
+    same_timm()
+    assert families.counted(case["model"]) == {k: v for k, v in case.items() if k not in ("family", "model")}
+
+
+class Deaf(Mine):
+    """Has a qkv, calls something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(6, 18)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(x)[..., 6:12]
+
+
+class Net(nn.Sequential):
+    default_cfg = types.MappingProxyType({"input_size": (3, 4, 6)})
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self(x.flatten(1, 2))
+
+
+@pytest.mark.parametrize(("kind", "passes"), [(Mine, True), (Rebel, False), (Deaf, False)])
+def test_the_trials_can_fail(families, kind: type[nn.Module], passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("janus_ext.backbone.families.LAYOUTS", dict(LAYOUTS))
+    declare_stacked(kind)
+    if passes:
+        families.try_maps(Net(kind()), ["q", "k", "v"])
+        families.try_values(Net(kind()))
+        return
+    with pytest.raises(AssertionError, match="is not called" if kind is Deaf else "sees its tokens without its v"):
+        families.try_maps(Net(kind()), ["q", "k", "v"])
+        families.try_values(Net(kind()))
 
 
 # ------------------------------------------------------------------------------------------------------------- freezing

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_trainer, weights_of, without_time
 
+from janus_ext.backbone.places import TARGETS
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji
 from janus_ext.methods import METHODS
@@ -27,6 +28,9 @@ CASES = {
     "lora-drs, tangent": {"method": "lora-drs", "rectify": "tangent"},
     "lora-drs, exact": {"method": "lora-drs", "rectify": "exact"},
     "bilora": {"frequencies": 100},
+} | {
+    f"{method}, all targets": {"method": method, "targets": TARGETS}
+    for method in ("janus", "lora", "lora-gpm", "inflora", "lora-drs")
 }
 
 

@@ -66,6 +66,7 @@ SPLITS: dict[str, tuple[Split, ...]] = {
 def check_learning(config: LearnConfig) -> None:
     """ArgumentError unless a task can be learned with these settings."""
     _check_ranges(config)
+    _check_targets(config)
     _check_energies(config)
     _check_schedule(config)
     _check_head(config)
@@ -128,6 +129,14 @@ def _check_seeds(seeds: Iterable[int]) -> None:
     seeds = list(seeds)
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ArgumentError(f"--seed needs one or more different numbers from 0 on, got {seeds}")
+
+
+def _check_targets(config: LearnConfig) -> None:
+    said = " ".join(config.targets)
+    if not config.targets or len(set(config.targets)) != len(config.targets):
+        raise ArgumentError(f"--targets must be one or more different names, got {said or 'none'}")
+    if config.method == "bilora" and set(config.targets) != {"k", "v"}:
+        raise ArgumentError(f"--method bilora learns frequencies of k and v alone, got --targets {said}")
 
 
 def _check_energies(config: LearnConfig) -> None:

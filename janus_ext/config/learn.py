@@ -13,7 +13,7 @@ from janus_ext.config.parts import TRAINED_HEADS, MachineConfig, MethodConfig, M
 T = TypeVar("T", bound="LearnConfig")
 # What a run reads only where the backbone learns, and where anything is trained in steps.
 OF_BACKBONE = (
-    *("lr", "scale", "gpm", "rectify", "damping", "share", "balance", "estimator"),
+    *("targets", "lr", "scale", "gpm", "rectify", "damping", "share", "balance", "estimator"),
     *("estimator_rank", "energy_start", "energy_end", "energy_power", "margin_weight", "margin", "temperature"),
 )
 OF_STEPS = (

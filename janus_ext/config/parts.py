@@ -30,6 +30,7 @@ BenchmarkName = Literal[
 Domain = Literal["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
 Split = Literal["auto", "inflora", "coda", "folders", "random"]
 MethodName = Literal["janus", "lora", "lora-gpm", "inflora", "lora-drs", "bilora", "joint"]
+Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
 Rectify = Literal["auto", "none", "project", "tangent", "exact"]
 Estimator = Literal["auto", "gram", "isvd", "none"]
 OneHead = Literal["linear", "ncm", "lda", "ridge", "aligned"]
@@ -97,6 +98,8 @@ class MethodConfig(Settings):
 
     method: Annotated[str, arg(metavar=METHOD_NAMES)] = "janus"
     """Continual-learning method: lora is fine-tuning, joint an upper bound; one of your own: package.module:Class."""
+    targets: tuple[Target, ...] = ("k", "v")
+    """What learns of every block: q, k, v and proj of its attention, fc1 and fc2 of its MLP; see docs/backbones.md."""
     rectify: Rectify = "auto"
     """Gradient rectification (GR) of janus, lora-gpm and lora-drs; auto: exact, project and none."""
     estimator: Estimator = "auto"
@@ -146,7 +149,7 @@ class ModelConfig(Settings):
     image_size: Maybe[int] = None
     """Side of the images in pixels, a multiple of the backbone's patches; by default what it was pretrained with."""
     rank: Maybe[int] = None
-    """Rank of the LoRA factors on the K and V projections of every block; by default 8 for emoji, else 10 or 30."""
+    """Rank of the LoRA factors on each of the --targets of every block; by default 8 for emoji, else 10 or 30."""
     head: Head = "auto"
     """Classifier: the tasks' linear heads, ncm (nearest class mean), lda, ridge, or aligned; auto: the preset's."""
     head_width: Maybe[int] = None

@@ -1,8 +1,9 @@
 """PEFT: an adapter folder for every task, over the pretrained backbone that the run began with.
 
 The factors of the slices K and V of a fused qkv [3 m, n] are exactly one LoRA on it: A = [A_k; A_v] [2 r, n], B the
-blocks B_k and B_v on the diagonal below zeros for q [3 m, 2 r], lora_alpha = s 2 r. All adapters together, active or
-merged one by one, are what the run has merged.
+blocks B_k and B_v on the diagonal below zeros for q [3 m, 2 r], lora_alpha = s 2 r. Those of any other map are PEFT's
+own, lora_alpha = s r; where both are adapted, rank and alpha are patterns. All adapters together, active or merged one
+by one, are what the run has merged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from janus_ext import ops
 from janus_ext.backbone import load_backbone, prepare_torchvision
-from janus_ext.backbone.families import BIASES
+from janus_ext.backbone.places import BIASES
 from janus_ext.errors import ArgumentError
 from janus_ext.exports import card, usage
 from janus_ext.exports.contents import Contents, Update
@@ -53,10 +54,12 @@ def export(contents: Contents, folder: Path) -> None:
         card.write(made, contents, usage.peft(contents))
 
 
-def fused(update: Update, name: str, targets: tuple[str, ...], width: int) -> tuple[Tensor, Tensor]:
-    """(A [g r, n], B [3 m, g r]) of layer ``name``, whose g adapted slices of ``width`` m are ``targets``."""
+def pair(update: Update, name: str, targets: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """A [r, n] and B [m, r] of layer ``name``; as one, those of g ``targets`` of a fused qkv: [g r, n], [3 m, g r]."""
     A, B = update.tensors[f"{name}.A"], update.tensors[f"{name}.B"]
-    rank = A.shape[1]
+    if not targets:
+        return A, B
+    _, width, rank = B.shape
     whole = B.new_zeros(3 * width, len(targets) * rank)
     for index, target in enumerate(targets):
         row = ops.TARGETS.index(target) * width
@@ -65,7 +68,7 @@ def fused(update: Update, name: str, targets: tuple[str, ...], width: int) -> tu
 
 
 def _targets(contents: Contents) -> dict[str, tuple[str, ...]]:
-    """The adapted slices of every layer that has factors; ArgumentError where a task has none."""
+    """The adapted slices of each layer that has factors, () of a map by itself; ArgumentError where a task has none."""
     method = contents.settings.get("method")
     if not contents.updates:
         raise ArgumentError("--format peft needs the factors of every task, and there are none")
@@ -73,7 +76,7 @@ def _targets(contents: Contents) -> dict[str, tuple[str, ...]]:
     if not names or any(f"{name}.{part}" not in u.tensors for u in contents.updates for name in names for part in "AB"):
         raise ArgumentError(f"--format peft takes low-rank factors, and the updates of --method {method} are none")
     layers = dict(contents.model.backbone.named_modules())
-    return {name: layers[name].targets for name in layers if name in names}
+    return {name: getattr(layers[name], "targets", ()) for name in layers if name in names}
 
 
 def _base(settings: Mapping[str, Any]) -> nn.Module:
@@ -88,9 +91,10 @@ def _base(settings: Mapping[str, Any]) -> nn.Module:
 def _check_layers(base: nn.Module, names: Mapping[str, Any]) -> None:
     """PEFT computes W x + s B A x in a layer that is called; where only its weight is read, nothing would be added."""
     for name in names:
-        owner = base.get_submodule(name.rpartition(".")[0])
+        parent, _, child = name.rpartition(".")
+        owner = base.get_submodule(parent)
         beside = any(getattr(owner, part, None) is not None for part in BIASES)
-        if beside and not getattr(owner, "qkv_bias_separate", False):
+        if child == "qkv" and beside and not getattr(owner, "qkv_bias_separate", False):
             kind = type(owner).__name__
             raise ArgumentError(
                 f"--format peft cannot adapt {name}: {kind} reads the weight of its qkv, and calls it not"
@@ -104,7 +108,7 @@ def _check_sum(
     """ArgumentError unless W0 + sum of s B A is W, to the rounding of one merge a task."""
     for name, slices in targets.items():
         start, end = (model.get_submodule(name).weight.double() for model in (base, merged))
-        pairs = [(u.scale, *fused(u, name, slices, len(start) // 3)) for u in updates]
+        pairs = [(u.scale, *pair(u, name, slices)) for u in updates]
         changes = [scale * (B.double() @ A.double()) for scale, A, B in pairs]
         rounding = torch.finfo(torch.float32).eps * (len(changes) * end.norm() + sum(c.norm() for c in changes))
         missing = float((start + sum(changes) - end).norm())
@@ -118,19 +122,29 @@ def _check_sum(
 def _write_adapter(folder: Path, update: Update, targets: Mapping[str, tuple[str, ...]], base: str) -> None:
     from peft import LoraConfig
 
-    tensors = {}
-    for name, slices in targets.items():
-        A, B = fused(update, name, slices, update.tensors[f"{name}.B"].shape[1])
-        tensors |= {f"base_model.model.{name}.lora_{part}.weight": factor for part, factor in (("A", A), ("B", B))}
-    alpha = update.scale * len(A)
+    pairs = {name: pair(update, name, slices) for name, slices in targets.items()}
+    ranks = {name: len(A) for name, (A, _) in pairs.items()}
+    most = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != most}
     LoraConfig(
-        r=len(A),
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        r=most,
+        lora_alpha=_whole(update.scale * most),
+        rank_pattern=others,
+        alpha_pattern={name: _whole(update.scale * rank) for name, rank in others.items()},
         target_modules=list(targets),
         base_model_name_or_path=base,
         inference_mode=True,
     ).save_pretrained(str(folder))
+    prefix = "base_model.model"
+    tensors = {
+        f"{prefix}.{name}.lora_{part}.weight": t for name in pairs for part, t in zip("AB", pairs[name], strict=True)
+    }
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+
+
+def _whole(number: float) -> float:
+    """An int where it is one, as PEFT writes it."""
+    return int(number) if number == int(number) else number
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.adapter import Adapter
-from janus_ext.backbone.families import folded_qkv, freeze, fused_attention, replace_qkv
+from janus_ext.backbone.freezing import freeze
+from janus_ext.backbone.places import folded_qkv, places, replace
 from janus_ext.errors import ArgumentError
 from janus_ext.methods.base import Method, Task, TaskReport
 
@@ -33,12 +34,15 @@ class BiLoRA(Method):
 
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
-        owners = fused_attention(model.backbone)
+        found = places(model.backbone, ("k", "v"))
+        separate = [name for name, place in found.items() if not place.is_fused]
+        if separate:
+            raise ArgumentError(f"--method bilora must have K and V in one fused qkv, got {separate[0]} apart")
         freeze(model)
         self.layers: dict[str, SpectralQKV] = {}
-        for name, owner in owners.items():
-            self.layers[f"{name}.qkv"] = SpectralQKV(folded_qkv(owner), config.frequencies, config.scale)
-            replace_qkv(owner, self.layers[f"{name}.qkv"])
+        for name, place in found.items():
+            self.layers[name] = SpectralQKV(folded_qkv(place.owner), config.frequencies, config.scale)
+            replace(place, self.layers[name])
 
     def open_task(self, task: Task) -> None:
         for layer in self.layers.values():

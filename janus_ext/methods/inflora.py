@@ -1,8 +1,8 @@
 """InfLoRA: interference-free low-rank adaptation (Liang & Li, CVPR 2024).
 
 For every task:
-    a pass over its images gives H = sum x x^T of each block's inputs, H~ = the part of it in the free space (DualGPM)
-    A <- the r leading left singular vectors of H~, transposed, times 1/sqrt(3); frozen, shared by K and V
+    a pass over its images gives H = sum x x^T of each layer's inputs, H~ = the part of it in the free space (DualGPM)
+    A <- the r leading left singular vectors of H~, transposed, times 1/sqrt(3); frozen, shared by what shares its input
     train B from 0, and the head
     a second pass gives H once more; W <- W + s B A;  DualGPM (or plain GPM) takes H up
 """
@@ -35,7 +35,11 @@ class InfLoRA(SequentialLoRA):
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
         dual = config.gpm == "dual"
-        self.memories = {name: DualGPM(layer.in_features, layer.A.device, dual) for name, layer in self.layers.items()}
+        self.memories = {
+            name: DualGPM(layer.in_features, layer.A.device, dual)
+            for name, layer in self.layers.items()
+            if name in self.layers.inputs.values()
+        }
         for layer in self.layers.values():
             layer.A.requires_grad_(False)
 
@@ -43,17 +47,20 @@ class InfLoRA(SequentialLoRA):
         return [layer.B for layer in self.layers.values()]
 
     def open_task(self, task: Task) -> None:
+        directions = {}
         for name, H in self.second_moments(task).items():
             self._warn_of_little_room(name)
-            layer, U = self.layers[name], torch.linalg.svd(self.memories[name].free(H)).U
-            layer.A.copy_(U[:, : layer.rank].mT / math.sqrt(3))
+            directions[name] = torch.linalg.svd(self.memories[name].free(H)).U
+        for name, source in self.layers.inputs.items():
+            layer = self.layers[name]
+            layer.A.copy_(directions[source][:, : layer.rank].mT / math.sqrt(3))
 
     def close_task(self, task: Task) -> TaskReport:
         moments = self.second_moments(task)
         report = super().close_task(task)
         for name, H in moments.items():
             self.memories[name].update(H, energy(self.config, task))
-            report.basis_rank[name] = self.memories[name].rank
+        report.basis_rank = {name: self.memories[source].rank for name, source in self.layers.inputs.items()}
         return report
 
     @property
@@ -65,7 +72,7 @@ class InfLoRA(SequentialLoRA):
             self.memories[name].update(H, energy(self.config, task))
 
     def guarded(self, name: str) -> Tensor:
-        return self.memories[name].protected()
+        return self.memories[self.layers.inputs[name]].protected()
 
     def _warn_of_little_room(self, name: str) -> None:
         """What A has more rows than the free space has dimensions is arbitrary, as in the authors' code."""

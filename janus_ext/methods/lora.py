@@ -1,4 +1,4 @@
-"""Sequential LoRA fine-tuning: every task trains fresh factors on K and V, and merges them. Nothing guards the old."""
+"""Sequential LoRA fine-tuning: every task trains fresh factors, by default on K and V, and merges them, unguarded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ class SequentialLoRA(Method):
         self.layers = inject(
             model.backbone,
             config.rank,
-            scale=config.scale,
+            config.targets,
+            config.scale,
             rectify=Rectification(config.rectify, config.damping, config.share, config.balance),
             rectify_in="backward" if in_backward else "step",
         )
@@ -68,20 +69,26 @@ class SequentialLoRA(Method):
 
     # statistics of the layers' inputs, for the methods that take them -------------------------------------------------
     def make_estimators(self) -> dict[str, OnlineEstimator]:
-        """One estimator per block: K and V share their input."""
-        config = self.config
+        """One for every input, by the name of the layer that stands for it: the slices of a fused qkv share theirs."""
+        config, inputs = self.config, set(self.layers.inputs.values())
         return {
             name: OnlineEstimator(
                 layer.in_features,
                 estimator=config.estimator,
-                rank=config.estimator_rank,
+                rank=self._estimator_rank(layer.in_features),
                 name=name,
                 energy_power=config.energy_power,
                 device=layer.A.device,
                 distributed=False,  # a run is one process
             )
             for name, layer in self.layers.items()
+            if name in inputs
         }
+
+    def _estimator_rank(self, width: int) -> int | None:
+        """The configuration's, which is no more than the width of the widest layer; a narrower one takes its own."""
+        rank, widest = self.config.estimator_rank, max(layer.in_features for layer in self.layers.values())
+        return rank if rank is None or rank > widest else min(rank, width)
 
     @torch.no_grad()
     def watch(self, task: Task, estimators: dict[str, OnlineEstimator]) -> None:
@@ -93,7 +100,10 @@ class SequentialLoRA(Method):
         self.model.train()
 
     def second_moments(self, task: Task) -> dict[str, Tensor]:
-        """H = sum x x^T [n, n], float64, of every layer's inputs over such a pass; StatisticsError names a bad one."""
+        """H = sum x x^T [n, n], float64, of the inputs that `make_estimators` names, over such a pass.
+
+        StatisticsError names a bad one.
+        """
         estimators = self.make_estimators()
         self.watch(task, estimators)
         moments = {name: estimator.statistics.tensors()["gram"].double() for name, estimator in estimators.items()}
@@ -103,7 +113,10 @@ class SequentialLoRA(Method):
         return moments
 
     def _factors(self) -> dict[str, Tensor]:
-        """Copies of the effective A [g, r, n] and B [g, m, r] and the basis [n, k] in force, of every layer."""
+        """Copies of the effective A and B and the basis [n, k] in force, of every layer.
+
+        A is [r, n] and B [m, r], of a fused qkv [g, r, n] and [g, m, r].
+        """
         factors = {}
         for name, layer in self.layers.items():
             tensors = {"A": layer.effective_A(), "B": layer.B, "basis": self.guarded(name)}

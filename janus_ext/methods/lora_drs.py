@@ -50,7 +50,7 @@ class LoRADRS(SequentialLoRA):
             for name, basis in self._outside_drift_resistant_space(task).items():
                 self.layers[name].protect(basis)
         for layer in self.layers.values():
-            for B in layer.B.data:
+            for B in layer.B.data.view(-1, *layer.B.shape[-2:]):
                 nn.init.sparse_(B, SPARSITY)
         self.start = {name: layer.A.detach().clone() for name, layer in self.layers.items()}
 
@@ -76,7 +76,8 @@ class LoRADRS(SequentialLoRA):
         with self._old_updates_subtracted():
             moments = self.second_moments(task)
         share = energy(self.config, task)
-        return {name: trailing(H, share, self.layers[name].rank) for name, H in moments.items()}
+        bases = {name: trailing(H, share, self.layers[name].rank) for name, H in moments.items()}
+        return {name: bases[source] for name, source in self.layers.inputs.items()}
 
     @contextmanager
     def _old_updates_subtracted(self) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """LoRA beside a protected subspace: what Janus-LoRA and LoRA-GPM share.
 
-At the end of task t, for every layer, from its inputs as the layer's estimator has seen them:
+At the end of task t, for every layer, from its inputs as their estimator has seen them:
     V' <- commit(energy_start + (energy_end - energy_start) t / T)
     W <- W + s B A;  fresh factors;  V <- V' is protected in the next task
 """
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class ProtectedLoRA(SequentialLoRA):
-    """Keeps one estimator and one growing basis per layer; how the inputs are observed is up to the method."""
+    """Keeps one estimator and one growing basis per input; how the inputs are observed is up to the method.
+
+    Layers that get the same input are protected by the same basis.
+    """
 
     like = "lora-gpm"
 
@@ -49,10 +52,11 @@ class ProtectedLoRA(SequentialLoRA):
             self.layers[name].protect(basis)
 
     def _commit(self, share: float) -> dict[str, Tensor]:
-        """The bases of the next task; where a layer's statistics are bad, none is changed and nothing is merged."""
+        """The layers' bases of the next task; where statistics are bad, none is changed and nothing is merged."""
         rooms = {name: self.layers[name].in_features - self.layers[name].rank for name in self.estimators}
         bases = {name: estimator.extended(share, rooms[name]) for name, estimator in self.estimators.items()}
-        return {name: self.estimators[name].adopt(basis) for name, basis in bases.items()}
+        bases = {name: self.estimators[name].adopt(basis) for name, basis in bases.items()}
+        return {name: bases[source] for name, source in self.layers.inputs.items() if source in bases}
 
     def state_dict(self) -> dict[str, Tensor]:
         return super().state_dict() | states("estimators", self.estimators)

@@ -70,8 +70,8 @@ def check_same_settings(asked: dict[str, Any], stored: dict[str, Any], folder: P
 
 def _differs(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> bool:
     """Whether a setting is another one; what a run lacks that its version did not know was what it is by default."""
-    field = TrainConfig.__dataclass_fields__.get(name)  # None of a setting that only the method has
-    if name not in stored and field is not None and asked[name] == field.default:
+    default = TrainConfig().to_json().get(name, MISSING)  # of a setting that only the method has there is none
+    if name not in stored and asked[name] == default:
         return False
     return _comparable(name, stored) != _comparable(name, asked)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from janus_ext.backbone.families import attention_layers, left_out
+from janus_ext.backbone.places import coverage
 from janus_ext.devices import available_cores, device_name
 from janus_ext.runs.metrics import measured_on
 
@@ -27,15 +27,14 @@ def lines(trainer: Trainer) -> list[str]:
 
 
 def adapted(method: Method) -> str:
-    """How many attention layers of how many the method adapts, and how many of the backbone's parameters it trains."""
+    """Where the method adapts the backbone, and how many of its parameters it trains."""
     backbone = method.model.backbone
     trained = sum(parameter.numel() for parameter in method.trainable())
     whole = sum(parameter.numel() for parameter in backbone.parameters())
     if not method.layers:
         return f"{trained:,} of {whole:,} parameters trained, and the heads"
-    layers = f"{len(method.layers)} of {len(attention_layers(backbone))} attention layers adapted"
-    others = left_out(backbone, method.layers)
-    return f"{layers}, {trained:,} of {whole:,} parameters trained, and the heads{others}"
+    where, others = coverage(backbone, method.layers)
+    return f"{where} adapted, {trained:,} of {whole:,} parameters trained, and the heads{others}"
 
 
 def _device(learner: Learner) -> str:
