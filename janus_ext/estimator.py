@@ -23,6 +23,10 @@ ESTIMATORS = ("gram", "isvd")
 Observer = Callable[[Tensor, Tensor], None]  # of a layer's input: as it was given, and as it enters the product
 
 
+class NothingObserved(StatisticsError):
+    """A layer got no input since the last commit, in any process."""
+
+
 class OnlineEstimator:
     """Observes inputs x [..., dim] of one layer during a task; at its end, extends the basis of the protected subspace.
 
@@ -123,7 +127,7 @@ class OnlineEstimator:
         check_integer(f"{self.name}: max_rank", cap, lambda c: k <= c <= self.dim, f"from k = {k} to dim = {self.dim}")
         statistics = self._of_all_processes()
         if not int(statistics.rows):
-            raise StatisticsError(f"{self.name}: commit needs observed inputs, got none since the last commit")
+            raise NothingObserved(f"{self.name}: commit needs observed inputs, got none since the last commit")
         try:
             basis = statistics.extended(self.basis, energy, cap)
         except ValueError as error:
@@ -267,6 +271,11 @@ def observing(modules: Mapping[str, nn.Module], estimators: Mapping[str, OnlineE
         yield
 
 
+def _input_of(kwargs: Mapping[str, Any]) -> tuple[str, Any]:
+    """Which of a layer's keyword arguments is its input: the first tensor."""
+    return next((name, value) for name, value in kwargs.items() if isinstance(value, Tensor))
+
+
 def _alone(estimator: OnlineEstimator) -> Observer:
     return lambda given, entering: estimator.observe(entering)
 
@@ -283,7 +292,7 @@ def intercepted(module: nn.Module, observe: Observer) -> Iterator[None]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self is not module:  # a deep copy made meanwhile runs its own weights, unobserved
             return type(self).forward(self, *args, **kwargs)
-        name, given = ("", args[0]) if args else next(iter(kwargs.items()))
+        name, given = ("", args[0]) if args else _input_of(kwargs)
         x = ops.autocast(given)
         if getattr(type(self), "_enters_autocast", False):  # a layer of ours: cast once, here, as it would do itself
             args, kwargs = ((x, *args[1:]), kwargs) if args else ((), {**kwargs, name: x})

@@ -4,10 +4,12 @@ They are known by their attributes (`lora_A`, `scaling`, ... by adapter name), s
 """
 
 import math
+import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
+from janus_ext.adapter import Adapter
 from janus_ext.errors import ArgumentError
 
 # By class name, layers whose one input is not what their adapter is multiplied with.
@@ -30,16 +32,58 @@ def lora_factors(model: nn.Module, adapter: str | None = None) -> dict[str, Fact
     Empty where the model has no LoRA layer of PEFT. Modules that PEFT trains whole (`modules_to_save`) are not among
     them.
 
+    What else is trained in the model is one warning: nothing keeps it from changing protected outputs.
+
     Raises:
-        ArgumentError: there is no such adapter, or it is not active, or several are; or a layer is of a kind that does
-            not multiply its input by A.
+        ArgumentError: there is no such adapter, or it is not active, or several are, or it is not trained; or a layer
+            is of a kind that does not multiply its input by A, or shares its weight with another module.
     """
     layers = {name: module for name, module in model.named_modules() if is_lora_layer(module)}
     if not layers:
         return {}
     chosen = _chosen(layers, adapter)
     adapted = {name: layer for name, layer in layers.items() if chosen in _adapters(layer)}
-    return {name: _factors(name, layer, chosen) for name, layer in adapted.items()}
+    found = {name: _factors(name, layer, chosen) for name, layer in adapted.items()}
+    _check_unshared(model, adapted)
+    _check_trained(model, adapted, chosen)
+    return found
+
+
+def _check_unshared(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """A weight that serves two modules is changed in both by the merge into one."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():  # each once, whatever names it has
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        users = owners.get(id(getattr(base_layer(layer), "weight", None)), [])
+        if len(users) > 1:
+            raise ArgumentError(
+                f"{name}: its weight must be its own, {' and '.join(users)} share one: a merge of the adapter would "
+                "change them all; leave it out of target_modules, or untie them (tie_word_embeddings=False)"
+            )
+
+
+def _check_trained(model: nn.Module, layers: dict[str, nn.Module], adapter: str) -> None:
+    """Refuses an adapter that is not trained; one warning of what is trained beside it."""
+    factors = {id(p) for layer in layers.values() if adapter in layer.lora_B for p in _parameters(layer, adapter)}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(id(p) in factors for p in trained.values()):
+        raise ArgumentError(
+            f"adapter {adapter} must be trained, and every factor of it is frozen: make it with inference_mode=False, "
+            "load it with is_trainable=True"
+        )
+    beside = [name for name, p in trained.items() if id(p) not in factors and "modules_to_save" not in name]
+    beside = [name for name in beside if not any(f"{layer}." in name for layer in layers)]  # refused by `check_adapter`
+    own = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    beside = [name for name in beside if id(trained[name]) not in own]
+    if beside:
+        others = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
+        warnings.warn(
+            f"{beside[0]}{others} trained beside the adapter: nothing keeps them from changing protected outputs; "
+            "bias='none' and frozen norms and tokens do",
+            stacklevel=5,
+        )
 
 
 def _chosen(layers: dict[str, nn.Module], adapter: str | None) -> str:
@@ -111,6 +155,16 @@ def _check_others(name: str, module: nn.Module, adapter: str) -> None:
 def _parameters(module: nn.Module, adapter: str) -> list[Any]:
     factors = (module.lora_A[adapter], module.lora_B[adapter])
     return [p for factor in factors for p in (factor.parameters() if isinstance(factor, nn.Module) else [factor])]
+
+
+def is_lost(A: Tensor, module: nn.Module | None, successor: nn.Module | None) -> bool:
+    """Whether PEFT's layer has another adapter now, and computes that of `A` neither merged nor beside it."""
+    adapter = _adapter_of(A, module)
+    return (
+        adapter is not None
+        and module is successor
+        and not (adapter in module.merged_adapters or adapter in module.active_adapters)
+    )
 
 
 def is_merged(A: Tensor, module: nn.Module | None) -> bool:

@@ -13,7 +13,7 @@ from janus_ext.arguments import shown
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.lora import LoRALayer
 from janus_ext.pairs import checked_pair
-from janus_ext.peft_layers import is_merged, lora_factors
+from janus_ext.peft_layers import is_lost, is_merged, lora_factors
 from janus_ext.protection import project_rows_
 from janus_ext.rectification import Rectification
 
@@ -69,9 +69,19 @@ class Rectified:
             project_rows_(self.A, self.pair_basis)
             self.projected = self.A._version
 
-    def check_consolidated(self) -> None:
+    @property
+    def kind(self) -> str:
+        """What the layer of the next task has to be, too."""
+        return f"{self.A.shape[-1]} wide, {str(self.A.dtype).removeprefix('torch.')} on {self.A.device}"
+
+    def check_consolidated(self, is_new: bool = False) -> None:
         """Raises TaskBoundaryError unless the update is in the weight, and the factors are ready for the next task."""
         merged = is_merged(self.A, self.module)
+        if bool(self.B.any()) and is_new:
+            raise TaskBoundaryError(
+                f"{self.name}: a new adapter must start from B = 0: make it with init_lora_weights=True, 'gaussian' or "
+                "'eva', and none that starts from another B, as 'pissa' and 'olora' do"
+            )
         if bool(self.B.any()):
             cure = (
                 "PEFT's merge_adapter() keeps the factors: zero every B in place, call unmerge_adapter(), which so "
@@ -84,6 +94,18 @@ class Rectified:
             raise TaskBoundaryError(
                 f"{self.name}: commit() came while PEFT's adapter is merged: call unmerge_adapter() first"
             )
+
+    def check_succession(self, old: "Rectified") -> None:
+        """Raises TaskBoundaryError where the update of the task that ends is no more in what the layer computes."""
+        if self.A is not old.A and is_lost(old.A, old.module, self.module) and bool(old.B.any()):
+            raise TaskBoundaryError(
+                f"{self.name}: the adapter of the task that ends must be merged, or active beside the new one: it is "
+                "neither, so that its task is forgotten"
+            )
+
+    def is_unsafe(self) -> bool:
+        """Whether the present update is known not to leave alone what is protected."""
+        return self._plain_exact() and bool(self.B.any()) and not self.is_safe_on(self.pair_basis)
 
     def check_basis(self, basis: Tensor) -> None:
         """Raises what stands against `resume(basis)`: no room for the factors, or an update that it would change."""

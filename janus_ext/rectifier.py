@@ -13,6 +13,7 @@ A loop that clips rectified gradients does not attach its optimizer, but calls
 loss.backward(); rectifier.rectify(); clip_your_gradients(); optimizer.step(); rectifier.project()
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from janus_ext.arguments import check_flag, check_integer, check_number, shown
 from janus_ext.errors import ArgumentError, TaskBoundaryError
-from janus_ext.estimator import OnlineEstimator, observing
+from janus_ext.estimator import NothingObserved, OnlineEstimator, observing
 from janus_ext.pairs import warn_of_rounded_weights
 from janus_ext.processes import refuse_together
 from janus_ext.rectification import Rectification
@@ -120,7 +121,7 @@ class GradientRectifier:
             with observing(modules, {name: self.estimators[name] for name in modules}):
                 yield
 
-    def commit(self, energy: float | None = None, layers: Any = None) -> None:
+    def commit(self, energy: float | None = None, layers: Any = None, adapter: str | None = None) -> None:
         """End the task: protect what was observed, from now on. Merge the factors first, so that every B is zero.
 
         With PEFT: `model = get_peft_model(model.merge_and_unload(), config)`, then `commit(layers=model)`; or keep the
@@ -131,14 +132,18 @@ class GradientRectifier:
         Args:
             energy: share of the observed energy that is protected, if not the rectifier's own.
             layers: those of the next task where they are new ones, as the constructor takes them, under the same names
-                and with inputs of the same width; of a PEFT model the active adapter's.
+                and with inputs of the same width; of a PEFT model the active adapter's, or those of `adapter`. PEFT's
+                `unload()` in place of `merge_and_unload()` forgets the task, and nobody can see that.
+
+        A layer that got no input in the task, as an expert that was never asked, keeps its basis, with a warning.
 
         Raises:
             ArgumentError: layers are others than before.
-            TaskBoundaryError: a B is not zero, or PEFT's adapter still merged, in any process; nothing has changed.
-            StatisticsError: a layer's statistics are empty, zero or not finite; nothing has changed.
+            TaskBoundaryError: a B is not zero, or PEFT's adapter still merged, or one of before is neither merged nor
+                active, in any process; nothing has changed.
+            StatisticsError: nothing was observed, or a layer's statistics are zero or not finite; nothing has changed.
         """
-        entries = self._entries if layers is None else self._successors(layers)
+        entries = self._entries if layers is None else self._successors(layers, adapter)
         refusal = self._refusal(entries)
         if self.distributed:
             refuse_together(refusal, entries[0].A.device)
@@ -148,7 +153,8 @@ class GradientRectifier:
         share = self.energy if energy is None else energy
         estimators = {id(e): e for e in self.estimators.values()}
         rooms = {key: e.dim - self._rank_on(e, entries) for key, e in estimators.items()}
-        bases = {key: estimator.extended(share, rooms[key]) for key, estimator in estimators.items()}
+        bases = _extended(estimators, share, rooms)
+        self._warn_of_unrectified()
         for key, basis in bases.items():  # all were looked at before any is changed
             estimators[key].adopt(basis)
         self._entries = entries
@@ -158,15 +164,15 @@ class GradientRectifier:
                 for factor in (entry.A, entry.B):
                     entry.optimizer.state.pop(factor, None)
 
-    def _successors(self, layers: Any) -> list[Rectified]:
+    def _successors(self, layers: Any, adapter: str | None) -> list[Rectified]:
         """The layers of the next task, by the names of the present ones."""
-        entries = rectified_layers(layers, self._rectification)
-        wanted, found = ({e.name: e.A.shape[-1] for e in group} for group in (self._entries, entries))
+        entries = rectified_layers(layers, self._rectification, adapter)
+        wanted, found = ({e.name: e.kind for e in group} for group in (self._entries, entries))
         if found != wanted:
-            differing = sorted(set(wanted.items()) ^ set(found.items()))[0][0]
+            differing = next(name for name in (wanted | found) if wanted.get(name) != found.get(name))
             raise ArgumentError(
-                f"commit: layers must be named and as wide as before, {differing} has inputs of width "
-                f"{found.get(differing)}, before {wanted.get(differing)}"
+                f"commit: layers must have the names, widths, dtypes and devices of before: {differing} is "
+                f"{found.get(differing, 'missing')}, and was {wanted.get(differing, 'missing')}"
             )
         by_name = {entry.name: entry for entry in entries}
         warn_of_rounded_weights({e.name: e.module for e in entries if e.layer is None})
@@ -175,11 +181,23 @@ class GradientRectifier:
     def _refusal(self, entries: list[Rectified]) -> TaskBoundaryError | None:
         """What stands against a commit in this process."""
         try:
-            for entry in entries:
-                entry.check_consolidated()
+            for old, entry in zip(self._entries, entries, strict=True):
+                entry.check_consolidated(is_new=entry.A is not old.A)
+                entry.check_succession(old)
         except TaskBoundaryError as error:
             return error
         return None
+
+    def _warn_of_unrectified(self) -> None:
+        """One warning where a task's update reached what the tasks before it protect."""
+        moved = [entry.name for entry in self._entries if entry.is_unsafe()]
+        if moved:
+            others = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+            warnings.warn(
+                f"{moved[0]}{others}: the update of this task was not kept from protected inputs: attach() the "
+                "optimizer of every task, or call rectify() before and project() behind its steps",
+                stacklevel=3,
+            )
 
     def _rank_on(self, estimator: OnlineEstimator, entries: list[Rectified]) -> int:
         return max(e.A.shape[-2] for e in entries if self.estimators[e.name] is estimator)
@@ -299,6 +317,25 @@ class GradientRectifier:
             estimator.load_state_dict(state[name])
         for entry in self._entries:
             entry.resume(self.estimators[entry.name].basis)
+
+
+def _extended(estimators: dict[int, OnlineEstimator], share: float, rooms: dict[int, int]) -> dict[int, Tensor]:
+    """The next basis of every estimator; the present one where nothing was observed, unless that is so of all."""
+    bases, unseen = {}, []
+    for key, estimator in estimators.items():
+        try:
+            bases[key] = estimator.extended(share, rooms[key])
+        except NothingObserved as error:
+            bases[key] = estimator.basis
+            unseen.append(error)
+    if len(unseen) == len(estimators):
+        raise unseen[0]
+    if unseen:
+        names = ", ".join(str(error).partition(":")[0] for error in unseen)
+        warnings.warn(
+            f"{names}: no input was observed since the last commit, what was protected stays so", stacklevel=4
+        )
+    return bases
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

@@ -24,6 +24,7 @@ from janus_ext.runs.run import Run
 from janus_ext.runs.settings import check_same_settings, settings_of
 from janus_ext.terminal import command, logging_to
 from janus_ext.training import events, opening
+from janus_ext.training.keeping import outliving_warnings
 from janus_ext.training.trainer import Trainer
 
 LOG = logging.getLogger("janus_ext")
@@ -45,7 +46,7 @@ def train(config: TrainConfig) -> list[table.Results]:
         check_data(config)
         return []
     device = pick_device(config.device)
-    with deterministic(device):
+    with deterministic(device), outliving_warnings():
         return train_seeds(replace(config, device=str(device), amp=pick_amp(config.amp, device)))
 
 

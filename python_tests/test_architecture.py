@@ -29,7 +29,7 @@ ALLOWED = {
     "margin": {"arguments", "ops"},
     "named_tensors": set(),
     "heads": {"arguments", "heads", "margin", "named_tensors", "ops"},
-    "peft_layers": set(),
+    "peft_layers": {"adapter"},
     "pairs": {"arguments", "ops", "lora_arguments", "peft_layers"},
     "rectified": {"arguments", "ops", "lora", "pairs", "peft_layers", "protection", "rectification"},
     "shared_inputs": {"estimator", "processes"},

@@ -381,7 +381,7 @@ def test_a_model_without_a_class_token_gives_what_it_pools():
 
 
 def test_models_of_another_kind_are_refused():
-    with pytest.raises(ArgumentError, match="attention with a fused `qkv`, or separate projections .* got ResNet: it has no"):
+    with pytest.raises(ArgumentError, match="projections to q, k and v, got ResNet: it has no attention"):
         inject(make("test_resnet", num_classes=0), rank=2)
 
 

@@ -4,71 +4,30 @@ docs/method.md, property 2.
 """
 
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_close
+from language_models import (
+    ALL,
+    ATTENTION,
+    NEW,
+    OLD,
+    adapted,
+    hidden,
+    language_model,
+    observed,
+    peft,
+    train,
+    transformers,
+)
 from torch import Tensor, nn
 
-from janus_ext import ArgumentError, GradientRectifier, TaskBoundaryError, inject
-from janus_ext.backbone import load_backbone, prepare_torchvision
-
-prepare_torchvision()
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-
-
-def language_model(**options: Any) -> nn.Module:
-    """A Llama of two layers with random weights; 20 texts of it have 40 positions."""
-    torch.manual_seed(0)
-    size = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(vocab_size=40, num_key_value_heads=2, max_position_embeddings=64, **size)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers' own
-        return transformers.LlamaForCausalLM(config).to(**options)
-
-
-def adapted(model: nn.Module | None = None, targets: Any = ALL, **options: Any) -> nn.Module:
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": list(targets)} | options)
-    return peft.get_peft_model(language_model() if model is None else model, config)
-
-
-def texts(first: int, last: int) -> Tensor:
-    return torch.randint(first, last, (2, 12), generator=torch.Generator().manual_seed(first))
-
-
-OLD, NEW = texts(0, 20), texts(20, 40)
-
-
-def train(model: nn.Module, rectifier: GradientRectifier | None, ids: Tensor, steps: int = 20) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    if rectifier is not None:
-        rectifier.attach(optimizer)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-
-
-@torch.no_grad()
-def hidden(model: nn.Module, ids: Tensor) -> Tensor:
-    return model.eval()(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-
-
-def observed(model: nn.Module, rectifier: GradientRectifier, ids: Tensor = OLD) -> None:
-    with rectifier.observe():
-        hidden(model, ids)
-
-
-def short(rectifier: GradientRectifier) -> dict[str, str]:
-    """Which layer's estimator a layer has, by the ends of their names."""
-    return {name.rpartition("model.layers.")[2]: e.name.rpartition(".")[2] for name, e in rectifier.estimators.items()}
+from janus_ext import ArgumentError, GradientRectifier, StatisticsError, TaskBoundaryError, inject
+from janus_ext.backbone import load_backbone
 
 
 # found ----------------------------------------------------------------------------------------------------------------
@@ -210,15 +169,152 @@ def test_bfloat16_weights_have_float32_adapters_and_a_warning() -> None:
         GradientRectifier(half)
 
 
+def with_second(model: nn.Module, active: list[str]) -> nn.Module:
+    """A new adapter in the same model."""
+    model.add_adapter("second", peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(ALL)))
+    model.base_model.set_adapter(active)
+    return model
+
+
+def test_the_old_adapter_may_stay_beside_the_new_one() -> None:
+    """It is frozen, and its task's outputs do not move."""
+    model = adapted(language_model(dtype=torch.float64))
+    rectifier = GradientRectifier(model, energy=1.0)
+    train(model, rectifier, OLD)
+    observed(model, rectifier)
+    learned = hidden(model, OLD)
+    with_second(model, ["default", "second"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("second" in name)
+    rectifier.commit(layers=model, adapter="second")
+    train(model.train(), rectifier, NEW)
+    assert_close(hidden(model, OLD), learned, torch.float32)
+
+
+def test_a_task_that_nobody_rectified_is_said() -> None:
+    model = adapted()
+    rectifier = GradientRectifier(model, energy=0.9)
+    for forgotten in (False, True):
+        train(model, None if forgotten else rectifier, OLD, 3)
+        observed(model, rectifier)
+        model = adapted(model.merge_and_unload())
+        with (
+            pytest.warns(UserWarning, match="13 more: the update of this task was not kept") if forgotten else nothing()
+        ):
+            rectifier.commit(layers=model)
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    """No warning of this package."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, asked: str = "both") -> Tensor:
+        return sum(getattr(self, name)(x + i) for i, name in enumerate(("one", "other")) if asked in ("both", name))
+
+
+def test_a_layer_without_input_keeps_what_it_protects() -> None:
+    model = adapted(Experts(), ["one", "other"])
+    rectifier = GradientRectifier(model, energy=0.5)
+    with rectifier.observe():
+        model(torch.randn(3, 12))
+    rectifier.commit()
+    before = {name.rpartition(".")[2]: e.basis for name, e in rectifier.estimators.items()}
+    with rectifier.observe():
+        model(torch.randn(3, 12), "one")
+    with pytest.warns(UserWarning, match=r"model\.other: no input was observed since the last commit"):
+        rectifier.commit()
+    after = {name.rpartition(".")[2]: e.basis for name, e in rectifier.estimators.items()}
+    assert torch.equal(after["other"], before["other"]) and after["one"].shape[1] > before["one"].shape[1]
+    with pytest.raises(StatisticsError, match="commit needs observed inputs"):
+        rectifier.commit()
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.other.weight = self.one.weight
+
+
+def test_weights_that_others_use_are_refused() -> None:
+    """A merge would change them, too; one module under two names is no matter."""
+    with pytest.raises(
+        ArgumentError, match=r"one: its weight must be its own, .*one\.base_layer and .*other share one"
+    ):
+        GradientRectifier(adapted(Tied(), ["one"]))
+    config = transformers.GPT2Config(n_embd=24, n_layer=1, n_head=2, vocab_size=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's own word on it
+        tied = adapted(transformers.GPT2LMHeadModel(config), ["lm_head"])
+    with pytest.raises(ArgumentError, match="lm_head: its weight must be its own, .*wte.* untie them"):
+        GradientRectifier(tied)
+    twice = Experts()
+    twice.other = twice.one
+    GradientRectifier(adapted(twice, ["one"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": "all"}, r"norm\.bias trained beside the adapter"),
+        ({"trainable_token_indices": [1, 2]}, "trained beside the adapter"),
+    ],
+    ids=["bias", "tokens"],
+)
+def test_what_is_trained_beside_is_said(options: dict[str, Any], message: str) -> None:
+    model = nn.ModuleDict(
+        {"embed_tokens": nn.Embedding(9, 8), "map": nn.Linear(8, 8, bias=False), "norm": nn.LayerNorm(8)}
+    )
+    with pytest.warns(UserWarning, match=message):
+        GradientRectifier(adapted(model, ["map"], **options))
+
+
+def test_an_adapter_that_is_not_trained_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="adapter default must be trained, .*is_trainable=True"):
+        GradientRectifier(adapted(inference_mode=True))
+
+
 @pytest.mark.parametrize(
     ("successor", "error", "message"),
     [
         (lambda model: model, TaskBoundaryError, "q_proj: commit.. came while B is not zero"),
-        (lambda model: adapted(model.merge_and_unload(), ATTENTION), ArgumentError, "named and as wide as before"),
-        (lambda model: adapted(model.merge_and_unload(), init_lora_weights=False), TaskBoundaryError, "B is not zero"),
+        (
+            lambda model: adapted(model.merge_and_unload(), ATTENTION),
+            ArgumentError,
+            "gate_proj is missing, and was 96 wide, float32",
+        ),
+        (
+            lambda model: adapted(model.merge_and_unload(), init_lora_weights="pissa"),
+            TaskBoundaryError,
+            "a new adapter must start from B = 0: make it with init_lora_weights=True",
+        ),
+        (
+            lambda model: adapted(model.merge_and_unload()).double(),
+            ArgumentError,
+            "q_proj is 96 wide, float64 on cpu, and was 96 wide, float32",
+        ),
+        (
+            lambda model: with_second(model, ["second"]),
+            TaskBoundaryError,
+            "must be merged, or active beside the new one",
+        ),
+        (
+            lambda model: with_second(model, ["default", "second"]),
+            ArgumentError,
+            r"adapters \(default, second\) is rectified",
+        ),
         (lambda model: [], ArgumentError, "at least one LoRA layer"),
     ],
-    ids=["trained", "fewer", "not zero", "none"],
+    ids=["trained", "fewer", "not zero", "other dtype", "dropped", "several", "none"],
 )
 def test_a_commit_with_layers_that_do_not_follow_changes_nothing(
     successor: Callable[[nn.Module], Any], error: type[Exception], message: str
@@ -233,110 +329,3 @@ def test_a_commit_with_layers_that_do_not_follow_changes_nothing(
     assert rectifier._entries is entries
     for name, tensors in rectifier.state_dict().items():
         assert all(torch.equal(tensor, state[name][key]) for key, tensor in tensors.items())
-
-
-# one input, one estimator ---------------------------------------------------------------------------------------------
-def test_layers_with_one_input_share_an_estimator() -> None:
-    model = adapted()
-    rectifier, apart = GradientRectifier(model, energy=0.9), GradientRectifier(model, energy=0.9, share_inputs=False)
-    for ids in (OLD, NEW):
-        observed(model, rectifier, ids)
-        observed(model, apart, ids)
-    of_layer = {"self_attn.q_proj": "q_proj", "self_attn.k_proj": "q_proj", "self_attn.v_proj": "q_proj"}
-    of_layer |= {"self_attn.o_proj": "o_proj", "mlp.gate_proj": "gate_proj", "mlp.up_proj": "gate_proj"}
-    of_layer |= {"mlp.down_proj": "down_proj"}
-    assert short(rectifier) == {f"{i}.{name}": leader for i in (0, 1) for name, leader in of_layer.items()}
-    assert len({id(e) for e in apart.estimators.values()}) == len(apart.estimators)
-    for name, one in rectifier.estimators.items():
-        assert torch.equal(one.statistics.gram, apart.estimators[name].statistics.gram)
-        assert one.rows == apart.estimators[name].rows == 48
-    model = adapted(model.merge_and_unload())
-    rectifier.commit(layers=model)
-    apart.commit(layers=model)
-    for name, one in rectifier.estimators.items():
-        assert torch.equal(one.basis, apart.estimators[name].basis) and one.basis.shape[1] > 0
-
-
-def test_layers_share_from_the_state_of_others_on() -> None:
-    """A state that was taken from layers that shared, or did not, loads into those that do not, or do."""
-    model = adapted()
-    rectifier, other = GradientRectifier(model), GradientRectifier(model)
-    observed(model, rectifier)
-    observed(model, other, NEW)
-    other.load_state_dict(rectifier.state_dict())
-    observed(model, rectifier, NEW)
-    observed(model, other, NEW)
-    for name, one in rectifier.estimators.items():
-        assert torch.equal(one.statistics.gram, other.estimators[name].statistics.gram)
-    assert len({id(e) for e in other.estimators.values()}) == 14
-    rectifier.commit(0.9)
-    other.commit(0.9)
-    observed(model, other, NEW)
-    assert short(other) == short(rectifier)
-
-
-class Crossing(nn.Module):
-    """Attention of one sequence to itself, or to another one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(12, 12), nn.Linear(12, 12)
-
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        return self.q(x) + self.k(x if other is None else other)
-
-
-def crossing(**options: Any) -> tuple[nn.Module, GradientRectifier]:
-    model = adapted(Crossing(), ["q", "k"])
-    return model, GradientRectifier(model, **options)
-
-
-def test_an_input_that_is_another_one_later_is_refused() -> None:
-    model, rectifier = crossing()
-    x, other = torch.randn(2, 5, 12)
-    with rectifier.observe(), pytest.raises(ArgumentError, match=r"model\.k: its input must be that of .*model\.q"):
-        model(x)
-        model(x, other)
-    model, rectifier = crossing(share_inputs=False)
-    with rectifier.observe():
-        model(x)
-        model(x, other)
-    grams = [e.statistics.gram for e in rectifier.estimators.values()]
-    assert_close(grams[0], 2 * x.mT @ x, torch.float32)
-    assert_close(grams[1], x.mT @ x + other.mT @ other, torch.float32)
-
-
-@pytest.mark.parametrize("written", [False, True])
-def test_inputs_that_are_equal_are_not_the_same(written: bool) -> None:
-    """Not even the same tensor, when it was written in between."""
-    model, rectifier = crossing()
-    x = torch.randn(5, 12)
-    k = model.base_model.model.k
-    change = k.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),) if written else (args[0].clone(),))
-    first = x.clone()
-    with rectifier.observe():
-        model(x)
-    change.remove()
-    one, other = rectifier.estimators.values()
-    assert one is not other
-    assert_close(one.statistics.gram, first.mT @ first, torch.float32)
-    assert_close(other.statistics.gram, (4 if written else 1) * first.mT @ first, torch.float32)
-
-
-@pytest.mark.parametrize("way", ["autocast", "inference", "checkpointing", "compiled"])
-def test_sharing_counts_each_input_once(way: str) -> None:
-    model, rectifier = crossing()
-    x = torch.randn(5, 12)
-    with rectifier.observe(), torch.inference_mode() if way == "inference" else nullcontext():
-        for _ in range(2):
-            if way == "checkpointing":
-                torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=False).sum().backward()
-            elif way == "compiled":
-                torch.compile(model, backend="aot_eager")(x)
-            else:
-                with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
-                    model(x)
-    entering = x.detach().bfloat16().float() if way == "autocast" else x.detach()
-    for estimator in rectifier.estimators.values():
-        assert_close(estimator.statistics.gram, 2 * entering.mT @ entering, torch.float32)
-    assert len({id(e) for e in rectifier.estimators.values()}) == (2 if way == "compiled" else 1)

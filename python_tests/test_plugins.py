@@ -213,6 +213,12 @@ class Misfit(Settings):
         ({"defaults": {"strength": 1}}, "and strength is no setting"),
         ({"defaults": {"damping": 1.0}}, "and damping always has a value that the user has chosen"),
         ({"limits": {"strength": (1,)}}, "limits must name shared settings, strength is none"),
+        ({"limits": {"rank": 8}}, "limits must be tuples of one or more values by name, got {'rank': 8}"),
+        ({"limits": {"rank": ()}}, "limits must be tuples of one or more values by name"),
+        ({"limits": {"rectify": ("none")}}, "limits must be tuples of one or more values by name"),  # noqa: the comma
+        ({"limits": ["rank"]}, "limits must be tuples of one or more values by name, got ['rank']"),
+        ({"defaults": None}, "defaults must be values by name, got an object of type NoneType"),
+        ({"defaults": {"rank"}}, "defaults must be values by name, got an object of type set"),
     ],
 )
 def test_what_a_class_may_not_declare(attributes, message):

@@ -83,7 +83,7 @@ def check_data(config: TrainConfig) -> None:
             raise ArgumentError(
                 f"--benchmark {config.benchmark} has no {flag(name)}; it belongs to {', '.join(benchmarks)}"
             )
-    if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?m", config.save_every):
+    if not re.fullmatch(r"(?=.*[1-9])([0-9]{1,9}|[0-9]{1,9}(\.[0-9]{1,9})?m)", config.save_every):
         raise ArgumentError(f"--save-every must be a number of epochs (2) or minutes (10m), got {config.save_every!r}")
     if config.validation is not None and not 0 < config.validation < 1:
         raise ArgumentError(f"--validation must lie between 0 and 1, got {config.validation:g}")

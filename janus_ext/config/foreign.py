@@ -59,6 +59,8 @@ def _fault_of_own(own: Any) -> str | None:
     if not isinstance(own, type) or not issubclass(own, Settings) or "__dataclass_fields__" not in vars(own):
         return f"Own must be a frozen dataclass that inherits janus_ext.config.Settings, got {_shown(own)}"
     taken = [field.name for field in fields(own) if field.name.removeprefix("no_") in TAKEN]
+    names = [field.name for field in fields(own)]
+    taken += [name for name in names if name.startswith("no_") and name.removeprefix("no_") in names]
     if taken:
         return f"Own must have names of its own, {', '.join(taken)} is taken"
     try:
@@ -71,12 +73,20 @@ def _fault_of_own(own: Any) -> str | None:
 def _fault_of_values(found: type[Declared]) -> str | None:
     if found.like not in OURS:
         return f"like must be one of {', '.join(OURS)}, got {found.like!r}"
+    if not isinstance(found.defaults, Mapping):
+        return f"defaults must be values by name, got {_shown(found.defaults)}"
+    if not isinstance(found.limits, (Mapping, type(None))) or not all(map(_is_choice, (found.limits or {}).values())):
+        return f"limits must be tuples of one or more values by name, got {found.limits!r}"
     for name in found.defaults:  # other fields cannot tell what was typed from what was not
         if name not in SHARED or SHARED[name].default not in (None, "auto"):
             kind = "is no setting" if name not in SHARED else "always has a value that the user has chosen"
             return f"defaults may say what is left out or auto elsewhere, and {name} {kind}"
     unknown = [name for name in found.limits or () if name not in SHARED]
     return f"limits must name shared settings, {unknown[0]} is none" if unknown else None
+
+
+def _is_choice(values: Any) -> bool:
+    return isinstance(values, tuple) and len(values) > 0
 
 
 def _shown(found: Any) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -91,6 +93,7 @@ class Workers:
                 persistent_workers=True,
                 prefetch_factor=self._each_ahead(ahead, size),
                 timeout=PATIENCE,
+                worker_init_fn=_heed_the_parent_alone,
                 generator=torch.Generator(),  # or each pass would draw from the global one
             )
         return self._loader
@@ -105,6 +108,24 @@ class Workers:
                 *(SHARED_MEMORY, free_shared_memory() / 2**20, self.count),
             )
         return max(1, min(-(-ahead // self.count), room // self.count))
+
+
+def _heed_the_parent_alone(worker: int) -> None:
+    """In a worker: signals to all processes of a job are for the one that trains, and that needs its workers.
+
+    It ends when its parent asks for that, by SIGTERM as well, or is gone (which the loader looks after).
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)  # as the loader's own handler does: another status would be a lost worker
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _unchanged(answer: Any) -> Any:

@@ -1,16 +1,18 @@
 """When the state within a task is written: every so many epochs or minutes, and as soon as the system asks.
 
-SIGUSR1 (a cluster's warning) writes it and goes on. SIGTERM and SIGINT (Ctrl-C) write it behind the step that is
-computed, and end the process. Outside the epochs of a task, and at the second time, they end it at once.
+SIGUSR1 (a cluster's warning) writes it behind the step that is computed, and goes on; outside the epochs of a task
+there is nothing to write. SIGTERM and SIGINT (Ctrl-C) write it behind that step, too, and end the process; outside the
+epochs, and at the second time, they end it at once.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -39,6 +41,7 @@ class Keeping:
         self._asked = False
         self._ending: int | None = None
         self._stepping = False
+        self._process = os.getpid()
 
     def take_start(self) -> State | None:
         """What the task goes on from; of the next one there is none."""
@@ -73,21 +76,43 @@ class Keeping:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it, the signals are heard; outside the main thread they cannot be."""
-        if threading.current_thread() is not threading.main_thread():
+        """Within it, the signals are heard."""
+        with _handling((*ENDING, signal.SIGUSR1), self._hear):
             yield
-            return
-        before = {number: signal.signal(number, self._hear) for number in (*ENDING, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a child, between its fork and handlers of its own
+            return
         if number == signal.SIGUSR1:
             self._asked = True
         elif self._stepping and self._ending is None:
             self._ending = number
         else:
             raise Interrupted(number)
+
+
+@contextmanager
+def outliving_warnings() -> Iterator[None]:
+    """Within it, SIGUSR1 does not end the process where no task is being learned."""
+    with _handling((signal.SIGUSR1,), lambda number, frame: None):
+        yield
+
+
+@contextmanager
+def _handling(numbers: Iterable[int], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within it, signals are handled so, but for those that the process was begun to ignore, as by nohup.
+
+    Outside the main thread, where Python handles none, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+    ours = {n: handler for n, handler in before.items() if handler not in (None, signal.SIG_IGN)}  # None: not Python's
+    for number in ours:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)

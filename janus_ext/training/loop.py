@@ -96,9 +96,9 @@ class Learner:
                 record(self._train_epoch(task, epoch, images, underway, keeping, start))
                 keeping.epoch_done(underway, epoch, task.epochs)
                 start = None
+        torch.manual_seed(derive_seed(self.seed, task.index, self.config.epochs, "next factors"))
         if task.learns:
             self.method.end_epochs()
-        torch.manual_seed(derive_seed(self.seed, task.index, self.config.epochs, "next factors"))
         report = self.method.end_task(task)
         if report.merged is not None and report.merged < 1:
             LOG.info(

@@ -71,7 +71,7 @@ class Trainer:
             with run.fitting():
                 self.learner.restore(sizes, saved.model, saved.method)
         within = run.within()
-        self.keeping.start = within and State(*within)
+        self.keeping.start = within and self._checked(State(*within))
         run.keep_epochs([self.learner.epochs(task) for task in range(len(self.matrix))] + [self._epochs_within()])
         run.remove_methods_before(len(self.matrix) - 1)
         LOG.info("taken up behind task %d/%d", len(self.matrix), len(self.benchmark.tasks))
@@ -164,6 +164,13 @@ class Trainer:
         """Writes the state within the task."""
         seconds = time.perf_counter() - self._started
         self.run_on_disk.write_within(state.tensors, state.about | {"seconds": seconds})
+
+    def _checked(self, state: State) -> State:
+        """``state``, if it is one of the next task."""
+        task = len(self.matrix)
+        epochs = self.learner.epochs(task)
+        state.check(epochs, self.learner.step_count(task, len(self.train_images[task])) // max(1, epochs))
+        return state
 
     def _epochs_within(self) -> int:
         """Number of epochs that are done of the task to go on with."""

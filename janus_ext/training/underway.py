@@ -6,6 +6,8 @@ computes anew.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +27,14 @@ class State(NamedTuple):
 
     tensors: dict[str, Tensor]
     about: dict[str, Any]
+
+    def check(self, epochs: int, steps: int) -> None:
+        """CheckpointError unless it is of a task with so many epochs of so many steps, and tells the time."""
+        with _fitting():
+            epoch, step = self.position
+            within = 0 <= epoch < epochs and 0 <= step <= steps or (epoch, step) == (epochs, 0)
+            if not within or not self.about["seconds"] >= 0:
+                raise ValueError(f"it is behind epoch {epoch} and step {step}, of {epochs} epochs of {steps} steps")
 
     @property
     def position(self) -> tuple[int, int]:
@@ -66,11 +76,8 @@ class Underway:
         Raises:
             CheckpointError: it does not fit.
         """
-        try:
+        with _fitting():
             self._restore(state)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"what was kept within the task does not fit this run: {reason}") from error
 
     def _restore(self, state: State) -> None:
         for index, parameter in enumerate(self.parameters):
@@ -86,11 +93,22 @@ class Underway:
         self.method.load_state_within_task(below("method", state.tensors))
 
     def restore_epoch(self, state: State) -> None:
-        """The random numbers that the model draws next, and the losses of the epoch so far."""
-        torch.set_rng_state(state.tensors["random.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state.tensors["random.cuda"], self.device)
-        self.progress.load_state(state.about["progress"])
+        """The random numbers that the model draws next, and the losses of the epoch so far; errors likewise."""
+        with _fitting():
+            torch.set_rng_state(state.tensors["random.cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(state.tensors["random.cuda"], self.device)
+            self.progress.load_state(state.about["progress"])
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Says in one line that a state does not fit what takes it up."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"what was kept within the task does not fit this run: {reason}") from error
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

@@ -1,0 +1,131 @@
+"""Layers with one input share an estimator: which do, that each input counts once, and what ends it."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_close
+from language_models import NEW, OLD, adapted, observed
+from torch import Tensor, nn
+
+from janus_ext import ArgumentError, GradientRectifier
+
+
+def short(rectifier: GradientRectifier) -> dict[str, str]:
+    """Which layer's estimator a layer has, by the ends of their names."""
+    return {name.rpartition("model.layers.")[2]: e.name.rpartition(".")[2] for name, e in rectifier.estimators.items()}
+
+
+def test_layers_with_one_input_share_an_estimator() -> None:
+    model = adapted()
+    rectifier, apart = GradientRectifier(model, energy=0.9), GradientRectifier(model, energy=0.9, share_inputs=False)
+    for ids in (OLD, NEW):
+        observed(model, rectifier, ids)
+        observed(model, apart, ids)
+    of_layer = {"self_attn.q_proj": "q_proj", "self_attn.k_proj": "q_proj", "self_attn.v_proj": "q_proj"}
+    of_layer |= {"self_attn.o_proj": "o_proj", "mlp.gate_proj": "gate_proj", "mlp.up_proj": "gate_proj"}
+    of_layer |= {"mlp.down_proj": "down_proj"}
+    assert short(rectifier) == {f"{i}.{name}": leader for i in (0, 1) for name, leader in of_layer.items()}
+    assert len({id(e) for e in apart.estimators.values()}) == len(apart.estimators)
+    for name, one in rectifier.estimators.items():
+        assert torch.equal(one.statistics.gram, apart.estimators[name].statistics.gram)
+        assert one.rows == apart.estimators[name].rows == 48
+    model = adapted(model.merge_and_unload())
+    rectifier.commit(layers=model)
+    apart.commit(layers=model)
+    for name, one in rectifier.estimators.items():
+        assert torch.equal(one.basis, apart.estimators[name].basis) and one.basis.shape[1] > 0
+
+
+def test_layers_share_from_the_state_of_others_on() -> None:
+    """A state that was taken from layers that shared, or did not, loads into those that do not, or do."""
+    model = adapted()
+    rectifier, other = GradientRectifier(model), GradientRectifier(model)
+    observed(model, rectifier)
+    observed(model, other, NEW)
+    other.load_state_dict(rectifier.state_dict())
+    observed(model, rectifier, NEW)
+    observed(model, other, NEW)
+    for name, one in rectifier.estimators.items():
+        assert torch.equal(one.statistics.gram, other.estimators[name].statistics.gram)
+    assert len({id(e) for e in other.estimators.values()}) == 14
+    rectifier.commit(0.9)
+    other.commit(0.9)
+    observed(model, other, NEW)
+    assert short(other) == short(rectifier)
+
+
+class Crossing(nn.Module):
+    """Attention of one sequence to itself, or to another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        return self.q(x) + self.k(x if other is None else other)
+
+
+def crossing(**options: Any) -> tuple[nn.Module, GradientRectifier]:
+    model = adapted(Crossing(), ["q", "k"])
+    return model, GradientRectifier(model, **options)
+
+
+def test_an_input_that_is_another_one_later_is_refused() -> None:
+    model, rectifier = crossing()
+    x, other = torch.randn(2, 5, 12)
+    with rectifier.observe(), pytest.raises(ArgumentError, match=r"model\.k: its input must be that of .*model\.q"):
+        model(x)
+        model(x, other)
+    model, rectifier = crossing(share_inputs=False)
+    with rectifier.observe():
+        model(x)
+        model(x, other)
+    grams = [e.statistics.gram for e in rectifier.estimators.values()]
+    assert_close(grams[0], 2 * x.mT @ x, torch.float32)
+    assert_close(grams[1], x.mT @ x + other.mT @ other, torch.float32)
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_inputs_that_are_equal_are_not_the_same(written: bool) -> None:
+    """Not even the same tensor, when it was written in between."""
+    model, rectifier = crossing()
+    x = torch.randn(5, 12)
+    k = model.base_model.model.k
+    change = k.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),) if written else (args[0].clone(),))
+    first = x.clone()
+    with rectifier.observe():
+        model(x)
+    change.remove()
+    one, other = rectifier.estimators.values()
+    assert one is not other
+    assert_close(one.statistics.gram, first.mT @ first, torch.float32)
+    assert_close(other.statistics.gram, (4 if written else 1) * first.mT @ first, torch.float32)
+
+
+@pytest.mark.parametrize("way", ["autocast", "inference", "checkpointing", "compiled"])
+def test_sharing_counts_each_input_once(way: str) -> None:
+    model, rectifier = crossing()
+    x = torch.randn(5, 12)
+    with rectifier.observe(), torch.inference_mode() if way == "inference" else nullcontext():
+        for _ in range(2):
+            if way == "checkpointing":
+                torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=False).sum().backward()
+            elif way == "compiled":
+                torch.compile(model, backend="aot_eager")(x)
+            else:
+                with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+                    model(x)
+    entering = x.detach().bfloat16().float() if way == "autocast" else x.detach()
+    for estimator in rectifier.estimators.values():
+        assert_close(estimator.statistics.gram, 2 * entering.mT @ entering, torch.float32)
+    assert len({id(e) for e in rectifier.estimators.values()}) == (2 if way == "compiled" else 1)
+
+
+def test_an_input_by_name_is_found_behind_other_arguments() -> None:
+    model, rectifier = crossing()
+    x = torch.randn(5, 12)
+    with rectifier.observe():
+        model.base_model.model.q(adapter_names=None, x=x)
+    assert_close(next(iter(rectifier.estimators.values())).statistics.gram, x.mT @ x, torch.float32)
