@@ -225,7 +225,7 @@ def backend(monkeypatch):
     [
         ({"version": "2.13.0+cpu", "root": "/t"}, False),
         ({"version": "2.10.0", "root": "/t"}, True),
-        ({"version": "2.16.0.dev1", "root": "/t"}, True),
+        ({"version": "2.14.0.dev1", "root": "/t"}, True),
         ({"error": "No module named 'torch'"}, True),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_torch_out_of_range_is_named_with_the_range_and_the_way_out(backend, m
     monkeypatch.setattr(backend, "probe", lambda interpreter: {"version": "2.10.0", "root": "/t"})
     torch_found, error = backend.find_torch()
     assert torch_found is None
-    assert "torch<2.16,>=2.11" in error and "torch 2.10.0 in /t" in error and "without --no-build-isolation" in error
+    assert "torch<2.14,>=2.11" in error and "torch 2.10.0 in /t" in error and "without --no-build-isolation" in error
 
 
 def test_cmake_is_told_the_running_torch(backend, tmp_path):

@@ -215,7 +215,7 @@ class Misfit(Settings):
         ({"limits": {"strength": (1,)}}, "limits must name shared settings, strength is none"),
         ({"limits": {"rank": 8}}, "limits must be tuples of one or more values by name, got {'rank': 8}"),
         ({"limits": {"rank": ()}}, "limits must be tuples of one or more values by name"),
-        ({"limits": {"rectify": ("none")}}, "limits must be tuples of one or more values by name"),  # noqa: the comma
+        ({"limits": {"rectify": ("none")}}, "limits must be tuples of one or more values by name"),  # no tuple
         ({"limits": ["rank"]}, "limits must be tuples of one or more values by name, got ['rank']"),
         ({"defaults": None}, "defaults must be values by name, got an object of type NoneType"),
         ({"defaults": {"rank"}}, "defaults must be values by name, got an object of type set"),
