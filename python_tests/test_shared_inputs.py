@@ -104,6 +104,55 @@ def test_inputs_that_are_equal_are_not_the_same(written: bool) -> None:
     assert_close(other.statistics.gram, (4 if written else 1) * first.mT @ first, torch.float32)
 
 
+def grams_of(rectifier: GradientRectifier) -> list[Tensor]:
+    return [estimator.statistics.gram for estimator in rectifier.estimators.values()]
+
+
+def test_what_a_layer_saw_alone_is_not_given_to_another() -> None:
+    """The first was at work before; the second begins with an input that both get."""
+    model, rectifier = crossing()
+    x, later = torch.randn(2, 5, 12)
+    with rectifier.observe():
+        model.base_model.model.q(x)
+        model(later)
+    q, k = grams_of(rectifier)
+    assert_close(q, x.mT @ x + later.mT @ later, torch.float32)
+    assert_close(k, later.mT @ later, torch.float32)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_layer_saw_before_is_not_lost(again: bool) -> None:
+    """It had another input at first, in this `observe` or an earlier one of the task."""
+    model, rectifier = crossing()
+    x, other = torch.randn(2, 5, 12)
+    with rectifier.observe():
+        model(x, other)
+        if not again:
+            model(x)
+    if again:
+        with rectifier.observe():
+            model(x)
+    q, k = grams_of(rectifier)
+    assert_close(q, 2 * x.mT @ x, torch.float32)
+    assert_close(k, x.mT @ x + other.mT @ other, torch.float32)
+
+
+def test_layers_that_protect_other_subspaces_do_not_share() -> None:
+    model, rectifier = crossing(energy=0.9)
+    x, other = torch.randn(2, 3, 12)
+    with rectifier.observe():
+        model(x, other)
+    rectifier.commit()
+    before = [e.basis for e in rectifier.estimators.values()]
+    with rectifier.observe():
+        model(x)
+    rectifier.commit()
+    q, k = (e.basis for e in rectifier.estimators.values())
+    for basis, old in zip((q, k), before, strict=True):
+        assert torch.equal(basis[:, : old.shape[1]], old)
+    assert q.shape[1] < k.shape[1], "k has to protect what both had"
+
+
 @pytest.mark.parametrize("way", ["autocast", "inference", "checkpointing", "compiled"])
 def test_sharing_counts_each_input_once(way: str) -> None:
     model, rectifier = crossing()
