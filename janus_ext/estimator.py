@@ -163,7 +163,7 @@ class OnlineEstimator:
         if basis.shape[1] == cap < self.dim:
             wanted = statistics.extended(self.basis, energy, self.dim).shape[1]
             if wanted > cap:
-                message = f"an energy of {energy:g} wants {wanted} protected directions, the cap is {cap}"
+                message = f"an energy of {energy:g} wants {wanted} protected directions, the cap is {cap} of {self.dim}"
         elif isinstance(statistics, Sketch):
             held = statistics.energy_in(basis)
             if held < energy - torch.finfo(basis.dtype).eps * self.dim:

@@ -119,7 +119,10 @@ def _imported(kind: Kind, name: str, module: str) -> Any:
     except (Exception, SystemExit) as error:  # whatever somebody's module does when it is run
         reason = f"importing {module} failed at {_where(error)}: {type(error).__name__}: {_first_line(error)}"
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
-            reason = f"there is no module {error.name}; wanted is {kind.form}, as in `import package.module`"
+            reason = (
+                f"no module {error.name} is installed or in the current folder; wanted is {kind.form}, as in "
+                "`import package.module`"
+            )
         raise ArgumentError(f"--{kind.name} {name}: {reason}") from error
 
 

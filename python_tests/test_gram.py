@@ -130,7 +130,7 @@ def test_commit_without_observation_is_an_error() -> None:
 def test_cap_warns_once_with_both_numbers() -> None:
     estimator = OnlineEstimator(8, name="blocks.0.attn.qkv")
     estimator.observe(torch.randn(50, 8))
-    with pytest.warns(UserWarning, match=r"attn\.qkv: an energy of 1 wants 8 protected directions, the cap is 5"):
+    with pytest.warns(UserWarning, match=r"attn\.qkv: an energy of 1 wants 8 protected directions, the cap is 5 of 8"):
         assert estimator.commit(1.0, max_rank=5).shape == (8, 5)
     estimator.observe(torch.randn(50, 8))
     with warnings.catch_warnings():
