@@ -109,7 +109,7 @@ def test_commands_look_in_the_current_folder_too(tmp_path, monkeypatch):
         ("held.py:Held", "--method held.py:Held: no module held.py is installed or in the current folder"),
         (
             "nowhere.at.all:Held",
-            "--method nowhere.at.all:Held: no module nowhere is installed or in the current folder",
+            "nowhere.at.all:Held: no module nowhere is installed or in the current folder",
         ),
         ("held:Hled", "--method held:Hled: module held has no Hled; similar: Held"),
         ("held:", "--method must be package.module:Class, as in `import package.module`, got 'held:'"),
