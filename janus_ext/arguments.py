@@ -1,6 +1,6 @@
 """Checks of what a caller hands in: ArgumentError names the argument, what was wanted and what was found."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -46,3 +46,8 @@ def _check(name: str, value: Any, kind: type, noun: str, fits: Callable[[Any], b
         raise ArgumentError(f"{name} must be {noun}, {wanted}, got {found}")
     if not fits(value):
         raise ArgumentError(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of one or more names, and how many more there are: "blocks.0.attn.qkv and 11 more"."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from janus_ext.adapter import Adapter
+from janus_ext.arguments import first_of
 from janus_ext.errors import ArgumentError
 
 # By class name, layers whose one input is not what their adapter is multiplied with.
@@ -73,14 +74,16 @@ def _check_trained(model: nn.Module, layers: dict[str, nn.Module], adapter: str)
             f"adapter {adapter} must be trained, and every factor of it is frozen: make it with inference_mode=False, "
             "load it with is_trainable=True"
         )
-    beside = [name for name, p in trained.items() if id(p) not in factors and "modules_to_save" not in name]
-    beside = [name for name in beside if not any(f"{layer}." in name for layer in layers)]  # refused by `check_adapter`
-    own = {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
-    beside = [name for name in beside if id(trained[name]) not in own]
+    known = factors | {id(p) for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    inside = tuple(f"{layer}." for layer in layers)  # what is trained there is refused by `check_adapter`
+    beside = [
+        name
+        for name, p in trained.items()
+        if id(p) not in known and "modules_to_save" not in name and not name.startswith(inside)
+    ]
     if beside:
-        others = f" and {len(beside) - 1} more" if len(beside) > 1 else ""
         warnings.warn(
-            f"{beside[0]}{others} trained beside the adapter: nothing keeps them from changing protected outputs; "
+            f"{first_of(beside)} trained beside the adapter: nothing keeps them from changing protected outputs; "
             "bias='none' and frozen norms and tokens do",
             stacklevel=5,
         )

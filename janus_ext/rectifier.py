@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from janus_ext.arguments import check_flag, check_integer, check_number, shown
+from janus_ext.arguments import check_flag, check_integer, check_number, first_of, shown
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.estimator import NothingObserved, OnlineEstimator, observing
 from janus_ext.pairs import warn_of_rounded_weights
@@ -192,9 +192,8 @@ class GradientRectifier:
         """One warning where a task's update reached what the tasks before it protect."""
         moved = [entry.name for entry in self._entries if entry.is_unsafe()]
         if moved:
-            others = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
             warnings.warn(
-                f"{moved[0]}{others}: the update of this task was not kept from protected inputs: attach() the "
+                f"{first_of(moved)}: the update of this task was not kept from protected inputs: attach() the "
                 "optimizer of every task, or call rectify() before and project() behind its steps",
                 stacklevel=3,
             )

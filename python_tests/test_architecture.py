@@ -29,7 +29,7 @@ ALLOWED = {
     "margin": {"arguments", "ops"},
     "named_tensors": set(),
     "heads": {"arguments", "heads", "margin", "named_tensors", "ops"},
-    "peft_layers": {"adapter"},
+    "peft_layers": {"adapter", "arguments"},
     "pairs": {"arguments", "ops", "lora_arguments", "peft_layers"},
     "rectified": {"arguments", "ops", "lora", "pairs", "peft_layers", "protection", "rectification"},
     "shared_inputs": {"estimator", "processes"},

@@ -278,6 +278,15 @@ def test_what_is_trained_beside_is_said(options: dict[str, Any], message: str) -
         GradientRectifier(adapted(model, ["map"], **options))
 
 
+def test_a_module_whose_name_ends_like_a_layer_s_is_another_one() -> None:
+    """Layers that stand at the top of a model have short names."""
+    model = nn.ModuleDict({"map": nn.Linear(8, 8), "bitmap": nn.Linear(8, 8)})
+    injected = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["map"]), model)
+    injected["bitmap"].bias.requires_grad_()
+    with pytest.warns(UserWarning, match=r"^bitmap\.bias trained beside"):
+        GradientRectifier(injected)
+
+
 def test_an_adapter_that_is_not_trained_is_refused() -> None:
     with pytest.raises(ArgumentError, match="adapter default must be trained, .*is_trainable=True"):
         GradientRectifier(adapted(inference_mode=True))

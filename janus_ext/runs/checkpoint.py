@@ -102,13 +102,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     about = dict(metadata or {})
     about[SHA256] = _sha256(stored, about)
     # not save_file: it has a temporary file of its own, which a kill would leave behind for ever
-    data = _with_sorted_metadata(save(stored, about))
-    replace_file(path, lambda temporary: temporary.write_bytes(data))
+    parts = _with_sorted_metadata(save(stored, about))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.writelines(parts)
+
+    replace_file(path, write)
     return about[SHA256]
 
 
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """A safetensors file with its metadata in the order of their names, which the library leaves to chance.
+def _with_sorted_metadata(data: bytes) -> tuple[bytes, memoryview]:
+    """A safetensors file with its metadata in the order of their names, which the library leaves to chance, in parts.
 
     It is the length of a header in 8 bytes, the header in JSON, padded with spaces to whole 8 bytes, and the tensors.
     """
@@ -117,7 +122,7 @@ def _with_sorted_metadata(data: bytes) -> bytes:
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[8 + length :]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
