@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from janus_ext.backbone import adopt, attach, load_backbone, probe, rebuild
+from janus_ext.backbone import adopt, attach, load_backbone, probe, rebuild, recompute_blocks
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig, presets
 from janus_ext.config.checks import check_learning
@@ -27,7 +27,7 @@ from janus_ext.training.loop import Learner, derive_seed
 FIELDS = tuple(field.name for field in fields(LearnConfig))
 SHARED = tuple(name for name in FIELDS if name != "own")
 # Settings that runs of earlier versions lack, and that do nothing where they are left out.
-LATER = ("learn", "merge_scale", "drift_budget", "drift", "head_width", "own", "targets")
+LATER = ("learn", "merge_scale", "drift_budget", "drift", "head_width", "own", "targets", "checkpointing")
 
 
 def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Module | None = None) -> Learner:
@@ -44,6 +44,8 @@ def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Modu
     model = ContinualClassifier(backbone.to(config.device), AMP_DTYPES[config.amp], config.normalize)
     try:
         method = method_class(config.method)(model, config)
+        if config.checkpointing:
+            recompute_blocks(model.backbone)
     except ArgumentError as error:
         raise ArgumentError(f"--backbone {config.backbone}: {error}") from error
     return Learner(config, model, method, seed, planned)

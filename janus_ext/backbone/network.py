@@ -48,6 +48,14 @@ def make_vision_transformer(options: dict[str, Any]) -> nn.Module:
     return VisionTransformer(**(options | dict.fromkeys(DROP_RATES, 0.0) | {"num_classes": 0}))
 
 
+def recompute_blocks(model: nn.Module) -> None:
+    """From now on ``model`` computes its blocks again in the backward pass; ArgumentError where timm's cannot."""
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise ArgumentError(f"--checkpointing: timm's {type(model).__name__} knows none") from error
+
+
 def adopt(model: nn.Module) -> nn.Module:
     """A copy of somebody's timm model as a backbone: float32, without its classifier, dropout off.
 

@@ -198,6 +198,8 @@ class MachineConfig(Settings):
     """Processes that decode images, 0: none; by default one a core for a GPU (16 at most), half the cores for a CPU."""
     cache_images: bool = False
     """Keep all decoded images in memory, for small data sets."""
+    checkpointing: bool = False
+    """Compute each block a second time in the backward pass instead of keeping what is within it: less memory."""
     compile: bool = False
     """Compile the backbone with torch.compile, which takes minutes at the start and needs a C++ compiler."""
 

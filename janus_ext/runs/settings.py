@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from janus_ext.data.benchmark import Benchmark
 
 NOT_COMPARED = {  # results do not depend on them
-    *("output", "resume", "save_every", "plots", "tensorboard", "workers", "cache_images"),
+    *("output", "resume", "save_every", "plots", "tensorboard", "workers", "cache_images", "checkpointing"),
 }
 # What a run is on, beside its settings; and the settings that only say where it lies, which may be spelled otherwise.
 CONTENTS = {
