@@ -40,5 +40,9 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+class ProcessError(JanusError, RuntimeError):
+    """Another process of the same training ended, or does not answer."""
+
+
 class TrainingError(JanusError, RuntimeError):
     """Training cannot go on: the loss or a statistic is not finite. Task, step and layer are named."""

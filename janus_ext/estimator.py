@@ -125,7 +125,7 @@ class OnlineEstimator:
         cap, k = self.dim if max_rank is None else max_rank, self.basis.shape[1]
         check_number(f"{self.name}: energy", energy, lambda e: 0 <= e <= 1, "in [0, 1]")
         check_integer(f"{self.name}: max_rank", cap, lambda c: k <= c <= self.dim, f"from k = {k} to dim = {self.dim}")
-        statistics = self._of_all_processes()
+        statistics = self.statistics_of_all()
         if not int(statistics.rows):
             raise NothingObserved(f"{self.name}: commit needs observed inputs, got none since the last commit")
         try:
@@ -149,8 +149,8 @@ class OnlineEstimator:
         self.basis, self._reduced = basis.detach(), False
         return self.basis
 
-    def _of_all_processes(self) -> Statistics:
-        """The sum over all processes, a copy: asked for again, it is the same."""
+    def statistics_of_all(self) -> Statistics:
+        """What all processes saw since the last commit: their sum, a copy, where there are several."""
         if not self.distributed or self._reduced or processes.count() == 1:
             return self.statistics
         everyones = copy.deepcopy(self.statistics)
@@ -199,6 +199,14 @@ class OnlineEstimator:
             raise TaskBoundaryError(f"{self.name}: all_reduce() comes once a task, got a second one before the commit")
         self.statistics.all_reduce(group)
         self._reduced = True
+
+    def collect(self) -> None:
+        """Lets the first process have what all saw, and the others nothing: all there is then to keep of it.
+
+        For a checkpoint within a task; every process calls it. With distributed=False nothing is done.
+        """
+        if self.distributed and not self._reduced:
+            self.statistics.collect(None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the statistics (gram [dim, dim], or U [dim, l], S [l] and total), basis [dim, k], rows.

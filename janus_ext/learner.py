@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from janus_ext import processes
 from janus_ext.arguments import check_integer
 from janus_ext.assembly import (
     check_network,
@@ -41,7 +42,8 @@ from janus_ext.exports.contents import Contents, Update
 from janus_ext.exports.plain import plain_model
 from janus_ext.past import Past
 from janus_ext.reports.evaluation import Evaluation, evaluate
-from janus_ext.runs.checkpoint import check_replaceable, replace_folder
+from janus_ext.runs.checkpoint import replace_folder
+from janus_ext.runs.folder import place_of_learner
 from janus_ext.runs.run import Run
 from janus_ext.training.progress import Progress, make_bar
 
@@ -167,6 +169,8 @@ class ContinualLearner:
     def learn(self, images: Any, classes: Sequence[str] | None = None) -> TaskReport:
         """Learns new classes from images; on an error, or Ctrl-C, the learner is as it was.
 
+        In a group of torch.distributed, every process calls it with the same images, and computes its share of them.
+
         Args:
             images: a folder of class folders; a map-style data set of (image, label); or a list of (path, label). An
                 image is a path, a PIL image or a uint8 tensor [3, H, W].
@@ -181,13 +185,15 @@ class ContinualLearner:
             DataError: there are no images, a class has none, one cannot be read, a label is none of the classes'.
             TrainingError: the loss or a statistic is not finite.
         """
-        found = labelled(images, classes, self.view, self.workers())
+        found = processes.together(lambda: labelled(images, classes, self.view, self.workers()))
+        same = {"classes": (self.classes, found.class_names), "labels": found.split.labels.tolist()}
+        processes.require_same(same | self.config.to_json(), but="device")
         self._past.check_new(checked_names(found.class_names), self.config.head)
         self._warn_of_unprotected()
         if self._past.tasks:
             self._core.method.known.require(self.config.head)  # said before a task is learned, and not behind it
         first = len(self.classes)
-        selection = _all_of(found.split, range(first, first + len(found.class_names)))
+        selection = Selection.whole(found.split, range(first, first + len(found.class_names)))
         steps = self._core.step_count(len(self._past.tasks), len(selection))
         with self._at_work(), make_bar(steps, 0) as bar, self._core.undone_on_error():
             progress = Progress(bar, max(self._core.planned, len(self._past.tasks) + 1), self.config.epochs)
@@ -211,9 +217,9 @@ class ContinualLearner:
         split = self._labelled(images) if labelled else unlabelled(images, self.view, self.workers())
         if labelled:
             self._past.check_met(self._core.method.prototypes.classes, split.labels.unique().tolist())
-        require_readable(split)
+        processes.together(lambda: require_readable(split))
         with self._at_work(), self._core.undone_on_error():
-            self._core.observe(_all_of(split, range(len(self.classes)) if labelled else (0,)), labelled)
+            self._core.observe(Selection.whole(split, range(len(self.classes)) if labelled else (0,)), labelled)
         self._past.unprotected = self._past.unprotected and not self._core.method.remembers
 
     # using ------------------------------------------------------------------------------------------------------------
@@ -238,7 +244,7 @@ class ContinualLearner:
         """`predict` image by image for a split, as its images are decoded."""
         self._require_classes()
         check_integer("top", top, lambda n: n >= 1, "positive")
-        return self._classify(self._core.scores(_all_of(split, (0,))), top, temperature)
+        return self._classify(self._core.scores(Selection.whole(split, (0,))), top, temperature)
 
     def _classify(
         self, batches: Iterator[tuple[Tensor, Tensor]], top: int, temperature: float
@@ -257,7 +263,7 @@ class ContinualLearner:
         """The T of `predict`'s ``calibrate``, fitted on labelled images."""
         split = self._labelled(images)
         with self._at_work():
-            batches = list(self._core.scores(_all_of(split, range(len(self.classes)))))
+            batches = list(self._core.scores(Selection.whole(split, range(len(self.classes)))))
         return fit_temperature(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
 
     def evaluate(self, images: Any) -> Evaluation:
@@ -293,15 +299,14 @@ class ContinualLearner:
     def save(self, folder: str | Path) -> None:
         """Writes all there is to ``folder``, at once or not at all; a learner saved there before is replaced.
 
+        In a group of torch.distributed every process calls it, and the first one writes.
+
         Raises:
             ArgumentError: nothing was learned yet, or the folder holds something else.
             CheckpointError: it cannot be written.
         """
         self._require_classes()
-        folder = check_replaceable(Path(folder))
-        if folder.exists() and not Run(folder).is_saved_learner and any(folder.iterdir()):
-            raise ArgumentError(f"{folder} holds files that are no saved learner; choose another folder")
-        replace_folder(folder, self._write)
+        processes.from_first(lambda: replace_folder(place_of_learner(Path(folder)), self._write))
 
     @classmethod
     def load(
@@ -392,8 +397,3 @@ class ContinualLearner:
             none = f"method {self.config.method} protects nothing"
             cure = "observe() takes images of that kind, without labels" if self._core.method.remembers else none
             warnings.warn(f"nothing of what the model knew is protected: {cure}", stacklevel=3)
-
-
-def _all_of(split: Split, outputs: Sequence[int]) -> Selection:
-    """Every image of a split, its class ids mapped to the model's ``outputs``."""
-    return Selection(split, torch.arange(len(split)), torch.tensor(outputs, dtype=torch.int64))

@@ -109,7 +109,7 @@ class LoRALayer(Adapter):
         widened = self.has_master and not torch.is_autocast_enabled(x.device.type)
         entering = x.to(self.linear.weight.dtype) if widened else x
         y, effective = self._multiply(entering, self.linear.weight, self.linear.bias, *self._settings())
-        if self.rectify_in == "step":
+        if self.rectify_in == "step" and torch.is_grad_enabled():
             self._effective = effective
         return y.to(x.dtype) if widened else y
 
@@ -188,11 +188,18 @@ class LoRALayer(Adapter):
         return ops.project(self.A, self.basis) if self._is_exact() else self.A.detach()
 
     def forward_A(self) -> Tensor:
-        """`effective_A` as the last forward pass has computed it, with which the present gradients were taken."""
+        """`effective_A` as the last forward pass with gradients has computed it.
+
+        Computed now where there was none since `forget_forward`: in a process that had no image of this step.
+        """
         kept = self._effective
         if kept is None or torch._C._functorch.is_functorch_wrapped_tensor(kept):
             return self.effective_A()
         return kept.view_as(self.A)
+
+    def forget_forward(self) -> None:
+        """Called once gradients are rectified: the next ones are taken with an A that the step has moved."""
+        self._effective = None
 
     def extra_repr(self) -> str:
         how = f"rectify={self.rectification.rectify}, rectify_in={self.rectify_in}"

@@ -1,22 +1,241 @@
-"""The processes that torch.distributed runs: how many, and how all of them refuse what one refuses."""
+"""The processes that torch.distributed runs: what they share out, add up and agree on.
+
+All processes call these functions, in the same order; one that is alone gets back what it gave. Who ends while the
+others wait for it ends them, too: as `ProcessError`, and one of them says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from janus_ext.errors import JanusError, TaskBoundaryError
+from janus_ext.errors import ArgumentError, JanusError, ProcessError
+
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=15)  # without an answer; a process that waits for its disk gives up earlier, and says so
+LONGEST = 60  # characters of a value in a message
+LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun, or a cluster's own launcher, sets
+_store: dist.Store | None = None  # of the group that `joined` has made
 
 
-def count() -> int:
+# who is there ---------------------------------------------------------------------------------------------------------
+def count(group: Any = None) -> int:
     """How many torch.distributed runs; 1 where it was not started."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def refuse_together(error: JanusError | None, device: torch.device) -> None:
-    """Raises the error of this process, or that another one has one: else that would wait for this one for ever."""
+def rank(group: Any = None) -> int:
+    """The number of this process, from 0 on."""
+    return dist.get_rank(group) if count(group) > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this process writes, and says what there is to say."""
+    return rank() == 0
+
+
+def on_this_machine() -> tuple[int, int]:
+    """The number of this process among those of its machine, and how many these are, as the launcher tells."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within it, the processes that torchrun has begun are one group: gloo for the CPU's tensors, nccl for a GPU's.
+
+    Without torchrun there is nothing to join.
+
+    Raises:
+        ProcessError: the others do not come.
+    """
+    global _store
+    if count() > 1 or not os.environ.keys() >= LAUNCHED or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    backend, own = "gloo", on_this_machine()[0]
+    if own < torch.cuda.device_count():
+        torch.cuda.set_device(own)
+        backend = "cpu:gloo,cuda:nccl"
+    with _reaching_others():
+        _store, number, processes = next(dist.rendezvous("env://", timeout=PATIENCE))
+        dist.init_process_group(backend, store=_store, rank=number, world_size=processes, timeout=PATIENCE)
+    yield
+    dist.destroy_process_group()  # not behind an error: who is gone would be waited for
+
+
+def first_to_fail() -> bool:
+    """Whether this process should say why all end: the one whose error came first. True where nobody can tell."""
+    if _store is None:
+        return True
+    try:
+        return _store.add("failed", 1) == 1
+    except RuntimeError:  # the store went with the process that kept it
+        return is_first()
+
+
+# sharing out and adding up --------------------------------------------------------------------------------------------
+def part(rows: Tensor) -> Tensor:
+    """This process's share of ``rows`` [n, ...]: consecutive ones; of two shares one is longer by a row at most."""
+    return rows.tensor_split(count())[rank()]
+
+
+def add_up(tensor: Tensor, group: Any = None) -> Tensor:
+    """The sum of all processes' tensors, in place."""
+    if count(group) > 1:
+        with _reaching_others():
+            dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def add_up_at_first(tensor: Tensor, group: Any = None) -> None:
+    """The same in the first process alone; what the others have afterwards means nothing."""
+    if count(group) > 1:
+        with _reaching_others():
+            dist.reduce(tensor, group=group, group_dst=0)
+
+
+def fold(tensors: Sequence[Tensor], take: Callable[..., None], group: Any = None) -> None:
+    """Lets the first process ``take`` what all have: pairs first, then pairs of pairs, log2(count) rounds in all."""
+    place, distance = rank(group), 1
+    while distance < count(group):
+        if place % (2 * distance):
+            with _reaching_others():
+                for tensor in tensors:
+                    dist.send(tensor.contiguous(), group=group, group_dst=place - distance)
+            return
+        if place + distance < count(group):
+            received = [torch.empty_like(tensor) for tensor in tensors]
+            with _reaching_others():
+                for tensor in received:
+                    dist.recv(tensor, group=group, group_src=place + distance)
+            take(*received)
+        distance *= 2
+
+
+def copy_from_first(tensor: Tensor, group: Any = None) -> None:
+    """Makes ``tensor`` what it is in the first process."""
+    if count(group) > 1:
+        with _reaching_others():
+            dist.broadcast(tensor, group=group, group_src=0)
+
+
+def rows_of_all(rows: Tensor) -> Tensor:
+    """The rows [n, ...] of all processes in the order of these; n may be another one in each, and 0."""
+    if count() == 1:
+        return rows
+    sizes = gathered(len(rows))
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    received = [torch.empty_like(padded) for _ in sizes]
+    with _reaching_others():
+        dist.all_gather(received, padded)
+    return torch.cat([found[:size] for found, size in zip(received, sizes, strict=True)])
+
+
+# agreeing -------------------------------------------------------------------------------------------------------------
+def gathered(value: T) -> list[T]:
+    """What every process has, by its number; any object."""
+    values = [value] * count()
     if count() > 1:
-        refused = torch.tensor(int(error is not None), device=device)
-        torch.distributed.all_reduce(refused, torch.distributed.ReduceOp.MAX)
-        if error is None and bool(refused):
-            error = TaskBoundaryError("another process refused, and says why: nothing has changed here either")
+        with _reaching_others():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def first_says(value: T) -> T:
+    """What the first process has; any object."""
+    values = [value]
+    if count() > 1:
+        with _reaching_others():
+            dist.broadcast_object_list(values, src=0, device=_wire())
+    return values[0]
+
+
+def from_first(ask: Callable[[], T]) -> T:
+    """What ``ask()`` gives in the first process, which is the only one to call it; its error ends all."""
+    if count() == 1:
+        return ask()
+    answer, error = None, None
+    if is_first():
+        try:
+            answer = ask()
+        except (JanusError, OSError) as found:
+            error = found
+    refuse_together(error)
+    return first_says(answer)
+
+
+def together(do: Callable[[], T]) -> T:
+    """``do()`` in every process; the error of one is raised in all."""
+    answer, error = None, None
+    try:
+        answer = do()
+    except (JanusError, OSError) as found:
+        error = found
+    refuse_together(error)
+    return answer
+
+
+def in_turn(do: Callable[[], T]) -> T:
+    """The same, first in one process of each machine: what that fetches or writes down is there for the others."""
+    goes_first = on_this_machine()[0] == 0
+    early = together(lambda: do() if goes_first else None)
+    late = together(lambda: None if goes_first else do())
+    return early if goes_first else late
+
+
+def largest(values: Sequence[int]) -> list[int]:
+    """Place by place, the largest of all processes' values."""
+    if count() == 1:
+        return list(values)
+    numbers = torch.tensor(values, device=_wire())
+    with _reaching_others():
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def require_same(values: Mapping[str, Any], but: str = "") -> None:
+    """ArgumentError, in all processes, unless all have the same ``values``; one of them may differ."""
+    everyones = gathered(dict(values))
+    for number, theirs in enumerate(everyones):
+        for name, one in everyones[0].items():
+            other = theirs.get(name)
+            if one != other and name != but:
+                found = f"{_short(one)} and, in process {number}, {_short(other)}"
+                raise ArgumentError(f"{name} must be the same in all processes, got {found}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def refuse_together(error: Exception | None) -> None:
+    """Raises, in all processes, the error of the first one that has one: else the others would wait for it for ever."""
+    if count() > 1:
+        error = next((found for found in gathered(error) if found is not None), None)
     if error is not None:
         raise error
+
+
+def _wire() -> torch.device:
+    """Where tensors are that serve to agree: on the CPU, if the group takes such."""
+    on_cpu = "cpu" in dist.get_backend_config()
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    """Says in one line that another process is gone, whatever the backend says."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ProcessError(f"another process ended, or does not answer: {reason[0]}") from error

@@ -202,3 +202,6 @@ def rectify_group(group: list[Rectified]) -> None:
         if "earlier call" not in message:  # whose layers may have been others: of another group, rectifier or model
             message = re.sub(r"layer (\d+)", lambda found: group[int(found[1])].name, message)
         raise ArgumentError(message) from error
+    for entry in group:
+        if entry.layer is not None:
+            entry.layer.forget_forward()

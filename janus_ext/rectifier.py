@@ -146,8 +146,8 @@ class GradientRectifier:
         entries = self._entries if layers is None else self._successors(layers, adapter)
         refusal = self._refusal(entries)
         if self.distributed:
-            refuse_together(refusal, entries[0].A.device)
-            share_together(self.estimators, entries[0].A.device)
+            refuse_together(refusal)
+            share_together(self.estimators)
         elif refusal is not None:
             raise refusal
         share = self.energy if energy is None else energy

@@ -104,7 +104,7 @@ def _join(estimators: dict[str, OnlineEstimator], name: str, leader: str) -> Non
     estimators.update({key: estimators[leader] for key, estimator in estimators.items() if estimator is left})
 
 
-def share_together(estimators: dict[str, OnlineEstimator], device: torch.device) -> None:
+def share_together(estimators: dict[str, OnlineEstimator]) -> None:
     """Lets the same layers share in every process of torch.distributed; one that observed nothing follows the others.
 
     Raises:
@@ -114,15 +114,14 @@ def share_together(estimators: dict[str, OnlineEstimator], device: torch.device)
         return
     names = list(estimators)
     leaders = [names.index(estimators[name].name) for name in names]
-    own = torch.tensor([0 if i == leader else 1 + leader for i, leader in enumerate(leaders)], device=device)
-    agreed = own.clone()
-    torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
-    differing = [names[i] for i in (own != agreed).nonzero().flatten().tolist()]
+    own = [0 if i == leader else 1 + leader for i, leader in enumerate(leaders)]
+    agreed = processes.largest(own)
+    differing = [name for name, mine, all_have in zip(names, own, agreed, strict=True) if mine != all_have]
     at_odds = [name for name in differing if estimators[name].rows]
     error = TaskBoundaryError(
         f"{', '.join(at_odds)}: its input is that of another layer in one process, and its own in another: make the "
         "GradientRectifier with share_inputs=False; nothing has changed"
     )
-    processes.refuse_together(error if at_odds else None, device)
+    processes.refuse_together(error if at_odds else None)
     for name in differing:
-        _join(estimators, name, names[int(agreed[names.index(name)]) - 1])
+        _join(estimators, name, names[agreed[names.index(name)] - 1])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext import ops
+from janus_ext import ops, processes
 
 SKETCH_RANK = 256  # l of an incremental SVD unless told otherwise, where the width allows it
 
@@ -44,6 +44,15 @@ class Statistics(ABC):
     @abstractmethod
     def all_reduce(self, group: Any) -> None:
         """Sum over the processes of a `torch.distributed` group, the same on every one."""
+
+    def collect(self, group: Any) -> None:
+        """The same sum, which the first process has afterwards; the others have seen nothing any more."""
+        self._add_up_at_first(group)
+        if processes.rank(group):
+            self.clear()
+
+    @abstractmethod
+    def _add_up_at_first(self, group: Any) -> None: ...
 
     def clear(self) -> None:
         """Forget everything."""
@@ -82,7 +91,11 @@ class Gram(Statistics):
 
     def all_reduce(self, group: Any) -> None:
         for tensor in (self.gram, self.rows):
-            torch.distributed.all_reduce(tensor, group=group)
+            processes.add_up(tensor, group)
+
+    def _add_up_at_first(self, group: Any) -> None:
+        for tensor in (self.gram, self.rows):
+            processes.add_up_at_first(tensor, group)
 
 
 class Sketch(Statistics):
@@ -112,13 +125,14 @@ class Sketch(Statistics):
         self.rows += other.rows.to(self.rows)
 
     def all_reduce(self, group: Any) -> None:
-        factors = list(zip(_gathered(self.U, group), _gathered(self.S, group), strict=True))
-        for own, first in zip((self.U, self.S), factors[0], strict=True):
-            own.copy_(first)
-        for U, S in factors[1:]:  # in rank order, the same on every rank
-            self._add_factor(U, S)
+        self._add_up_at_first(group)
+        for tensor in self.tensors().values():
+            processes.copy_from_first(tensor, group)
+
+    def _add_up_at_first(self, group: Any) -> None:
+        processes.fold((self.U, self.S), self._add_factor, group)
         for tensor in (self.total, self.rows):
-            torch.distributed.all_reduce(tensor, group=group)
+            processes.add_up_at_first(tensor, group)
 
     def _add_factor(self, U: Tensor, S: Tensor) -> None:
         new = ops.isvd_update(self.U, self.S, (U * S).mT.to(self.U))
@@ -130,13 +144,6 @@ def _zeros(*shape: int, **options: Any) -> Tensor:
     """Zeros that are written in place outside of inference mode too, wherever they were made."""
     with torch.inference_mode(False):
         return torch.zeros(shape, **options)
-
-
-def _gathered(tensor: Tensor, group: Any) -> list[Tensor]:
-    """`tensor` of every process, by rank."""
-    copies = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(copies, tensor.contiguous(), group=group)
-    return copies
 
 
 # one batch, as one op -------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
-"""What a command shows: log lines around the progress bar, escapes for what the terminal's encoding lacks, and a quiet
-end where nobody reads on (``| head``).
+"""What a command shows: log lines around the progress bar, escapes for what the terminal's encoding lacks, a quiet end
+where nobody reads on (``| head``), and of several processes only what the first one says.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from janus_ext import processes
 from janus_ext.errors import CheckpointError, Interrupted, JanusError
 
 LOG = logging.getLogger("janus_ext")
@@ -76,15 +77,27 @@ def command(name: str, interrupted: str = "interrupted") -> Callable[[Callable[P
             except BrokenPipeError:  # no error of ours: see until_closed
                 raise
             except (JanusError, OSError) as error:  # the system's own errors name the file and what is wrong with it
-                print(f"{name}: {error}", file=sys.stderr)
+                if processes.first_to_fail():
+                    print(f"{name}: {error}", file=sys.stderr, flush=True)
                 return 2
             except KeyboardInterrupt as stop:
-                print(f"\n{name}: {interrupted}", file=sys.stderr)
+                if processes.first_to_fail():
+                    print(f"\n{name}: {interrupted}", file=sys.stderr, flush=True)
                 return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
 
         return main
 
     return wrap
+
+
+@contextmanager
+def first_alone_heard() -> Iterator[None]:
+    """Within it, what other processes than the first one print goes nowhere."""
+    if processes.is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def until_closed(command: Callable[P, T]) -> Callable[P, T]:

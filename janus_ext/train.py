@@ -1,13 +1,20 @@
-"""``janus_ext.train``: trains on a benchmark and writes a run folder. ``--help`` lists every flag."""
+"""``janus_ext.train``: trains on a benchmark and writes a run folder. ``--help`` lists every flag.
+
+``torchrun --nproc-per-node N -m janus_ext.train ...`` trains with N processes: docs/processes.md.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from janus_ext import processes
 from janus_ext.assembly import make_learner
 from janus_ext.backbone import weight_file
 from janus_ext.config import TrainConfig, command_line
@@ -15,14 +22,15 @@ from janus_ext.data import load_benchmark
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.workers import naming_lost_workers
 from janus_ext.devices import deterministic, pick_amp, pick_device
-from janus_ext.errors import CheckpointError
+from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.reports import plots, table
 from janus_ext.runs.checkpoint import write_json
 from janus_ext.runs.folder import check_same_seeds, choose_folder
 from janus_ext.runs.metrics import measured_on
 from janus_ext.runs.run import Run
 from janus_ext.runs.settings import check_same_settings, settings_of
-from janus_ext.terminal import command, logging_to
+from janus_ext.runs.shared import run_at
+from janus_ext.terminal import command, first_alone_heard, logging_to
 from janus_ext.training import events, opening
 from janus_ext.training.keeping import outliving_warnings
 from janus_ext.training.trainer import Trainer
@@ -33,7 +41,8 @@ LOG = logging.getLogger("janus_ext")
 @command("janus_ext.train", "interrupted; the same call with --resume goes on with the run")
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses ``argv`` and trains; 0 on success, 2 with one line on stderr for what the user can mend, 130 on Ctrl-C."""
-    train(command_line.parse(argv))
+    with processes.joined(), first_alone_heard():
+        train(command_line.parse(argv))
     return 0
 
 
@@ -43,21 +52,37 @@ def train(config: TrainConfig) -> list[table.Results]:
     if config.tensorboard:
         events.require_tensorboard()
     if config.check_data:
-        check_data(config)
+        if processes.is_first():
+            check_data(config)
         return []
-    device = pick_device(config.device)
+    device = own_device(config.device)
     with deterministic(device), outliving_warnings():
         return train_seeds(replace(config, device=str(device), amp=pick_amp(config.amp, device)))
 
 
+def own_device(name: str) -> torch.device:
+    """`pick_device`; of several processes of a machine each takes a GPU of its own."""
+    device, (number, others) = pick_device(name), processes.on_this_machine()
+    if processes.count() == 1 or device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise ArgumentError(f"--device {name} is one GPU for {others} processes: leave it out, each takes its own")
+    if number >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"--nproc-per-node {others} needs as many GPUs, this machine has {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", number)
+
+
 def train_seeds(config: TrainConfig) -> list[table.Results]:
     """The runs of a resolved configuration, and their summary where they are several."""
-    folder = choose_folder(config)
+    folder = processes.from_first(lambda: choose_folder(config))
     if len(config.seed) == 1:
         return [run_seed(config, folder)]
-    check_same_seeds(folder, config.seed)
+    processes.from_first(lambda: check_same_seeds(folder, config.seed))
     runs = [run_seed(replace(config, seed=(seed,)), folder / f"seed-{seed}") for seed in config.seed]
-    write_json(folder / "summary.json", table.summarize_runs(runs))
+    if processes.is_first():
+        write_json(folder / "summary.json", table.summarize_runs(runs))
     print(table.format_summary(runs))
     return runs
 
@@ -74,17 +99,18 @@ def check_data(config: TrainConfig) -> None:
 
 def run_seed(config: TrainConfig, folder: Path) -> table.Results:
     """Trains with the one seed of ``config``, or takes what ``folder`` has of it; writes and prints the results."""
-    benchmark = load_benchmark(config)
+    benchmark = processes.in_turn(lambda: load_benchmark(config))
     config = replace(config, tasks=len(benchmark.tasks))
     settings = settings_of(config, benchmark, weight_file(config.backbone, config.weights))
-    run = Run(folder)
+    processes.require_same(settings, but="device")
+    run = run_at(folder)
     finished = run.is_finished
     going_on = finished or (config.resume and run.is_begun)
     if going_on:
         check_same_settings(settings, run.settings(), folder)
     results = take_results(run, benchmark) if finished else fill(run, config, benchmark, settings, going_on)
     print(f"\n{table.format_table(results)}\n\nrun folder: {folder}")
-    if config.plots:
+    if config.plots and processes.is_first():
         plots.save_plots(results, folder / "plots")
     return results
 
@@ -102,10 +128,11 @@ def fill(
     run: Run, config: TrainConfig, benchmark: Benchmark, settings: dict[str, object], going_on: bool
 ) -> table.Results:
     """Trains what is left of a run, from its beginning unless it is ``going_on``; returns its results."""
-    learner = make_learner(config, config.seed[0], len(benchmark.tasks))
+    learner = processes.in_turn(lambda: make_learner(config, config.seed[0], len(benchmark.tasks)))
     trainer = Trainer(config, benchmark.at(learner.model.input_size), learner, run)
     about = settings | {"network": learner.model.backbone.description, "view_margin": benchmark.test.margin}
-    with run.opened(about, begin=not going_on), logging_to(run.folder / "log.txt"), naming_lost_workers():
+    logging_here = logging_to(run.folder / "log.txt") if processes.is_first() else nullcontext()
+    with run.opened(about, begin=not going_on), logging_here, naming_lost_workers():
         LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), run.folder)
         for line in opening.lines(trainer):
             LOG.info("%s", line)

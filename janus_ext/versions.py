@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from janus_ext import processes
+
 PACKAGES = ("janus-ext", "torch", "torchvision", "timm", "numpy", "safetensors")
 
 
@@ -20,6 +22,7 @@ def installed(package: str) -> str | None:
 
 
 def result_versions() -> dict[str, Any]:
-    """Python, the packages, and the number of threads: what ``results.json`` keeps."""
+    """Python, the packages, and the numbers of threads and processes: what ``results.json`` keeps."""
     found = {package: installed(package) for package in PACKAGES}
-    return {"python": platform.python_version(), **found, "threads": torch.get_num_threads()}
+    parallel = {"threads": torch.get_num_threads(), "processes": processes.count()}
+    return {"python": platform.python_version(), **found, **parallel}

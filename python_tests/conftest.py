@@ -27,7 +27,7 @@ from janus_ext.config import TrainConfig
 from janus_ext.data.benchmark import Benchmark, MemorySplit
 from janus_ext.methods.base import Task
 from janus_ext.runs import checkpoint
-from janus_ext.runs.run import Run
+from janus_ext.runs.shared import run_at
 from janus_ext.training.loop import Learner
 from janus_ext.training.trainer import Trainer
 
@@ -194,8 +194,8 @@ def make_trainer(
     learner = make_learner(config, config.seed[0], len(benchmark.tasks))
     if issubclass(cls, Learner):
         learner = cls(config, learner.model, learner.method, learner.seed, learner.planned)
-        return KeepingTrainer(config, benchmark, learner, Run(folder))
-    return cls(config, benchmark, learner, Run(folder))
+        return KeepingTrainer(config, benchmark, learner, run_at(folder))
+    return cls(config, benchmark, learner, run_at(folder))
 
 
 def task_of(trainer: Trainer, index: int) -> Task:

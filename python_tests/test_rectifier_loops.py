@@ -12,7 +12,7 @@ from conftest import assert_close
 from test_rectifier import PlainLoRA
 from torch import nn
 
-from janus_ext import ArgumentError, GradientRectifier, LoRALinear, LoRAPair, TaskBoundaryError
+from janus_ext import ArgumentError, GradientRectifier, LoRALinear, LoRAPair, TaskBoundaryError, ops
 
 # ------------------------------------------------------------------------------------------- steps that take a closure
 
@@ -269,3 +269,33 @@ def test_a_wrapped_optimizer_rectifies(wrap: Callable[[torch.optim.Optimizer], t
         rectifier.commit(0.5)
         assert layer.A not in optimizer.state
     assert torch.equal(*results)
+
+
+# ------------------------------------------------------------------------------------ gradients from another process
+
+
+@pytest.mark.parametrize("between", ["a step", "a pass without gradients", "another A"])
+def test_gradients_without_a_forward_of_their_own_are_rectified_with_the_present_A(between: str) -> None:
+    """As in a process that has no image of a step: the others' gradients are all it gets."""
+    torch.manual_seed(3)
+    layer = LoRALinear(nn.Linear(24, 30), 3, rectify_in="step")
+    rectifier = GradientRectifier([layer])
+    with rectifier.observe():
+        layer(torch.randn(200, 6) @ torch.randn(6, 24))
+    rectifier.commit(1.0)
+    optimizer = torch.optim.SGD([layer.A, layer.B], lr=0.1)
+    if between == "a step":
+        layer(torch.randn(8, 24)).square().mean().backward()
+        rectifier.rectify()
+        optimizer.step()
+    with torch.no_grad():
+        nn.init.normal_(layer.B)
+        layer(torch.randn(8, 24))
+        if between == "another A":
+            layer.A.copy_(torch.randn_like(layer.A))
+    plain = [torch.randn_like(factor) for factor in (layer.A, layer.B)]
+    layer.A.grad, layer.B.grad = (gradient.clone() for gradient in plain)
+    rectifier.rectify()
+    lists = [[t] for t in (layer.effective_A(), layer.B.detach(), *plain, layer.basis)]
+    ops.rectify_(*lists, [layer.scale], layer.rectification)
+    assert torch.equal(layer.A.grad, lists[2][0]) and torch.equal(layer.B.grad, lists[3][0])

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from janus_ext.config import TrainConfig
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+Part = Callable[[Tensor], Tensor]  # of a batch's rows, those that this process is to compute
+
+
+def whole(rows: Tensor) -> Tensor:
+    """All of them."""
+    return rows
 
 
 class Split(Dataset):
@@ -38,11 +44,12 @@ class Split(Dataset):
 
     @abstractmethod
     def stream(
-        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0, part: Part = whole
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 [b, 3, H, W], int64 [b]) per int64 index tensor [b]; augmented if and only if a generator is given.
 
-        The first ``skip`` of them are passed over; what they would have drawn from the generator is drawn.
+        The first ``skip`` of them are passed over, and of each other only the ``part`` is given; what all of them draw
+        from the generator is drawn.
         """
 
     @abstractmethod
@@ -87,14 +94,14 @@ class MemorySplit(Split):
         return self.images[index], self.labels[index]
 
     def stream(
-        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0, part: Part = whole
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for number, indices in enumerate(batches):
             images = self.images[indices]
             if generator is not None and self.augmentation is not None:
                 images = self.augmentation(images, generator)
             if number >= skip:
-                yield images, self.labels[indices]
+                yield part(images), part(self.labels[indices])
 
     def take(self, indices: Tensor) -> MemorySplit:
         names = [self.samples[i] for i in indices.tolist()]
@@ -112,6 +119,11 @@ class Selection:
     rows: Tensor
     outputs: Tensor
 
+    @classmethod
+    def whole(cls, split: Split, outputs: Sequence[int]) -> Selection:
+        """Every image of a split; class id c is the model's ``outputs[c]``."""
+        return cls(split, torch.arange(len(split)), torch.tensor(outputs, dtype=torch.int64))
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -120,19 +132,23 @@ class Selection:
         kept = torch.linspace(0, len(self) - 1, min(count, len(self))).round().to(torch.int64)
         return replace(self, rows=self.rows[kept])
 
+    def part(self, part: Part) -> Selection:
+        """A part of them."""
+        return replace(self, rows=part(self.rows))
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 [b, 3, H, W], int64 [b] outputs) of ``size`` images at most, in order and as they are."""
-        return self._stream(self.rows, size, None)
+        if len(self):  # none are no batch
+            yield from self._with_outputs(self.split.stream(self.rows.split(size)))
 
-    def shuffled(self, size: int, seed: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same in random order, augmented, without the first ``skip`` batches."""
+    def shuffled(self, size: int, seed: int, skip: int = 0, part: Part = whole) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same in random order, augmented, without the first ``skip`` batches; of each the ``part``, maybe none."""
         generator = torch.Generator().manual_seed(seed)
-        return self._stream(self.rows[torch.randperm(len(self.rows), generator=generator)], size, generator, skip)
+        rows = self.rows[torch.randperm(len(self.rows), generator=generator)]
+        return self._with_outputs(self.split.stream(rows.split(size), generator, skip, part))
 
-    def _stream(
-        self, rows: Tensor, size: int, generator: torch.Generator | None, skip: int = 0
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.split.stream(rows.split(size), generator, skip):
+    def _with_outputs(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in batches:
             yield images, self.outputs[labels]
 
 

@@ -21,10 +21,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from janus_ext.backbone import prepare_torchvision
-from janus_ext.data.benchmark import Split
+from janus_ext.data.benchmark import Part, Split, whole
 from janus_ext.data.workers import Workers, sendable
 from janus_ext.devices import available_cores
 from janus_ext.errors import ArgumentError, DataError
+from janus_ext.processes import on_this_machine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -236,16 +237,16 @@ class ImageSplit(Split):
         return self._reader.read(self.keys[index], None), self.labels[index]
 
     def stream(
-        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0, part: Part = whole
     ) -> Iterator[tuple[Tensor, Tensor]]:
         batches = list(batches)
-        requests = [self._request(indices, generator) for indices in batches][skip:]
+        requests = [self._request(indices, generator, part) for indices in batches][skip:]
         chunks = self._read(
             [request[i : i + CHUNK] for request in requests for i in range(0, len(request), CHUNK)],
             ahead=-(-max(LOOKAHEAD, 2 * max(map(len, requests), default=0)) // CHUNK),
         )
-        for indices in batches[skip:]:
-            yield self._gather(chunks, len(indices)), self.labels[indices]
+        for indices, request in zip(batches[skip:], requests, strict=True):
+            yield self._gather(chunks, len(request)), self.labels[part(indices)]
 
     def take(self, indices: Tensor) -> ImageSplit:
         rows = indices.tolist()
@@ -271,11 +272,11 @@ class ImageSplit(Split):
             arrays = [*first, *bar]
         return ImageSplit(Arrays(arrays), range(len(arrays)), self.labels, self.samples, self.view, self.workers)
 
-    def _request(self, indices: Tensor, generator: torch.Generator | None) -> Request:
-        keys = [self.keys[i] for i in indices.tolist()]
+    def _request(self, indices: Tensor, generator: torch.Generator | None, part: Part) -> Request:
+        keys = [self.keys[i] for i in part(indices).tolist()]
         if generator is None:
             return [(key, None) for key in keys]
-        seeds = torch.randint(2**62, (len(keys),), generator=generator).tolist()
+        seeds = part(torch.randint(2**62, (len(indices),), generator=generator)).tolist()
         return list(zip(keys, seeds, strict=True))
 
     def _gather(self, chunks: Iterator[Tensor | np.ndarray | str], count: int) -> Tensor:
@@ -302,8 +303,11 @@ class ImageSplit(Split):
 
 
 def default_workers(device: str) -> int:
-    """Processes that decode: one a core for a GPU, at most MOST_WORKERS; half the cores where the CPU trains, too."""
-    cores = available_cores()
+    """Processes that decode: one a core for a GPU, at most MOST_WORKERS; half the cores where the CPU trains, too.
+
+    Where several processes train on a machine they share its cores.
+    """
+    cores = max(1, available_cores() // on_this_machine()[1])
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     return min(MOST_WORKERS, cores) if on_gpu else max(1, cores // 2)
 

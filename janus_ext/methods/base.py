@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from janus_ext import processes
 from janus_ext.config.foreign import Declared
 from janus_ext.errors import ArgumentError, StatisticsError
 from janus_ext.heads import HEADS
@@ -59,7 +60,10 @@ class Task:
     epochs: int
     """Passes over its images; 0 where a fitted head needs none."""
     clean_batches: Batches
-    """Makes a fresh pass over the training images, unaugmented, on the model's device: (uint8 images, labels)."""
+    """Makes a fresh pass over the training images, unaugmented, on the model's device: (uint8 images, labels).
+
+    Of several processes that train together, each gets its share of the images, in this pass and in those below.
+    """
     probe_batches: Batches
     """The same of a few hundred images, spread over all of them: how far features move is measured on these."""
     augmented_batches: Batches
@@ -268,12 +272,14 @@ class Method(Declared, ABC):
 
     def _movement(self, task: Task) -> float:
         before, spread = self._probe
-        return movement(before, self._features(task.probe_batches)[0], spread)
+        moved = movement(before, self._features(task.probe_batches)[0], spread)
+        return processes.first_says(moved)  # what depends on it has to be the same, whatever a processor rounds
 
     def state_within_task(self) -> dict[str, Tensor]:
         """Named tensors that its steps change beside `trainable`, such as statistics that it adds up meanwhile.
 
-        What `begin_task` sets is not among them: where a run goes on within a task, that is called again.
+        What `begin_task` sets is not among them: where a run goes on within a task, that is called again. Of several
+        processes all are asked, and what the first one says is kept for all.
         """
         return {}
 
@@ -293,12 +299,14 @@ class Method(Declared, ABC):
 
     @torch.no_grad()
     def _features(self, batches: Batches) -> tuple[Tensor, Tensor]:
-        """Features [N, d] and labels [N] of a pass over images, in evaluation mode."""
-        training = self.model.training
+        """Features [N, d] and labels [N] of a pass over images, in evaluation mode; of all processes' images."""
+        training, device = self.model.training, self.model.mean.device
         self.model.eval()
         passes = [(self.model.features(images), labels) for images, labels in batches()]
         self.model.train(training)
-        return torch.cat([f for f, _ in passes]), torch.cat([y for _, y in passes])
+        none = torch.zeros(0, self.model.feature_dim, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+        features, labels = (torch.cat(parts) for parts in zip(none, *passes, strict=True))
+        return processes.rows_of_all(features), processes.rows_of_all(labels)
 
     def _measure(self, features: Tensor, labels: Tensor, report: TaskReport) -> None:
         """Fills in danger and the similarities per class."""

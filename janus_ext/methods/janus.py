@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from janus_ext import processes
 from janus_ext.estimator import observing
 from janus_ext.margin import DecoupledMarginLoss
 from janus_ext.methods.base import Task, TaskReport
@@ -65,10 +66,15 @@ class Janus(ProtectedLoRA):
         self.observing.close()
 
     def state_within_task(self) -> dict[str, Tensor]:
+        for estimator in self.estimators.values():
+            estimator.collect()  # what is kept is the first process's state
         return states("estimators", self.estimators)
 
     def load_state_within_task(self, state: dict[str, Tensor]) -> None:
         load_states("estimators", self.estimators, state)
+        if not processes.is_first():
+            for estimator in self.estimators.values():
+                estimator.statistics.clear()
 
     def penalty(self, features: Tensor, targets: Tensor) -> Tensor | float:
         if self.config.margin_weight == 0 or not len(self.prototypes):

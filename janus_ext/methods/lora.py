@@ -79,7 +79,6 @@ class SequentialLoRA(Method):
                 name=name,
                 energy_power=config.energy_power,
                 device=layer.A.device,
-                distributed=False,  # a run is one process
             )
             for name, layer in self.layers.items()
             if name in inputs
@@ -106,7 +105,8 @@ class SequentialLoRA(Method):
         """
         estimators = self.make_estimators()
         self.watch(task, estimators)
-        moments = {name: estimator.statistics.tensors()["gram"].double() for name, estimator in estimators.items()}
+        seen = {name: estimator.statistics_of_all() for name, estimator in estimators.items()}
+        moments = {name: statistics.tensors()["gram"].double() for name, statistics in seen.items()}
         for name, H in moments.items():
             if not bool(torch.isfinite(H).all()) or not bool(H.any()):
                 raise StatisticsError(f"{name}: the inputs of the task are all zero, or not finite")

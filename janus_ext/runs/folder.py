@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from janus_ext.errors import ArgumentError, CheckpointError
-from janus_ext.runs.checkpoint import make_folder, read_json, remove, write_json
+from janus_ext.runs.checkpoint import check_replaceable, make_folder, read_json, remove, write_json
 
 if TYPE_CHECKING:
     from janus_ext.config import TrainConfig
@@ -93,6 +93,14 @@ def is_run(folder: Path) -> bool:
 def is_saved_learner(folder: Path) -> bool:
     """True if ``folder`` holds what `ContinualLearner.save` has written, and no training run."""
     return is_run(folder) and read_json(folder / "config.json")["benchmark"] is None
+
+
+def place_of_learner(folder: Path) -> Path:
+    """Where a learner is saved, links followed; ArgumentError if something else is there."""
+    folder = check_replaceable(folder)
+    if folder.exists() and not is_saved_learner(folder) and any(folder.iterdir()):
+        raise ArgumentError(f"{folder} holds files that are no saved learner; choose another folder")
+    return folder
 
 
 def _require_no_learner(folder: Path) -> None:

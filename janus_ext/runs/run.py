@@ -101,6 +101,10 @@ class Run:
         """Makes the folder and keeps other processes out of it; begins with ``settings``, or goes on."""
         return opened(self.folder, settings, begin)
 
+    def prepare(self) -> None:
+        """Makes the folder, that it fails before anything is computed where it cannot be made."""
+        make_folder(self.checkpoints)
+
     def write_epoch(self, record: Mapping[str, Any]) -> None:
         """Appends a line to ``metrics.jsonl``."""
         append_json_line(self.folder / "metrics.jsonl", record)

@@ -3,6 +3,9 @@
 SIGUSR1 (a cluster's warning) writes it behind the step that is computed, and goes on; outside the epochs of a task
 there is nothing to write. SIGTERM and SIGINT (Ctrl-C) write it behind that step, too, and end the process; outside the
 epochs, and at the second time, they end it at once.
+
+Several processes agree every `READ_EVERY` steps on whether one of them was asked, so that all stop behind the same one.
+A launcher asks them more than once, and ends by itself what does not end: there a second time changes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from janus_ext import processes
 from janus_ext.errors import Interrupted
+from janus_ext.training.progress import READ_EVERY
 from janus_ext.training.underway import State, Underway
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -59,7 +64,8 @@ class Keeping:
 
     def step_done(self, underway: Underway, epoch: int, step: int) -> None:
         """Behind every step; raises `Interrupted` once the state is written, where the process is to end."""
-        self._keep(underway, epoch, step, due=time.monotonic() - self._written >= self.seconds)
+        if processes.count() == 1 or step % READ_EVERY == 0:
+            self._keep(underway, epoch, step, due=time.monotonic() - self._written >= self.seconds)
 
     def epoch_done(self, underway: Underway, epoch: int, epochs: int) -> None:
         """Behind every epoch, when it is on record; raises likewise."""
@@ -67,12 +73,13 @@ class Keeping:
         self._keep(underway, done, 0, due=self.epochs < math.inf and (done % self.epochs == 0 or done == epochs))
 
     def _keep(self, underway: Underway, epoch: int, step: int, due: bool) -> None:
-        if due or self._asked or self._ending is not None:
+        wanted, ending = processes.largest([due or self._asked, self._ending or 0])
+        if wanted or ending:
             self._asked = False
             self.write(underway.state(epoch, step))
             self._written = time.monotonic()
-        if self._ending is not None:
-            raise Interrupted(self._ending)
+        if ending:
+            raise Interrupted(ending)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -85,7 +92,7 @@ class Keeping:
             return
         if number == signal.SIGUSR1:
             self._asked = True
-        elif self._stepping and self._ending is None:
+        elif self._stepping and (self._ending is None or processes.count() > 1):
             self._ending = number
         else:
             raise Interrupted(number)

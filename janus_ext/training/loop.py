@@ -2,6 +2,9 @@
 
 Every random number derives from (seed, task, epoch, purpose), never from what ran before: a task learned in a new
 process, from what the last one left, gives the same bits as one learned at once.
+
+Several processes share the images of every batch and of every pass. Once a step they add up the gradients of their
+shares, which is the gradient of the whole batch; what follows, rectification first, is the same in all of them.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from janus_ext import processes
 from janus_ext.config.parts import TRAINED_HEADS
 from janus_ext.errors import StatisticsError, TrainingError
 from janus_ext.methods.base import Step, Task
 from janus_ext.runs.metrics import hits
 from janus_ext.training.keeping import Keeping
 from janus_ext.training.optimization import make_optimizer, schedule
+from janus_ext.training.parallel import add_up_gradients, align
 from janus_ext.training.underway import Underway
 
 if TYPE_CHECKING:
@@ -78,11 +83,14 @@ class Learner:
                 without a repeatable form fails.
         """
         with naming_task(len(self.sizes)), compiling(), repeatable():
-            return self._learn(self._task(images, classes), images, progress, record, keeping or Keeping())
+            report = self._learn(self._task(images, classes), images, progress, record, keeping or Keeping())
+            align(self)
+            return report
 
     def _learn(self, task: Task, images: Selection, progress: Progress, record: Record, keeping: Keeping) -> TaskReport:
         torch.manual_seed(derive_seed(self.seed, task.index, -1, "factors and head"))
         self.method.begin_task(task)
+        align(self)
         trained = self.method.trainable() if task.learns else []
         optimizer = make_optimizer(self.config, trained, list(self.model.heads[-1].parameters()))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
@@ -120,15 +128,17 @@ class Learner:
         share = schedule(self.config, epoch)
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak"]
-        torch.manual_seed(derive_seed(self.seed, task.index, epoch, "model"))
+        own = f" of process {processes.rank()}" if processes.rank() else ""
+        torch.manual_seed(derive_seed(self.seed, task.index, epoch, f"model{own}"))
         if task.learns:
             self.method.begin_epoch(is_last=epoch == self.config.epochs - 1)
         progress.begin_epoch(task.index, epoch)
         if start is not None and start.position[1]:
             underway.restore_epoch(start)
         for batch, labels in self._training_batches(images, task.index, epoch, progress.step):
-            step = self._step(batch, labels - task.first, optimizer, scaler)
-            progress.add(step.loss, step.correct, len(batch))
+            size = min(self.config.batch_size, len(images) - progress.step * self.config.batch_size)
+            step = self._step(batch, labels - task.first, size, optimizer, scaler)
+            progress.add(step.loss, step.correct, size)
             keeping.step_done(underway, epoch, progress.step)
         progress.read()
         if scaler.get_scale() < 1:  # 1 without a scaler; halved at every step that was left out
@@ -142,19 +152,25 @@ class Learner:
         return {"task": task.index, "epoch": epoch, **values, "seconds": progress.seconds}
 
     def _step(
-        self, images: Tensor, targets: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+        self,
+        images: Tensor,
+        targets: Tensor,
+        size: int,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
     ) -> Step:
-        """forward, backward, unscale, rectify, clip, step.
+        """forward, backward, sum over the processes, unscale, rectify, clip, step; ``size`` images are in the batch.
 
         Gradients that float16 did not hold are rectified and clipped like others; then the scaler leaves the step out.
         """
         optimizer.zero_grad(set_to_none=True)
-        step = self._forward_backward(images, targets, scaler)
+        step = self._forward_backward(images, targets, size, scaler)
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        add_up_gradients(trained)
         scaler.unscale_(optimizer)
         if self.method.learns:
             self.method.after_backward()
         if self.config.clip_norm is not None:
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         scaler.step(optimizer)
         scaler.update()
@@ -162,15 +178,18 @@ class Learner:
             self.method.after_step()
         return step
 
-    def _forward_backward(self, images: Tensor, targets: Tensor, scaler: torch.amp.GradScaler) -> Step:
-        """Adds up the gradients of the batch's mean loss, piece after piece; all pieces but the last are one size."""
-        size = -(-self.config.batch_size // self.config.accumulate)
-        loss, correct = 0.0, 0
-        for piece, labels in zip(images.split(size), targets.split(size), strict=True):
-            step = self.method.loss(piece, labels)
-            share = step.loss * (len(piece) / len(images))
-            scaler.scale(share).backward()
-            loss, correct = loss + share.detach(), correct + step.correct
+    def _forward_backward(self, images: Tensor, targets: Tensor, size: int, scaler: torch.amp.GradScaler) -> Step:
+        """Adds up the gradients of this process's part in the mean loss of a batch of ``size`` images, piece after
+        piece; all pieces but the last are one size.
+        """
+        piece_size = -(-self.config.batch_size // (self.config.accumulate * processes.count()))
+        loss, correct = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
+        for piece, labels in zip(images.split(piece_size), targets.split(piece_size), strict=True):
+            if len(piece):  # the last batch may have fewer images than there are processes
+                step = self.method.loss(piece, labels)
+                share = step.loss * (len(piece) / size)
+                scaler.scale(share).backward()
+                loss, correct = loss + share.detach(), correct + step.correct
         return Step(loss, correct)
 
     def observe(self, images: Selection, labelled: bool = False) -> None:
@@ -183,7 +202,8 @@ class Learner:
             StatisticsError: a layer's inputs are zero or not finite; nothing is protected.
         """
         latest = max(0, len(self.sizes) - 1)
-        clean = replace(self._task(images, 0), index=latest, augmented_batches=lambda: self.clean_batches(images))
+        task = self._task(images, 0)
+        clean = replace(task, index=latest, augmented_batches=task.clean_batches)
         if self.method.remembers or not labelled:
             self.method.observe(clean)
         if labelled:
@@ -199,15 +219,13 @@ class Learner:
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
         """Within it, whatever ends in an error or an interrupt leaves the learner as it was."""
-        moving = ("heads.", *(f"backbone.{name}." for name in self.method.layers))  # the rest is frozen: no copy
-        model, method = self.state()
-        model = {name: tensor.clone() if name.startswith(moving) else tensor for name, tensor in model.items()}
-        sizes, states = self.sizes, (model, {name: tensor.clone() for name, tensor in method.items()})
+        moving, method = ({name: tensor.clone() for name, tensor in part.items()} for part in self.moving())
+        sizes, model = self.sizes, self.model.state_dict() | moving
         try:
             yield
         except BaseException:
             self.method.abandon_task()
-            self.restore(sizes, *states)
+            self.restore(sizes, model, method)
             raise
 
     @torch.no_grad()
@@ -220,12 +238,12 @@ class Learner:
         self.model.eval()
         totals = {name: torch.zeros(3, dtype=torch.int64, device=self.device) for name in decisions}
         with compiling(), repeatable():
-            for batch, labels in self.clean_batches(images):
+            for batch, labels in self.clean_batches(images.part(processes.part)):
                 features = self.model.features(batch)
                 for name, decision in decisions.items():
                     totals[name] += hits(decision.scores(features), labels, *span)
         self.model.train()
-        return {name: total.tolist() for name, total in totals.items()}
+        return {name: processes.add_up(total).tolist() for name, total in totals.items()}
 
     def decisions(self) -> dict[str, Decision]:
         """The configuration's head, and beside it all heads that are fitted at no cost to what the method knows."""
@@ -253,6 +271,12 @@ class Learner:
         """The tensors of the model, and those that the method keeps beside it, between two tasks."""
         return self.model.state_dict(), self.method.state_dict()
 
+    def moving(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What of `state` a task moves; all else of the model is frozen."""
+        moving = ("heads.", *(f"backbone.{name}." for name in self.method.layers))
+        model, method = self.state()
+        return {name: tensor for name, tensor in model.items() if name.startswith(moving)}, method
+
     def restore(self, sizes: list[int], model: dict[str, Tensor], method: dict[str, Tensor]) -> None:
         """Takes up behind tasks of ``sizes`` classes what `state` gave; an error of torch's where it does not fit."""
         del self.model.heads[len(sizes) :]
@@ -262,7 +286,8 @@ class Learner:
         self.method.load_state_dict(method)
 
     def _task(self, images: Selection, classes: int) -> Task:
-        index = len(self.sizes)
+        index, own = len(self.sizes), images.part(processes.part)
+        probed = images.spread(PROBE).part(processes.part)
         return Task(
             index=index,
             total=self.planned,
@@ -272,15 +297,17 @@ class Learner:
             head_seed=derive_seed(self.seed, -1, -1, "heads"),
             learns=self.learns(index),
             epochs=self.epochs(index),
-            clean_batches=lambda: self.clean_batches(images),
-            probe_batches=lambda: self.clean_batches(images.spread(PROBE)),
+            clean_batches=lambda: self.clean_batches(own),
+            probe_batches=lambda: self.clean_batches(probed),
             augmented_batches=lambda: self._training_batches(images, index, self.config.epochs),
         )
 
     def _training_batches(self, images: Selection, task: int, epoch: int, skip: int = 0) -> Batches:
-        """The task's images in random order, augmented; epochs beyond the last one serve the method's statistics."""
+        """The task's images in random order, augmented, of each batch the share of this process; epochs beyond the last
+        one serve the method's statistics.
+        """
         seed = derive_seed(self.seed, task, epoch, "data")
-        return self._to_device(images.shuffled(self.config.batch_size, seed, skip))
+        return self._to_device(images.shuffled(self.config.batch_size, seed, skip, processes.part))
 
     def _to_device(self, batches: Batches) -> Batches:
         for images, labels in batches:

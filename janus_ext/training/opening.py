@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from janus_ext import processes
 from janus_ext.backbone.places import coverage
 from janus_ext.devices import available_cores, device_name
 from janus_ext.runs.metrics import measured_on
@@ -38,8 +39,10 @@ def adapted(method: Method) -> str:
 
 
 def _device(learner: Learner) -> str:
-    device = f"{learner.device} ({device_name(learner.device)})"
-    return f"{device}, {PRECISIONS[learner.config.amp]}, {_threads(torch.get_num_threads(), available_cores())}"
+    device, others = f"{learner.device} ({device_name(learner.device)})", processes.on_this_machine()[1]
+    threads = _threads(torch.get_num_threads(), max(1, available_cores() // others))
+    together = "" if processes.count() == 1 else f", in each of {processes.count()} processes"
+    return f"{device}, {PRECISIONS[learner.config.amp]}, {threads}{together}"
 
 
 def _threads(threads: int, cores: int) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from janus_ext import processes
 from janus_ext.errors import TrainingError
 
 LOG = logging.getLogger("janus_ext")
@@ -21,15 +22,17 @@ READ_EVERY = 20  # steps between two reads of the loss: each read waits for the 
 
 
 def make_bar(steps: int, done: int) -> tqdm:
-    """The progress bar of a whole run; none where the standard error is no terminal."""
-    return tqdm(total=steps, initial=done, bar_format=BAR, disable=None, dynamic_ncols=True)
+    """The progress bar of a whole run; none where the standard error is no terminal, and in one process alone."""
+    quiet = None if processes.is_first() else True
+    return tqdm(total=steps, initial=done, bar_format=BAR, disable=quiet, dynamic_ncols=True)
 
 
 @dataclass
 class Progress:
     """The progress bar of a whole run of ``tasks`` with ``epochs`` each, and the losses not yet read from the device.
 
-    Where the bar or the log does not go to a terminal, every epoch is logged.
+    Where the bar or the log does not go to a terminal, every epoch is logged. Losses are of all processes that train
+    together.
     """
 
     bar: tqdm
@@ -57,7 +60,9 @@ class Progress:
             )
 
     def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
-        """Notes a step; reads the device every READ_EVERY steps."""
+        """Notes a step: the batch's mean loss and how many of its ``images`` are right, or this process's shares of
+        both; reads the device every READ_EVERY steps.
+        """
         self.pending.append((self.step, loss.detach(), correct, images))
         self.step += 1
         if len(self.pending) >= READ_EVERY:
@@ -69,7 +74,8 @@ class Progress:
             return
         steps, losses, correct, images = zip(*self.pending, strict=True)
         self.pending = []
-        values = torch.stack([torch.stack(losses).double(), torch.stack(correct).double()]).tolist()
+        values = torch.stack([torch.stack(losses).double(), torch.stack(correct).double()])
+        values = processes.add_up(values).tolist()
         for step, value in zip(steps, values[0], strict=True):
             if not math.isfinite(value):
                 raise TrainingError(

@@ -7,10 +7,11 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from janus_ext import processes
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.methods.base import TaskReport
 from janus_ext.runs import metrics
-from janus_ext.runs.checkpoint import make_folder, to_json
+from janus_ext.runs.checkpoint import to_json
 from janus_ext.training import events
 from janus_ext.training.keeping import Keeping
 from janus_ext.training.progress import Progress, make_bar
@@ -88,9 +89,12 @@ class Trainer:
             )
         if results["split_sha256"] != self.benchmark.split_sha256:
             raise CheckpointError(f"{folder} holds a run on other image files, or with another order of classes")
-        others = [name for name, version in result_versions().items() if results["versions"].get(name) != version]
+        begun = {"processes": 1} | results["versions"]  # which runs of earlier versions have not counted
+        others = [name for name, version in result_versions().items() if begun.get(name) != version]
         if others:
-            LOG.warning("begun with other versions or threads (%s): bits may differ from now on", ", ".join(others))
+            LOG.warning(
+                "begun with other versions, threads or processes (%s): bits may differ from now on", ", ".join(others)
+            )
         self.matrix, self.known, self.recognised = (results[name] for name in MATRICES)
         measured = {name: of["accuracy_matrix"] for name, of in results["heads"].items()}
         self.heads = measured or {self.config.head: self.matrix[:]}  # an earlier version measured no other
@@ -99,9 +103,10 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Learns every task that is left, evaluating after each; returns what ``results.json`` holds."""
-        make_folder(self.run_on_disk.checkpoints)
+        self.run_on_disk.prepare()
         done, total = len(self.matrix), len(self.benchmark.tasks)
-        scalars = self.run_on_disk.folder / "tensorboard" if self.config.tensorboard else None
+        wanted = self.config.tensorboard and processes.is_first()
+        scalars = self.run_on_disk.folder / "tensorboard" if wanted else None
         bar = make_bar(self.step_count(total), self.step_count(done) + self._steps_within())
         epochs = self._epochs_before(done) + self._epochs_within()
         with bar, events.writing(scalars, epochs) as write, self.keeping.listening():

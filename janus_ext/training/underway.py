@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from janus_ext import processes
 from janus_ext.errors import CheckpointError
 from janus_ext.named_tensors import below, prefixed
 
@@ -58,14 +59,15 @@ class Underway:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def state(self, epoch: int, step: int) -> State:
-        """Where the task stands, after ``step`` steps of ``epoch``."""
+        """Where the task stands, after ``step`` steps of ``epoch``; of several processes, what the first is to keep."""
         self.progress.read()
         slots = self.optimizer.state_dict()["state"]
         tensors = {f"parameters.{i}": p.detach() for i, p in enumerate(self.parameters)}
         for index, slot in slots.items():
             tensors |= prefixed(f"optimizer.{index}", {k: v for k, v in slot.items() if isinstance(v, Tensor)})
         tensors |= prefixed("method", self.method.state_within_task())
-        tensors |= prefixed("random", _random_states(self.device))
+        for number, random in enumerate(processes.gathered(_random_states(self.device))):
+            tensors |= prefixed(_random(number), random)
         about = {"epoch": epoch, "step": step, "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
         return State(tensors, about)
 
@@ -93,11 +95,16 @@ class Underway:
         self.method.load_state_within_task(below("method", state.tensors))
 
     def restore_epoch(self, state: State) -> None:
-        """The random numbers that the model draws next, and the losses of the epoch so far; errors likewise."""
+        """The random numbers that the model draws next, and the losses of the epoch so far; errors likewise.
+
+        A process that was not there when the state was kept goes on with those it has.
+        """
         with _fitting():
-            torch.set_rng_state(state.tensors["random.cpu"])
-            if self.device.type == "cuda":
-                torch.cuda.set_rng_state(state.tensors["random.cuda"], self.device)
+            random = below(_random(processes.rank()), state.tensors)
+            if random or processes.is_first():
+                torch.set_rng_state(random["cpu"])
+            if self.device.type == "cuda" and (random or processes.is_first()):
+                torch.cuda.set_rng_state(random["cuda"], self.device)
             self.progress.load_state(state.about["progress"])
 
 
@@ -109,6 +116,11 @@ def _fitting() -> Iterator[None]:
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"what was kept within the task does not fit this run: {reason}") from error
+
+
+def _random(process: int) -> str:
+    """Under what name the random states of a process are kept."""
+    return "random" if process == 0 else f"random-{process}"
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:

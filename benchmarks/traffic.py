@@ -1,0 +1,147 @@
+"""What processes that train together send each other: a model of bytes and seconds, and a run of two that counts them.
+
+    python benchmarks/traffic.py measure     # two processes on this machine, counted, beside what the model says
+    python benchmarks/traffic.py plan        # the model for a ViT-B/16 on 8, 64 and 1024 GPUs
+
+Bytes are what one process hands over to torch.distributed. Status 1 where the count is not what the model says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+RANKS = 2
+CALL = "--tasks 4 --limit-per-class 3 --epochs 2 --amp off --no-plots --margin-weight 0".split()
+KINDS = ("gradients", "statistics", "features")
+PROBED = 256  # images whose features are compared before and behind a task
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a task of janus sends: its model, and how much of everything there is."""
+
+    layers: int  # that observe an input
+    width: int  # n, of their inputs, and of a feature
+    trained: int  # numbers in the factors
+    classes: int  # of a task
+    images: int
+    batch: int
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * math.ceil(self.images / self.batch)
+
+    def sent(self) -> dict[str, int]:
+        """Bytes a task by kind: gradients every step; Gram matrices once and behind every epoch; features of all."""
+        head = self.classes * (self.width + 1)
+        features = self.images + 2 * min(PROBED, self.images)
+        return {
+            "gradients": 4 * self.steps * (self.trained + head),
+            "statistics": 4 * self.layers * self.width**2 * (1 + self.epochs),
+            "features": 4 * self.width * features,
+        }
+
+
+# the count ------------------------------------------------------------------------------------------------------------
+def kind_of(name: str, tensor: torch.Tensor) -> str:
+    """What a transfer is for: gradients are one vector, statistics matrices, features rows that are gathered."""
+    if tensor.dtype != torch.float32:
+        return "agreement"
+    if name == "all_gather":
+        return "features"
+    return {1: "gradients", 2: "statistics"}.get(tensor.ndim, "agreement")
+
+
+def counting(name: str, send: Callable[..., Any], counts: Counter[str]) -> Callable[..., Any]:
+    """``send``, with the bytes of its tensor added up."""
+
+    def counted(first: Any, *rest: Any, **options: Any) -> Any:
+        tensor = rest[0] if name == "all_gather" else first
+        kind = kind_of(name, tensor)
+        counts[kind] += tensor.nbytes * (RANKS if name == "all_gather" else 1)
+        counts[f"{kind}, transfers"] += 1
+        return send(first, *rest, **options)
+
+    return counted
+
+
+def train_and_count(rank: int, folder: str) -> None:
+    """One of the two processes; the first writes down what it sent."""
+    from janus_ext.train import main
+
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    counts: Counter[str] = Counter()
+    for name in ("all_reduce", "reduce", "all_gather"):
+        setattr(dist, name, counting(name, getattr(dist, name), counts))
+    if main([*CALL, "--output", f"{folder}/run"]):
+        raise SystemExit("the run failed")
+    if rank == 0:
+        Path(folder, "counts.json").write_text(json.dumps(counts))
+    dist.destroy_process_group()
+
+
+def measure() -> int:
+    """The table of the count beside the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(train_and_count, args=(folder,), nprocs=RANKS)
+        counts = json.loads(Path(folder, "counts.json").read_text())
+    shape = Shape(layers=6, width=192, trained=36_864, classes=50, images=150, batch=32, epochs=2)
+    wanted = {kind: 4 * size for kind, size in shape.sent().items()}
+    print("| sent by a process in four tasks | model, bytes | counted, bytes | transfers |\n|---|---|---|---|")
+    for kind in KINDS:
+        print(f"| {kind} | {wanted[kind]:,} | {counts[kind]:,} | {counts[f'{kind}, transfers']:,} |")
+    print(f"| to agree | – | {counts['agreement']:,} | {counts['agreement, transfers']:,} |")
+    return int(any(wanted[kind] != counts[kind] for kind in KINDS))
+
+
+# the model for machines that we do not have ---------------------------------------------------------------------------
+WIDTH, LAYERS, FACTORS = 768, 12, 12 * 2 * 10 * (768 + 768)  # of a ViT-B/16 with rank 10 on K and V
+PLANS = {
+    "DomainNet": (Shape(LAYERS, WIDTH, FACTORS, 69, 82_000, 128, 5), 5),
+    "ImageNet-21k": (Shape(LAYERS, WIDTH, FACTORS, 109, 71_000, 1024, 5), 200),
+}
+GPUS = (8, 64, 1024)
+COMPUTED = 4000  # images a second that a GPU trains: assumed
+DECODED = 250  # images a second that a core decodes
+CORES = 16  # for each GPU
+BANDWIDTH, LATENCY = 25e9, 20e-6  # bytes a second between machines, and seconds a transfer: assumed
+
+
+def seconds(size: float, transfers: float, gpus: int) -> float:
+    """Of transfers of so many bytes in all: a ring moves 2 (P - 1) / P of each, in log2(P) waits."""
+    return 2 * (gpus - 1) / gpus * size / BANDWIDTH + transfers * LATENCY * math.log2(gpus)
+
+
+def plan() -> int:
+    """What a task takes, by what it waits for."""
+    print("| | GPUs | images a step and GPU | to compute, s | to decode, s | to send, s | MB sent |\n" + "|---" * 7 + "|")
+    for name, (shape, tasks) in PLANS.items():
+        for gpus in GPUS:
+            busy = min(gpus, shape.batch)  # more have no image to compute
+            sent, passes = shape.sent(), shape.images * (shape.epochs + 1)
+            waits = seconds(sum(sent.values()), shape.steps + 2 * LAYERS, gpus)
+            row = f"| {name}, one of {tasks} tasks | {gpus} | {shape.batch / gpus:g} | {passes / busy / COMPUTED:.1f} "
+            row += f"| {passes / busy / DECODED / CORES:.1f} | {waits:.2f} | {sum(sent.values()) / 1e6:,.0f} |"
+            print(row)
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["measure", "plan"])
+    sys.exit({"measure": measure, "plan": plan}[parser.parse_args().action]())

@@ -1,0 +1,112 @@
+"""`torchrun -m janus_ext.train`: one run, written by one process, that ends in a line wherever one of them ends.
+
+docs/method.md, property 5.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import trees
+
+ERRORS = "janus_ext.train: "
+SMALL = ["--epochs", "2", "--batch-size", "7", "--no-plots", "--amp", "off", "--workers", "0", "--rank", "4"]
+
+
+def call(weights: Path, tree: Path, folder: Path, *flags: str, processes: int = 2) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    benchmark = ["--benchmark", "folder", "--backbone", "emoji", "--weights", str(weights), "--data-dir", str(tree)]
+    train = ["-m", "janus_ext.train", *benchmark, "--tasks", "2", "--output", str(folder), *SMALL, *flags]
+    return [sys.executable, *launcher, *train]
+
+
+def said(stderr: str) -> list[str]:
+    """The lines of ours; torchrun adds a report of its own."""
+    return [line.partition(ERRORS)[2] for line in stderr.splitlines() if ERRORS in line]
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tree") / "photos"
+    trees.sides(folder, 4, 6, 4)
+    return folder
+
+
+def begun(arguments: list[str], folder: Path) -> subprocess.Popen:
+    """A run that has kept its first state."""
+    run = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kept, deadline = folder / "checkpoints" / "within.safetensors", time.monotonic() + 120
+    while not kept.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert kept.exists(), run.communicate()
+    return run
+
+
+def workers_of(run: subprocess.Popen) -> list[int]:
+    children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    return [pid for pid in children if b"janus_ext.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on(tree, weights, tmp_path) -> None:
+    """Within seconds, and with another number of processes than before."""
+    folder = tmp_path / "run"
+    run = begun(call(weights, tree, folder, "--epochs", "300"), folder)
+    workers = workers_of(run)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, stderr = run.communicate(timeout=60)
+    assert time.monotonic() - killed < 30 and run.returncode != 0
+    assert len(said(stderr)) == 1, stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    alone = call(weights, tree, folder, "--resume", "--epochs", "300", processes=1)
+    resumed = subprocess.Popen(alone, stdout=subprocess.PIPE, text=True)
+    assert any("and within the next: epochs done" in line for line in iter(resumed.stdout.readline, ""))
+    resumed.kill()
+    resumed.communicate()
+
+
+def test_two_processes_make_one_run(tree, weights, tmp_path) -> None:
+    folder = tmp_path / "run"
+    run = subprocess.run(call(weights, tree, folder), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("run folder: ") == run.stdout.count("ACC by head") == 1
+    assert "in each of 2 processes" in run.stdout
+    found = results(folder)
+    assert len(found["accuracy_matrix"]) == 2 and found["versions"]["processes"] == 2
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+    other = subprocess.run(call(weights, tree, folder, "--lr", "0.5", "--resume"), capture_output=True, text=True)
+    assert other.returncode != 0 and len(said(other.stderr)) == 1
+    assert said(other.stderr)[0].startswith(f"{folder} holds a run with other settings: --lr")
+
+
+def test_an_image_that_one_process_cannot_read_ends_all(weights, tmp_path) -> None:
+    """Of the second task, damaged while the first is learned."""
+    tree, folder = tmp_path / "photos", tmp_path / "run"
+    trees.sides(tree, 4, 6, 4)
+    run = begun(call(weights, tree, folder, "--epochs", "20"), folder)
+    image = sorted(path for path in (tree / "train").rglob("*.*") if path.is_file())[-1]
+    image.write_bytes(image.read_bytes()[:60])
+    _, stderr = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert len(said(stderr)) == 1 and said(stderr)[0].startswith(f"{image} cannot be read"), stderr
+    assert "Traceback" not in stderr.partition("torch/distributed")[0]
+
+
+def test_what_all_refuse_is_said_once(weights, tmp_path) -> None:
+    run = subprocess.run(call(weights, Path("nowhere"), tmp_path / "run"), capture_output=True, text=True)
+    assert run.returncode != 0
+    assert len(said(run.stderr)) == 1 and said(run.stderr)[0].startswith("--data-dir nowhere does not exist"), (
+        run.stderr
+    )

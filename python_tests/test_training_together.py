@@ -1,0 +1,263 @@
+"""Processes that train together are one: two of them learn what one learns from the same batches.
+
+docs/method.md, property 5.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trees
+from conftest import make_trainer, relative_error, subspace, weights_of, without_time
+from learners import learner_of, state_of
+from torch import Tensor
+
+from janus_ext import ArgumentError, processes
+from janus_ext.data.benchmark import Benchmark
+from janus_ext.errors import Interrupted
+from janus_ext.methods import METHODS
+from janus_ext.methods.janus import Janus
+from janus_ext.training import keeping as keeping_module
+from janus_ext.training.loop import Learner
+from janus_ext.training.trainer import Trainer
+
+RANKS = 2
+CASES: dict[str, dict[str, Any]] = {
+    "janus": {},
+    "janus, isvd": {"estimator": "isvd"},  # exact: of the full rank
+    "janus, in the backward": {"rectify": "tangent"},
+    "janus, clipped, recomputed": {"clip_norm": 0.1, "checkpointing": True},
+    "janus, fp16": {"amp": "fp16"},
+    "janus, lda, drift, guard": {"head": "lda", "drift": "ridge", "drift_budget": 0.05},
+    "janus, ridge of random features": {"head": "ridge", "head_width": 40, "learn": "first"},
+    "janus, aligned": {"head": "aligned"},
+    "lora": {"method": "lora"},
+    "lora-gpm": {"method": "lora-gpm"},
+    "inflora": {"method": "inflora"},
+    "lora-drs": {"method": "lora-drs", "energy_start": 0.6, "energy_end": 0.6},
+    # Of its coefficients some have no effect: Adam would make steps of what rounding leaves of their gradients.
+    "bilora": {"method": "bilora", "frequencies": 20, "optimizer": "sgd", "lr": 100.0},
+    "joint": {"method": "joint"},
+}
+# The triplets of lora-drs lie within what a process has, as within a piece of a batch.
+ALONE: dict[str, dict[str, Any]] = {"lora-drs": {"accumulate": RANKS}}
+Outcome = dict[str, Any]
+
+
+def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
+    return (images.int() + torch.randint(9, images.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
+
+
+def trainer_of(benchmark: Benchmark, weights: Path, folder: Path, **changes: Any) -> Trainer:
+    """Batches of 5 of 16 images: of the last one there is an image for the first process alone."""
+    train = benchmark.train.take(torch.arange(len(benchmark.train)))
+    train.augmentation = noisy
+    benchmark = replace(benchmark, train=train)
+    if changes.get("method") == "joint":
+        benchmark = replace(benchmark, tasks=(benchmark.class_order,))
+    return make_trainer(benchmark, weights, folder, batch_size=5, epochs=2, **changes)
+
+
+def outcome_of(trainer: Trainer) -> Outcome:
+    results = without_time(trainer.run())
+    method = {name: tensor.clone() for name, tensor in trainer.learner.method.state_dict().items()}
+    return {"results": results, "weights": weights_of(trainer), "method": method}
+
+
+# what each process does -----------------------------------------------------------------------------------------------
+def cut(benchmark: Benchmark, weights: Path, folder: Path, rank: int) -> Outcome:
+    """The second one alone is asked to end, in the second of the four steps of an epoch; asked again, it goes on."""
+    trainer, steps, take = trainer_of(benchmark, weights, folder), [], Learner._step
+
+    def asked(self: Learner, *args: Any) -> Any:
+        steps.append(None)
+        if rank == 1 and len(steps) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, *args)
+
+    Learner._step, keeping_module.READ_EVERY = asked, 3
+    try:
+        trainer.run()
+    except Interrupted as stop:
+        return {"number": stop.number, "steps": len(steps), "tasks": len(trainer.matrix)}
+    finally:
+        Learner._step, keeping_module.READ_EVERY = take, 20
+    return {"number": None}
+
+
+def taken_up(benchmark: Benchmark, weights: Path, folder: Path) -> Outcome:
+    trainer = trainer_of(benchmark, weights, folder)
+    trainer.restore()
+    return {"position": trainer.keeping.start.position} | outcome_of(trainer)
+
+
+def led_astray(benchmark: Benchmark, weights: Path, folder: Path, rank: int) -> Outcome:
+    """The second process finds other bases, as another processor might."""
+    said, close = [], Janus.close_task
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+
+    def other(self: Janus, task: Any) -> Any:
+        report = close(self, task)
+        if rank == 1:
+            for name, layer in self.layers.items():
+                layer.protect(self.estimators[self.layers.inputs[name]].adopt(layer.basis[:, :-1]))
+        return report
+
+    Janus.close_task = other
+    logging.getLogger("janus_ext").addHandler(handler)
+    try:
+        return outcome_of(trainer_of(benchmark, weights, folder)) | {"said": said}
+    finally:
+        Janus.close_task = close
+        logging.getLogger("janus_ext").removeHandler(handler)
+
+
+def learned(weights: Path, tree: Path, folder: Path, rank: int) -> Outcome:
+    learner = learner_of(weights)
+    first, second = ([trees.wnid(c) for c in pair] for pair in ((0, 1), (2, 3)))
+    learner.learn(tree, first)
+    learner.observe(tree)
+    try:
+        learner.learn(tree, first if rank else second)
+        refused = "nothing"
+    except ArgumentError as error:
+        refused = str(error)
+    learner.learn(tree, second)
+    learner.save(folder)
+    return {"refused": refused, "state": state_of(learner), "predicted": learner.predict(tree)}
+
+
+def work(rank: int, folder: Path, benchmark: Benchmark, weights: Path, tree: Path) -> None:
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", RANKS)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    outcome = {case: outcome_of(trainer_of(benchmark, weights, folder / case, **CASES[case])) for case in CASES}
+    outcome["cut"] = cut(benchmark, weights, folder / "cut", rank)
+    outcome["copied"] = processes.from_first(lambda: copied(folder / "cut", folder / "cut for one"))
+    outcome["taken up"] = taken_up(benchmark, weights, folder / "cut")
+    outcome["led astray"] = led_astray(benchmark, weights, folder / "led astray", rank)
+    outcome["learned"] = learned(weights, tree, folder / "learner", rank)
+    torch.save(outcome, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def copied(folder: Path, other: Path) -> None:
+    import shutil
+
+    shutil.copytree(folder, other)
+
+
+# what comes of it -----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tree")
+    trees.folders(folder, 4, 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, patterns: Benchmark, weights: Path, tree: Path) -> Path:
+    """Where the two processes have left what they have to say."""
+    folder: Path = tmp_path_factory.mktemp("together")
+    torch.multiprocessing.spawn(work, args=(folder, patterns, weights, tree), nprocs=RANKS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> Callable[[str], list[Outcome]]:
+    outcomes = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return lambda matter: [outcome[matter] for outcome in outcomes]
+
+
+def assert_as_one(together: Outcome, alone: Outcome, rounding: float = 1e-3) -> None:
+    """At most one test image a task apart; projectors to 1e-4, and weights as near as the steps' rounding leaves."""
+    tasks = alone["results"]["test_sizes"]
+    for name in ("accuracy_matrix", "accuracy_matrix_task_known"):
+        for found, wanted in zip(together["results"][name], alone["results"][name], strict=True):
+            assert all(abs(f - w) <= 100 / n + 1e-9 for f, w, n in zip(found, wanted, tasks, strict=False))
+    for name, wanted in alone["method"].items():
+        found = together["method"][name]
+        if name.endswith(".basis"):
+            assert float((subspace(found) - subspace(wanted)).abs().max()) < rounding / 10, name
+    for name, wanted in alone["weights"].items():
+        if not name.endswith(".basis"):  # whose signs are arbitrary
+            assert relative_error(together["weights"][name], wanted) < rounding, name
+
+
+def assert_same(one: Outcome, other: Outcome) -> None:
+    assert one["results"] == other["results"]
+    for part in ("weights", "method"):
+        assert one[part].keys() == other[part].keys()
+        assert all(torch.equal(tensor, other[part][name]) for name, tensor in one[part].items())
+
+
+def test_every_method_is_a_case() -> None:
+    assert {changes.get("method", "janus") for changes in CASES.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_learn_what_one_learns(both, patterns, weights, tmp_path, case) -> None:
+    one, other = both(case)
+    assert_same(one, other)
+    assert one["results"]["versions"]["processes"] == RANKS
+    alone = outcome_of(trainer_of(patterns, weights, tmp_path / "run", **CASES[case] | ALONE.get(case, {})))
+    assert_as_one(one, alone, rounding=1e-2 if "fp16" in case else 1e-3)
+    assert one["results"]["acc"] > 100 / 6
+
+
+def test_the_first_one_writes_the_run(both, folder, patterns, weights) -> None:
+    trainer = trainer_of(patterns, weights, folder / "janus")
+    trainer.restore()
+    assert trainer.matrix == both("janus")[0]["results"]["accuracy_matrix"]
+    assert len(trainer.run_on_disk.epochs()) == 6
+    assert not list((folder / "janus").rglob("*.tmp"))
+
+
+def test_asked_alone_one_ends_all_behind_the_same_step(both) -> None:
+    """The tenth step is the second of its epoch; they agree behind the third."""
+    assert both("cut") == [{"number": signal.SIGTERM, "steps": 11, "tasks": 1}] * RANKS
+
+
+def test_a_run_cut_off_is_taken_up_by_two(both) -> None:
+    one, other = both("taken up")
+    assert_same(one, other)
+    assert one["position"] == (0, 3)
+    assert_as_one(one, both("janus")[0])
+
+
+def test_a_run_cut_off_is_taken_up_by_one(both, folder, patterns, weights) -> None:
+    found = taken_up(patterns, weights, folder / "cut for one")
+    assert found["position"] == (0, 3)
+    assert_as_one(found, both("janus")[0])
+
+
+def test_where_bits_differ_all_take_those_of_the_first(both) -> None:
+    one, other = both("led astray")
+    assert_same(one, other)
+    assert_same(one, both("janus")[0])
+    assert [line for line in one["said"] if line.startswith("the processes computed other bits")]
+
+
+def test_a_learner_learns_with_several_processes(both, weights, tree, folder, tmp_path) -> None:
+    one, other = both("learned")
+    assert one["state"].keys() == other["state"].keys() and one["predicted"] == other["predicted"]
+    assert all(torch.equal(tensor, other["state"][name]) for name, tensor in one["state"].items())
+    assert one["refused"] == other["refused"] and one["refused"].startswith("classes must be the same in all processes")
+    alone = learner_of(weights)
+    alone.learn(tree, [trees.wnid(0), trees.wnid(1)])
+    alone.observe(tree)
+    alone.learn(tree, [trees.wnid(2), trees.wnid(3)])
+    wanted = state_of(alone)
+    assert all(relative_error(one["state"][name], wanted[name]) < 1e-3 for name in wanted if "basis" not in name)
+    saved = type(alone).load(folder / "learner", device="cpu")
+    assert all(torch.equal(tensor, one["state"][name]) for name, tensor in state_of(saved).items())
