@@ -123,6 +123,8 @@ def _consent(method: str | type[Method] | None, own: Any) -> None:
 def network_of(settings: Mapping[str, Any], backbone: nn.Module | None = None) -> nn.Module:
     """The network of a run with random weights, as ``config.json`` describes it; ``backbone`` where it does not."""
     network = settings.get("network")
+    if network is not None and not isinstance(network, dict):
+        raise CheckpointError(f"config.json must describe the network by names, got {network!r:.80}")
     if network is not None and backbone is not None:
         made = adopt(backbone)
         kept = {key: network[key] for key in ("name", "options", "cfg")}
@@ -191,6 +193,8 @@ def check_network(core: Learner, wanted: list[float] | None, folder: Path) -> No
     if wanted is None:  # a training run, whose network has a name
         return
     found = torch.tensor(network_probe(core))
+    if not isinstance(wanted, list) or not all(isinstance(number, float) for number in wanted):
+        raise CheckpointError(f"{folder / 'config.json'} must have numbers as probe")
     if len(wanted) != len(found) or not float((found - torch.tensor(wanted)).norm()) <= 1e-2 * float(found.norm()):
         raise CheckpointError(f"the network that {folder} was saved with computed something else than this one")
 

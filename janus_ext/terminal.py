@@ -18,6 +18,7 @@ from typing import ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from janus_ext.data.names import visible
 from janus_ext.errors import CheckpointError, Interrupted, JanusError
 
 LOG = logging.getLogger("janus_ext")
@@ -76,7 +77,7 @@ def command(name: str, interrupted: str = "interrupted") -> Callable[[Callable[P
             except BrokenPipeError:  # no error of ours: see until_closed
                 raise
             except (JanusError, OSError) as error:  # the system's own errors name the file and what is wrong with it
-                print(f"{name}: {error}", file=sys.stderr)
+                print(visible(f"{name}: {error}"), file=sys.stderr)
                 return 2
             except KeyboardInterrupt as stop:
                 print(f"\n{name}: {interrupted}", file=sys.stderr)

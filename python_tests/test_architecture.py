@@ -21,7 +21,7 @@ ALLOWED = {
     "processes": set(),
     "versions": set(),
     "devices": set(),
-    "terminal": set(),
+    "terminal": {"data.names"},
     "ops": {"_native", "ops", "rectification", "reference"},
     "protection": {"ops"},
     "statistics": {"ops"},
@@ -101,7 +101,7 @@ ALLOWED = {
         "runs",
         "training",
     },
-    "reports": {"arguments", "config", "reports", "runs"},
+    "reports": {"arguments", "config", "data.names", "reports", "runs"},
     "training": {
         "training",
         "backbone.places",

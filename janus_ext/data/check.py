@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from janus_ext.data.images import Files
 from janus_ext.data.listing import Listing, Problem, files_below
-from janus_ext.data.names import ENDINGS, is_image, printable, to_bytes
+from janus_ext.data.names import ENDINGS, is_image, on_one_line, printable, to_bytes
 from janus_ext.devices import available_cores
 from janus_ext.errors import CheckpointError, DataError
 from janus_ext.runs.checkpoint import make_folder, read_tensors, write_tensors
@@ -47,7 +47,8 @@ def report(listing: Listing) -> None:
     problems = [*listing.problems, *examine(Files(listing.root, listing.upright), names, afresh=True)]
     unlisted = find_unlisted(listing, names)
     for problem in (*problems, *unlisted):
-        print(f"{problem.kind:<14}  {problem.where}" + (f"  ({problem.detail})" if problem.detail else ""))
+        detail = f"  ({problem.detail})" if problem.detail else ""
+        print(on_one_line(f"{problem.kind:<14}  {problem.where}{detail}"))
     print(format_counts(listing))
     for advice in advise(listing, problems, unlisted):
         print(advice)

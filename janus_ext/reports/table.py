@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from janus_ext.data.names import visible
 from janus_ext.runs.metrics import mean_and_std, measured_on, trajectory
 
 Results = dict[str, Any]
@@ -45,7 +46,7 @@ def format_table(results: Results, width: int | None = None) -> str:
         "",
         *_headlines(results, width),
     ]
-    return "\n".join(lines)
+    return visible("\n".join(lines))
 
 
 def format_summary(runs: Sequence[Results], width: int | None = None) -> str:
@@ -56,7 +57,7 @@ def format_summary(runs: Sequence[Results], width: int | None = None) -> str:
     by_head = [f"{name} {_mean_std(of['acc'])}" for name, of in summary["heads"].items()]
     cells = [*_flow(cells, width), *(_flow(["ACC by head:", *by_head], width) if len(by_head) > 1 else [])]
     heading = f"{len(runs)} seeds, on {measured(runs[0])}, mean +- standard deviation:"
-    return "\n".join([heading, *cells])
+    return visible("\n".join([heading, *cells]))
 
 
 def summarize_runs(runs: Sequence[Results]) -> Results:

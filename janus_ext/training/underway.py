@@ -32,6 +32,8 @@ class State(NamedTuple):
         """CheckpointError unless it is of a task with so many epochs of so many steps, and tells the time."""
         with _fitting():
             epoch, step = self.position
+            if type(epoch) is not int or type(step) is not int:
+                raise TypeError(f"epoch and step must be whole numbers, got {epoch!r:.40} and {step!r:.40}")
             within = 0 <= epoch < epochs and 0 <= step <= steps or (epoch, step) == (epochs, 0)
             if not within or not self.about["seconds"] >= 0:
                 raise ValueError(f"it is behind epoch {epoch} and step {step}, of {epochs} epochs of {steps} steps")
@@ -86,6 +88,8 @@ class Underway:
         for name, tensor in below("optimizer", state.tensors).items():
             index, _, key = name.partition(".")
             slots.setdefault(int(index), {})[key] = tensor
+            if tensor.shape not in ((), self.parameters[int(index)].shape):
+                raise ValueError(f"optimizer.{name} has the shape {list(tensor.shape)}")
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if self.scaler.is_enabled():
