@@ -104,6 +104,7 @@ ALLOWED = {
     "reports": {"arguments", "config", "data.names", "reports", "runs"},
     "training": {
         "training",
+        "arguments",
         "backbone.places",
         "config",
         "data.benchmark",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,9 +107,12 @@ def stat_files(root: Path, names: Sequence[str]) -> tuple[Tensor, list[Problem]]
             problems.append(Problem("missing", name, getattr(error, "strerror", None) or ""))
             fingerprints.append(0)
             continue
-        if status.st_size == 0:
+        if not stat.S_ISREG(status.st_mode):
+            problems.append(Problem("unreadable", name, "it is no file"))
+        elif status.st_size == 0:
             problems.append(Problem("empty", name, "0 bytes"))
-        fingerprints.append(_fingerprint(name, status) if status.st_size else 0)
+        sound = stat.S_ISREG(status.st_mode) and status.st_size
+        fingerprints.append(_fingerprint(name, status) if sound else 0)
     return torch.tensor(fingerprints, dtype=torch.int64), problems
 
 

@@ -75,7 +75,7 @@ def subfolders(folder: Path) -> list[str]:
     """Sorted names of the folders in ``folder``, without clutter (which editors, notebooks and archives leave)."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((e.name for e in entries if e.is_dir() and not is_clutter(e.name)), key=to_bytes)
+            return sorted((e.name for e in entries if os.path.isdir(e) and not is_clutter(e.name)), key=to_bytes)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
 

@@ -13,10 +13,14 @@ from collections.abc import Iterable
 
 from PIL import features
 
+AVIF = "avif" in features.modules and features.check("avif")  # not in every build of Pillow
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # torchvision's
     *(".jpe", ".jfif", ".gif", ".apng", ".dib", ".pbm", ".pnm", ".jp2", ".j2k", ".tga"),
-    *((".avif",) if "avif" in features.modules and features.check("avif") else ()),  # not in every build of Pillow
+    *((".avif",) if AVIF else ()),
+)
+FORMATS = (  # of Pillow's, by their contents, whatever the ending: none that calls another program, as EPS would
+    *("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF", "JPEG2000", *(("AVIF",) if AVIF else ()), "TGA"),
 )
 OTHER_SUFFIXES = (
     *(".avif", ".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".ico", ".eps", ".exr", ".hdr"),

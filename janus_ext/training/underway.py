@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from janus_ext.errors import CheckpointError
+from janus_ext.errors import CheckpointError, TrainingError
 from janus_ext.named_tensors import below, prefixed
 
 if TYPE_CHECKING:
@@ -60,7 +60,11 @@ class Underway:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def state(self, epoch: int, step: int) -> State:
-        """Where the task stands, after ``step`` steps of ``epoch``."""
+        """Where the task stands, after ``step`` steps of ``epoch``.
+
+        Raises:
+            TrainingError: a loss, a parameter, a moment or a statistic is not finite: nobody could go on with that.
+        """
         self.progress.read()
         slots = self.optimizer.state_dict()["state"]
         tensors = {f"parameters.{i}": p.detach() for i, p in enumerate(self.parameters)}
@@ -68,8 +72,24 @@ class Underway:
             tensors |= prefixed(f"optimizer.{index}", {k: v for k, v in slot.items() if isinstance(v, Tensor)})
         tensors |= prefixed("method", self.method.state_within_task())
         tensors |= prefixed("random", _random_states(self.device))
+        self._require_finite(tensors, epoch, step)
         about = {"epoch": epoch, "step": step, "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
         return State(tensors, about)
+
+    def require_finite(self, epoch: int) -> None:
+        """TrainingError where the steps of ``epoch`` left a parameter that is not finite: no loss tells of the last."""
+        self._require_finite({f"parameters.{i}": p.detach() for i, p in enumerate(self.parameters)}, epoch + 1, 0)
+
+    def _require_finite(self, tensors: dict[str, Tensor], epoch: int, step: int) -> None:
+        broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+        if broken:
+            names = {id(parameter): name for name, parameter in self.method.model.named_parameters()}
+            kind, _, index = broken[0].partition(".")
+            what = names[id(self.parameters[int(index)])] if kind == "parameters" else broken[0]
+            raise TrainingError(
+                f"{what} is not finite in task {self.progress.task + 1}, behind epoch {epoch} and step {step} of the "
+                "next; a smaller --lr, --clip-norm 1 or --amp off may help"
+            )
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
