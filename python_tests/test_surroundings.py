@@ -75,22 +75,16 @@ def test_shared_memory_that_is_full(images, weights, tmp_path, wanted):
     words = call(images, weights, tmp_path / "run", "--workers", "2", "--no-plots")
     done = of_a_process(words, prefix=mount, env=os.environ | ALONE)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert "too little for --workers 2" in done.stdout + done.stderr
+    assert "/dev/shm is full: this process reads" in done.stdout
     assert results_of(tmp_path / "run") == wanted
 
 
-@pytest.mark.parametrize("files", [16, 64])
-def test_few_files_may_be_open(images, weights, tmp_path, wanted, files):
-    limit = (
-        f"import resource; import torch, timm, janus_ext; resource.setrlimit(resource.RLIMIT_NOFILE, ({files},) * 2)"
-    )
+def test_few_files_may_be_open(images, weights, tmp_path, wanted):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
     words = call(images, weights, tmp_path / "run", "--workers", "2", "--no-plots")
     done = of_a_process(words, limit, env=os.environ | ALONE)
-    assert "Traceback" not in done.stderr, done.stderr
-    if done.returncode:
-        assert files == 16 and done.returncode == 2 and "Too many open files" in done.stderr
-    else:
-        assert results_of(tmp_path / "run") == wanted
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert results_of(tmp_path / "run") == wanted
 
 
 def test_one_core_and_an_environment_with_nothing_in_it(images, weights, tmp_path, wanted):
@@ -103,7 +97,7 @@ def test_one_core_and_an_environment_with_nothing_in_it(images, weights, tmp_pat
 
 def test_a_checkout_and_a_cache_that_are_read_only(images, weights, tmp_path, wanted):
     """For the super-user, too: a mount for the one, permissions without his privilege for the other."""
-    script = f'mount --bind "{ROOT}" "{ROOT}" && mount -o remount,ro,bind "{ROOT}" && exec "$0" "$@"'
+    script = f'mount --bind "{ROOT}" "{ROOT}" && mount -o remount,ro,bind "{ROOT}" && cd "{ROOT}" && exec "$0" "$@"'
     mount = ("unshare", "-m", "sh", "-c", script)
     plain = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
     require(*mount, *plain, "true")
@@ -113,10 +107,10 @@ def test_a_checkout_and_a_cache_that_are_read_only(images, weights, tmp_path, wa
     )
     first = f"from janus_ext.train import main; print(main({in_checkout!r}))"
     environment = os.environ | ALONE | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = of_a_process(elsewhere, first, (*mount, *plain), env=environment, cwd=ROOT)
+    done = of_a_process(elsewhere, first, (*mount, *plain), env=environment)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "2\n" in done.stdout and "Read-only file system" in done.stderr
-    assert "choose another folder with --output" in done.stderr
+    assert "choose another folder with --output" in done.stderr, done.stderr
     assert (
         "Permission denied" in done.stdout + done.stderr and "will check the images again" in done.stdout + done.stderr
     )
@@ -124,13 +118,13 @@ def test_a_checkout_and_a_cache_that_are_read_only(images, weights, tmp_path, wa
 
 
 # this process ---------------------------------------------------------------------------------------------------------
-def test_a_file_system_without_locks(images, weights, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks(images, weights, tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(run_folder.fcntl, "flock", refuse)
     assert train.main(call(images, weights, tmp_path / "run", "--workers", "0", "--no-plots")) == 0
-    assert "cannot be locked" in capsys.readouterr().out
+    assert "cannot be locked" in caplog.text
     assert train.main(call(images, weights, tmp_path / "run", "--workers", "0", "--no-plots", "--resume")) == 0
 
 

@@ -26,6 +26,7 @@ from janus_ext.errors import ArgumentError, CheckpointError
 
 SHA256 = "janus_ext_sha256"  # of a file of tensors, in its metadata; of a JSON file, beside its other values
 OWN = {"config.json", "checkpoints"}  # what is replaced in a folder even where the new one has none
+MOST_BYTES = 230  # of a name, to which others are appended; 255 is the end of it
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's
 
 NUMBERS = re.compile(r"\[\n( *)([-+.\w,\s]+?)\n *\]")  # a list of numbers, indented; no JSON text holds a line feed
@@ -213,7 +214,7 @@ def make_folder(path: Path) -> Path:
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a file beside ``path``, flushes it to the disk and moves it over ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
         write(temporary)
@@ -225,6 +226,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder, of this process; shortened where a file system would not take it."""
+    name = path.name
+    if len(os.fsencode(name)) > MOST_BYTES:
+        name = os.fsencode(name)[:MOST_BYTES].decode("utf-8", "ignore")
+    return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -264,7 +273,7 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
         CheckpointError: it cannot be written.
     """
     place = check_replaceable(folder)
-    made = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    made = _beside(place)
     shutil.rmtree(made, ignore_errors=True)  # of a process that was killed and had the same number
     try:
         make_folder(made)
