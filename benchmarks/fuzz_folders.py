@@ -11,6 +11,8 @@ give other results, but must not do anything else. Status 1 where something did.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import random
 import shutil
 import sys
@@ -113,8 +115,7 @@ def cases(root: Path, flips: int, others: int, forged: int, seed: int) -> Iterat
 
 def alter(root: Path, work: Path, case: Case) -> str:
     """A copy of the case's run in ``work``, altered; returns what was done."""
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(root / case.run, work)
+    _copy(root / case.run, work)
     path, rng = work / case.file, random.Random(f"{case}")
     if case.kind == "forged":
         return forge(path, rng)
@@ -141,6 +142,9 @@ def fuzz(root: Path, flips: int, others: int, forged: int, seed: int = 0) -> tup
     """How often commands refused and gave the same or, of what was forged, others; and every fault in a line."""
     make_runs(root)
     work, tally, faults = root / "work", Counter(), []
+    with contextlib.redirect_stdout(io.StringIO()):
+        _copy(root / "finished", work)
+        outcomes(root, work, "finished")  # imports here what every forked process would import
     wanted = {run: _unaltered(root, work, run) for run in ACTIONS}
     for case in cases(root, flips, others, forged, seed):
         how = alter(root, work, case)
@@ -158,9 +162,13 @@ def fuzz(root: Path, flips: int, others: int, forged: int, seed: int = 0) -> tup
 
 
 def _unaltered(root: Path, work: Path, run: str) -> dict[str, Outcome]:
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.copytree(root / run, work)
+    _copy(root / run, work)
     return in_child(lambda: outcomes(root, work, run))
+
+
+def _copy(folder: Path, work: Path) -> None:
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(folder, work)
 
 
 def main() -> None:

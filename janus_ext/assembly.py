@@ -123,8 +123,9 @@ def _consent(method: str | type[Method] | None, own: Any) -> None:
 def network_of(settings: Mapping[str, Any], backbone: nn.Module | None = None) -> nn.Module:
     """The network of a run with random weights, as ``config.json`` describes it; ``backbone`` where it does not."""
     network = settings.get("network")
-    if network is not None and not isinstance(network, dict):
-        raise CheckpointError(f"config.json must describe the network by names, got {network!r:.80}")
+    wanted = {"name", "options", "cfg", "mean", "std", "size"}
+    if network is not None and not (isinstance(network, dict) and wanted <= network.keys()):
+        raise CheckpointError(f"config.json must describe the network by {', '.join(sorted(wanted))}")
     if network is not None and backbone is not None:
         made = adopt(backbone)
         kept = {key: network[key] for key in ("name", "options", "cfg")}
@@ -174,7 +175,9 @@ def stored_numbers(settings: Mapping[str, Any]) -> tuple[int, int]:
     seeds, tasks = settings.get("seed"), settings.get("tasks")
     fits = isinstance(seeds, list) and len(seeds) == 1 and isinstance(tasks, int) and tasks >= 1
     if not fits or not isinstance(seeds[0], int) or seeds[0] < 0:
-        raise CheckpointError(f"config.json must have one seed and a number of tasks, got {seeds!r} and {tasks!r}")
+        raise CheckpointError(
+            f"config.json must have one seed and a number of tasks, got {seeds!r:.80} and {tasks!r:.80}"
+        )
     return seeds[0], tasks
 
 

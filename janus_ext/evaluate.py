@@ -21,6 +21,7 @@ from janus_ext.errors import ArgumentError, DataError
 from janus_ext.learner import ContinualLearner
 from janus_ext.plugins import typed
 from janus_ext.reports.evaluation import Evaluation
+from janus_ext.runs.folder import require_within
 from janus_ext.runs.run import Run
 from janus_ext.terminal import command
 
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Scores the run, prints a table and writes the files; returns what they hold."""
     run = Run.open(config.run)
+    if config.output is None:
+        require_within(run.folder)
     learner = ContinualLearner.load(config.run, config.device, head=config.head, method=typed(config.method))
     with naming_lost_workers():
         found = (
