@@ -17,7 +17,7 @@ from janus_ext.data import load_benchmark
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.layout import find_parts
 from janus_ext.data.workers import naming_lost_workers
-from janus_ext.errors import ArgumentError, DataError
+from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.learner import ContinualLearner
 from janus_ext.plugins import typed
 from janus_ext.reports.evaluation import Evaluation
@@ -112,6 +112,8 @@ def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config
 def _split_sha256(benchmark: Benchmark, settings: Mapping[str, Any]) -> str:
     """Fingerprint of the benchmark as a run with these settings took it, with images held out or not."""
     share = settings.get("validation")
+    if share is not None and not (isinstance(share, float) and 0 < share < 1):
+        raise CheckpointError(f"validation in config.json must lie between 0 and 1, got {share!r:.40}")
     return (benchmark if share is None else benchmark.with_validation(share, settings["seed"][0])).split_sha256
 
 

@@ -95,7 +95,8 @@ def take_results(run: Run, benchmark: Benchmark) -> table.Results:
     results = run.results()
     if results.get("split_sha256") != benchmark.split_sha256:
         raise CheckpointError(f"{run.folder}/results.json holds no results of these images in this order of classes")
-    if reason := fault(results):
+    missing = [key for key in table.NEEDED if key not in results]
+    if reason := fault(results) or (f"it lacks {', '.join(missing)}" if missing else None):
         raise CheckpointError(f"{run.folder}/results.json: {reason}")
     print(f"{run.folder} has finished before: its results are taken")
     return results

@@ -62,7 +62,7 @@ def _read_lists(root: Path) -> Listing:
         where, label, side = f"image id {number}", labels.get(number), sides.get(number)
         if side not in splits:
             register.refuse(where, f"{LISTS[2]} must say {TRAINING} (training) or {TEST} of it, got {side!r:.80}")
-        elif sample := register.add(where, path, class_id(label or "")):
+        elif sample := register.add(where, path, class_id(label) if label else label):
             splits[side].append(sample)
     classes = register.class_names(f"--data-dir: the lists of {root}")
     images = root / IMAGES

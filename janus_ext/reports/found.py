@@ -150,6 +150,7 @@ def _heads(value: Any, tasks: int) -> bool:
     return isinstance(value, dict) and all(
         isinstance(of, dict)
         and _triangle(of.get("accuracy_matrix"), tasks)
+        and _number(of.get("acc"))
         and all(_maybe(number) for key, number in of.items() if key != "accuracy_matrix")
         for of in value.values()
     )

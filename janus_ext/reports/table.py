@@ -20,6 +20,10 @@ HEADLINES = {
     "forgetting": "forgetting",
     "plasticity": "plasticity",
 }
+NEEDED = (  # by the table, beside what every page needs
+    *("violation", "violation_per_layer", "basis_rank", "danger", "seconds"),
+    *("acc_sample_weighted", "maa_sample_weighted"),
+)
 NUMBERS = (*HEADLINES, "acc_sample_weighted", "maa_sample_weighted")  # what results.json has one of
 TRAJECTORIES = {"task known": "accuracy_matrix_task_known", "recognised": "task_recognition_matrix"}
 ROUNDED = "~ at the rounding of the weights: of the update itself it is less, or nothing"
