@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from janus_ext.runs.checkpoint import read_tensors
+from janus_ext.runs.checkpoint import read_json, read_tensors
 
 MOVING = ("seconds", "versions")
 
@@ -29,7 +29,7 @@ def differences(folder: Path, other: Path) -> list[str]:
 
 def kept(folder: Path) -> dict[str, Any]:
     """What a run leaves that another one must repeat, by the names of the files."""
-    results = json.loads((folder / "results.json").read_text())
+    results = read_json(folder / "results.json")
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tensors = {path.name: read_tensors(path)[0] for path in (folder / "checkpoints").iterdir()}
     timeless = [{key: value for key, value in row.items() if key not in MOVING} for row in (results, *epochs)]

@@ -129,7 +129,9 @@ def seconds(size: float, transfers: float, gpus: int) -> float:
 
 def plan() -> int:
     """What a task takes, by what it waits for."""
-    print("| | GPUs | images a step and GPU | to compute, s | to decode, s | to send, s | MB sent |\n" + "|---" * 7 + "|")
+    print(
+        "| | GPUs | images a step and GPU | to compute, s | to decode, s | to send, s | MB sent |\n" + "|---" * 7 + "|"
+    )
     for name, (shape, tasks) in PLANS.items():
         for gpus in GPUS:
             busy = min(gpus, shape.batch)  # more have no image to compute

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from janus_ext.errors import ArgumentError
 
+MOST_BITS = 256
+
 
 def check_number(name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> None:
     """A real number for which `fits` holds; NaN is for `fits` to refuse, truth values are no numbers."""
@@ -35,6 +37,8 @@ def shown(value: Any) -> str:
     """A value for a message of one line: itself where it is short for sure, else its type."""
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        return f"an integer of {value.bit_length():,} bits"  # Python refuses to write out the longest
     if value is None or isinstance(value, (bool, int, str)):
         return repr(value)
     return f"an object of type {type(value).__name__}"

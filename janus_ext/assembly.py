@@ -125,6 +125,9 @@ def _consent(method: str | type[Method] | None, own: Any) -> None:
 def network_of(settings: Mapping[str, Any], backbone: nn.Module | None = None) -> nn.Module:
     """The network of a run with random weights, as ``config.json`` describes it; ``backbone`` where it does not."""
     network = settings.get("network")
+    wanted = {"name", "options", "cfg", "mean", "std", "size"}
+    if network is not None and not (isinstance(network, dict) and wanted <= network.keys()):
+        raise CheckpointError(f"config.json must describe the network by {', '.join(sorted(wanted))}")
     if network is not None and backbone is not None:
         made = adopt(backbone)
         kept = {key: network[key] for key in ("name", "options", "cfg")}
@@ -174,7 +177,9 @@ def stored_numbers(settings: Mapping[str, Any]) -> tuple[int, int]:
     seeds, tasks = settings.get("seed"), settings.get("tasks")
     fits = isinstance(seeds, list) and len(seeds) == 1 and isinstance(tasks, int) and tasks >= 1
     if not fits or not isinstance(seeds[0], int) or seeds[0] < 0:
-        raise CheckpointError(f"config.json must have one seed and a number of tasks, got {seeds!r} and {tasks!r}")
+        raise CheckpointError(
+            f"config.json must have one seed and a number of tasks, got {seeds!r:.80} and {tasks!r:.80}"
+        )
     return seeds[0], tasks
 
 
@@ -193,6 +198,8 @@ def check_network(core: Learner, wanted: list[float] | None, folder: Path) -> No
     if wanted is None:  # a training run, whose network has a name
         return
     found = torch.tensor(network_probe(core))
+    if not isinstance(wanted, list) or not all(isinstance(number, float) for number in wanted):
+        raise CheckpointError(f"{folder / 'config.json'} must have numbers as probe")
     if len(wanted) != len(found) or not float((found - torch.tensor(wanted)).norm()) <= 1e-2 * float(found.norm()):
         raise CheckpointError(f"the network that {folder} was saved with computed something else than this one")
 

@@ -17,10 +17,11 @@ from janus_ext.data import load_benchmark
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.layout import find_parts
 from janus_ext.data.workers import naming_lost_workers
-from janus_ext.errors import ArgumentError, DataError
+from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.learner import ContinualLearner
 from janus_ext.plugins import typed
 from janus_ext.reports.evaluation import Evaluation
+from janus_ext.runs.folder import require_within
 from janus_ext.runs.run import Run
 from janus_ext.terminal import command
 
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Scores the run, prints a table and writes the files; returns what they hold."""
     run = Run.open(config.run)
+    if config.output is None:
+        require_within(run.folder)
     learner = ContinualLearner.load(config.run, config.device, head=config.head, method=typed(config.method))
     with naming_lost_workers():
         found = (
@@ -109,6 +112,8 @@ def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config
 def _split_sha256(benchmark: Benchmark, settings: Mapping[str, Any]) -> str:
     """Fingerprint of the benchmark as a run with these settings took it, with images held out or not."""
     share = settings.get("validation")
+    if share is not None and not (isinstance(share, float) and 0 < share < 1):
+        raise CheckpointError(f"validation in config.json must lie between 0 and 1, got {share!r:.40}")
     return (benchmark if share is None else benchmark.with_validation(share, settings["seed"][0])).split_sha256
 
 

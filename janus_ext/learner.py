@@ -342,7 +342,8 @@ class ContinualLearner:
             check_network(learner._core, settings.get("probe"), run.folder)
             if head is not None:
                 learner._core.method.decision()
-        learner._past = Past.of(run, settings, saved, config.head)
+        with run.fitting():
+            learner._past = Past.of(run, settings, saved, config.head)
         learner._core.model.eval()
         return learner
 
@@ -375,10 +376,10 @@ class ContinualLearner:
     def _write(self, folder: Path) -> None:
         run, core = Run(folder), self._core
         about = {"method": self.config.method, "scale": str(self.config.scale)}
+        run.write_settings(self._settings() | {"benchmark": None, "probe": network_probe(core)})
         for task, factors in enumerate(self._past.factors):
             run.write_factors(task, factors, about | {"task": str(task)})
         run.write_task(len(self._past.tasks) - 1, core.state(), about, self._past.tasks)
-        run.write_settings(self._settings() | {"benchmark": None, "probe": network_probe(core)})
 
     # details ----------------------------------------------------------------------------------------------------------
     def _at_work(self) -> AbstractContextManager[None]:

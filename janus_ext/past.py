@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from janus_ext.data.images import View
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from janus_ext.runs.run import Run, Saved
 
 LOG = logging.getLogger("janus_ext")
 WHOLE = ("emoji", "cifar100")  # benchmarks whose images are shown whole; of runs that have not stored it
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+MOST_MARGIN = 8
 
 
 @dataclass
@@ -53,12 +55,20 @@ class Past:
                 "%s has finished %d of %d tasks and knows %d of %d classes; --resume goes on with it",
                 *(run.folder, done, planned, known, all_of_them),
             )
+        margin = settings.get("view_margin", 1.0 if benchmark in WHOLE else View().margin)
+        if not isinstance(margin, (int, float)) or not 0 < margin <= MOST_MARGIN:
+            raise CheckpointError(
+                f"view_margin in config.json must lie between 0 and {MOST_MARGIN}, got {margin!r:.40}"
+            )
+        interpolation = settings.get("view_interpolation", View().interpolation)
+        if interpolation not in INTERPOLATIONS:
+            raise CheckpointError(f"view_interpolation in config.json must be one of {', '.join(INTERPOLATIONS)}")
         return cls(
             tasks=list(saved.tasks),
             factors=[_without_bases(run.factors(task)) for task in range(len(saved.tasks))],
             benchmark=benchmark,
-            interpolation=settings.get("view_interpolation", View().interpolation),
-            margin=settings.get("view_margin", 1.0 if benchmark in WHOLE else View().margin),
+            interpolation=interpolation,
+            margin=margin,
             own_backbone=settings.get("own_backbone", False),
             unprotected=settings.get("unprotected", False),
             results=_measured_by(head, json.loads(saved.about.get("results", "null")), settings["head"]),

@@ -71,7 +71,7 @@ def predict(config: PredictConfig) -> int:
     paths = find_images(config.images)
     good, problems = readable(paths)
     for problem in problems:
-        print(f"janus_ext.predict: {on_one_line(str(problem))}", file=sys.stderr)
+        print(f"janus_ext.predict: {problem}", file=sys.stderr)
         if config.json:
             print(json.dumps({"image": problem.where, "error": f"{problem.kind}: {problem.detail}".rstrip(": ")}))
     width = max((len(on_one_line(path)) for path in good), default=0)

@@ -19,6 +19,7 @@ from typing import ParamSpec, TextIO, TypeVar
 from tqdm import tqdm
 
 from janus_ext import processes
+from janus_ext.data.names import visible
 from janus_ext.errors import CheckpointError, Interrupted, JanusError
 
 LOG = logging.getLogger("janus_ext")
@@ -78,7 +79,7 @@ def command(name: str, interrupted: str = "interrupted") -> Callable[[Callable[P
                 raise
             except (JanusError, OSError) as error:  # the system's own errors name the file and what is wrong with it
                 if processes.first_to_fail():
-                    print(f"{name}: {error}", file=sys.stderr, flush=True)
+                    print(visible(f"{name}: {error}"), file=sys.stderr, flush=True)
                 return 2
             except KeyboardInterrupt as stop:
                 if processes.first_to_fail():

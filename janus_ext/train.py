@@ -24,6 +24,7 @@ from janus_ext.data.workers import naming_lost_workers
 from janus_ext.devices import deterministic, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.reports import plots, table
+from janus_ext.reports.found import fault
 from janus_ext.runs.checkpoint import write_json
 from janus_ext.runs.folder import check_same_seeds, choose_folder
 from janus_ext.runs.metrics import measured_on
@@ -118,8 +119,11 @@ def run_seed(config: TrainConfig, folder: Path) -> table.Results:
 def take_results(run: Run, benchmark: Benchmark) -> table.Results:
     """The results of a run that has finished; CheckpointError when they are damaged, or of other images."""
     results = run.results()
-    if results.get("split_sha256") != benchmark.split_sha256 or "accuracy_matrix" not in results:
+    if results.get("split_sha256") != benchmark.split_sha256:
         raise CheckpointError(f"{run.folder}/results.json holds no results of these images in this order of classes")
+    missing = [key for key in table.NEEDED if key not in results]
+    if reason := fault(results) or (f"it lacks {', '.join(missing)}" if missing else None):
+        raise CheckpointError(f"{run.folder}/results.json: {reason}")
     print(f"{run.folder} has finished before: its results are taken")
     return results
 

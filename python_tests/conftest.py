@@ -206,7 +206,8 @@ def task_of(trainer: Trainer, index: int) -> Task:
 
 
 def without_time(results: dict) -> dict:
-    return {key: value for key, value in results.items() if key != "seconds"}
+    """Without the seconds, and the SHA-256 of a file that has them."""
+    return {key: value for key, value in results.items() if key not in ("seconds", checkpoint.SHA256)}
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:

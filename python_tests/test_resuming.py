@@ -324,7 +324,7 @@ def test_other_versions_are_said(patterns, weights, tmp_path, monkeypatch, caplo
     now = trainer_module.result_versions()
     monkeypatch.setattr(trainer_module, "result_versions", lambda: now | {"torch": "1.0", "threads": 99})
     make_trainer(patterns, weights, tmp_path / "run").restore()
-    assert "other versions or threads (torch, threads)" in caplog.text
+    assert "other versions, threads or processes (torch, threads)" in caplog.text
 
 
 def test_what_an_earlier_version_measured_goes_on(patterns, weights, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from janus_ext.backbone.torchvision_guard import prepare_torchvision
 from janus_ext.errors import ArgumentError, CheckpointError
 
 DROP_RATES = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
+LARGEST = 16384  # pixels of a side that a file may ask for
 CALLED = ("forward_features", "forward_head", "num_features", "reset_classifier")  # of a backbone, as timm's have them
 
 
@@ -34,10 +36,24 @@ def rebuild(network: dict[str, Any]) -> nn.Module:
     prepare_torchvision()
     try:
         kind = {key: network[key] for key in ("name", "options", "cfg")}
+        _check_input(network["mean"], network["std"], network["size"])
         model = Source("of this run", kind["name"], kind["cfg"], kind["options"]).create()
         return attach(model, network["mean"], network["std"], network["size"], kind)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"no backbone can be made as it is described here: {network} ({error})") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # the models of timm refuse in any way
+        raise CheckpointError(
+            f"no backbone can be made as it is described here: {network!r:.200} ({first_line(error)})"
+        ) from error
+
+
+def _check_input(mean: Any, std: Any, size: Any) -> None:
+    """ValueError unless images can be brought to that."""
+    numbers = [*mean, *std]
+    if len(mean) != 3 or len(std) != 3 or not all(isinstance(n, (int, float)) and isfinite(n) for n in numbers):
+        raise ValueError("mean and std must be three numbers each")
+    if min(std) <= 0 or not isinstance(size, int) or not 1 <= size <= LARGEST:
+        raise ValueError(f"std must be positive, and size from 1 to {LARGEST} pixels")
 
 
 def make_vision_transformer(options: dict[str, Any]) -> nn.Module:

@@ -24,6 +24,10 @@ from janus_ext.runs.checkpoint import read_json
 HUB = ("hf-hub", "hf_hub")  # schemes of its names
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # as timm saves them beside config.json
 LOCATIONS = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
+LOADING = {  # arguments of timm.create_model that make it read or fetch something, or say how
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "pretrained_strict"),
+    *("pretrained_filter_fn", "pretrained_model_args"),
+}
 SIZES = {"ti": "tiny", "t": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge", "g": "giant"}
 SPELLING = re.compile(
     r"(vit|deit|dinov\d)[-_ ]?(tiny|small|base|large|huge|giant|ti|[tsblhg])(?:[-_/ ]?(?:patch)?(\d+))?(?!\w)"
@@ -32,13 +36,32 @@ SPELLING = re.compile(
 
 @dataclass(frozen=True)
 class Source:
-    """A network as timm can make it: the user's name for it, timm's, and what a config.json beside it says."""
+    """A network as timm can make it: the user's name for it, timm's, and what a config.json says of it.
+
+    That file may be a stranger's. So its options describe a network and nothing else: earlier versions of timm would
+    unpickle a file that they name.
+
+    Raises:
+        CheckpointError: they name a file or an address, or the architecture is none of timm's.
+    """
 
     name: str
     architecture: str  # with the tag of its weights where timm has them
     cfg: dict[str, Any] | None = None  # of the weights, where it is not timm's
     options: dict[str, Any] = field(default_factory=dict)
     file: Callable[[tuple[str, ...]], Path] | None = None  # finds the first of some files; None: timm knows where
+
+    def __post_init__(self) -> None:
+        import timm
+
+        if not isinstance(self.architecture, str) or ":" in self.architecture or not timm.is_model(self.architecture):
+            raise CheckpointError(f"--backbone {self.name}: timm has no network {self.architecture!r:.80}")
+        named = sorted((self.options.keys() & LOADING) | ((self.cfg or {}).keys() & LOCATIONS))
+        if named:
+            raise CheckpointError(
+                f"--backbone {self.name}: its description names what is to be loaded ({', '.join(named)}); a network's "
+                "alone is taken"
+            )
 
     def create(self, **options: Any) -> nn.Module:
         """timm's module without a classifier, with weights where the options say so."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from janus_ext.data.images import Files
 from janus_ext.data.listing import Listing, Problem, files_below
-from janus_ext.data.names import ENDINGS, is_image, printable, to_bytes
+from janus_ext.data.names import ENDINGS, is_image, on_one_line, printable, to_bytes
 from janus_ext.devices import available_cores
 from janus_ext.errors import CheckpointError, DataError
 from janus_ext.runs.checkpoint import make_folder, read_tensors, write_tensors
@@ -47,7 +48,8 @@ def report(listing: Listing) -> None:
     problems = [*listing.problems, *examine(Files(listing.root, listing.upright), names, afresh=True)]
     unlisted = find_unlisted(listing, names)
     for problem in (*problems, *unlisted):
-        print(f"{problem.kind:<14}  {problem.where}" + (f"  ({problem.detail})" if problem.detail else ""))
+        detail = f"  ({problem.detail})" if problem.detail else ""
+        print(on_one_line(f"{problem.kind:<14}  {problem.where}{detail}"))
     print(format_counts(listing))
     for advice in advise(listing, problems, unlisted):
         print(advice)
@@ -105,9 +107,12 @@ def stat_files(root: Path, names: Sequence[str]) -> tuple[Tensor, list[Problem]]
             problems.append(Problem("missing", name, getattr(error, "strerror", None) or ""))
             fingerprints.append(0)
             continue
-        if status.st_size == 0:
+        if not stat.S_ISREG(status.st_mode):
+            problems.append(Problem("unreadable", name, "it is no file"))
+        elif status.st_size == 0:
             problems.append(Problem("empty", name, "0 bytes"))
-        fingerprints.append(_fingerprint(name, status) if status.st_size else 0)
+        sound = stat.S_ISREG(status.st_mode) and status.st_size
+        fingerprints.append(_fingerprint(name, status) if sound else 0)
     return torch.tensor(fingerprints, dtype=torch.int64), problems
 
 

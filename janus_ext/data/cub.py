@@ -17,7 +17,7 @@ from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.files import build
 from janus_ext.data.layout import find_parts
 from janus_ext.data.listing import Listing, Sample, subfolders
-from janus_ext.data.lists import Register, read_lines
+from janus_ext.data.lists import Register, class_id, read_lines
 from janus_ext.data.published import Published
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _read_lists(root: Path) -> Listing:
         where, label, side = f"image id {number}", labels.get(number), sides.get(number)
         if side not in splits:
             register.refuse(where, f"{LISTS[2]} must say {TRAINING} (training) or {TEST} of it, got {side!r:.80}")
-        elif sample := register.add(where, path, int(label) if label and label.isdecimal() else label):
+        elif sample := register.add(where, path, class_id(label) if label else label):
             splits[side].append(sample)
     classes = register.class_names(f"--data-dir: the lists of {root}")
     images = root / IMAGES

@@ -23,7 +23,7 @@ from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.files import build
 from janus_ext.data.layout import shorten
 from janus_ext.data.listing import Listing, Problem, Sample, require_root
-from janus_ext.data.lists import Register, read_lines, read_yaml
+from janus_ext.data.lists import Register, class_id, read_lines, read_yaml
 from janus_ext.data.tasks import default_tasks
 
 if TYPE_CHECKING:
@@ -136,9 +136,9 @@ def _read_text(register: Register, root: Path, domain: str, part: str) -> list[S
         where, words = f"{file}:{number}", line.rsplit(None, 1)
         if not words:
             continue
-        if len(words) < 2 or not words[1].isdecimal():
+        if len(words) < 2 or not isinstance(class_id(words[1]), int):
             register.refuse(where, f"wanted <path> <class id>, got {line.strip()[:80]!r}")
-        elif sample := register.add(where, words[0], int(words[1]), within=[domain]):
+        elif sample := register.add(where, words[0], class_id(words[1]), within=[domain]):
             samples.append(sample)
     if not samples:
         register.problems.append(Problem("empty", file, "no line names an image"))

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from janus_ext.backbone import prepare_torchvision
 from janus_ext.data.benchmark import Part, Split, whole
+from janus_ext.data.names import FORMATS
 from janus_ext.data.workers import Workers, sendable
 from janus_ext.devices import available_cores
 from janus_ext.errors import ArgumentError, DataError
@@ -48,7 +49,9 @@ def read_image(path: str | Path, upright: bool = False) -> Image:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, "it is no file")  # a pipe would be waited for
+        with Image.open(path, formats=FORMATS) as image:
             return to_rgb(turned_upright(image) if upright else image)
     except Exception as error:  # Pillow's decoders raise what they meet: OSError, SyntaxError, struct.error, ...
         raise DataError(f"{path} cannot be read: {_reason(path, error)}") from error

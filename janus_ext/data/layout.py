@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from janus_ext.data.listing import subfolders
+from janus_ext.data.names import on_one_line
 from janus_ext.errors import DataError
 
 LOG = logging.getLogger("janus_ext")
@@ -77,4 +78,4 @@ def require_several(root: Path, classes: Sequence[str]) -> None:
 
 def shorten(names: Sequence[str], most: int = 3) -> str:
     """The first ``most`` names, and a sign that there are others."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return ", ".join(map(on_one_line, names[:most])) + (", ..." if len(names) > most else "")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from janus_ext.data.names import ENDINGS, is_clutter, is_image, is_other_image, to_bytes
+from janus_ext.data.names import ENDINGS, is_clutter, is_image, is_other_image, on_one_line, to_bytes
 from janus_ext.errors import DataError
 
 
@@ -27,7 +27,7 @@ class Problem(NamedTuple):
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where} is {self.kind}" + (f": {self.detail}" if self.detail else "")
+        return on_one_line(f"{self.where} is {self.kind}" + (f": {self.detail}" if self.detail else ""))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def subfolders(folder: Path) -> list[str]:
     """Sorted names of the folders in ``folder``, without clutter (which editors, notebooks and archives leave)."""
     try:
         with os.scandir(folder) as entries:
-            return sorted((e.name for e in entries if e.is_dir() and not is_clutter(e.name)), key=to_bytes)
+            return sorted((e.name for e in entries if os.path.isdir(e) and not is_clutter(e.name)), key=to_bytes)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}") from error
 

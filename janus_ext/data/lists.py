@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from janus_ext.arguments import shown
 from janus_ext.data.listing import Problem, Sample
 from janus_ext.data.names import is_possible
 from janus_ext.errors import DataError
@@ -26,7 +27,7 @@ def read_lines(path: Path, argument: str, advice: str = "") -> list[str]:
     ``argument``, which names the file, and ends with ``advice``.
     """
     try:
-        data = path.read_bytes()
+        data = _contents(path)
         text = data.decode("utf-16") if data.startswith(UTF16) else data.decode("utf-8-sig", "surrogateescape")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -34,23 +35,39 @@ def read_lines(path: Path, argument: str, advice: str = "") -> list[str]:
     return re.split(r"\r\n|\r|\n", text)
 
 
+def _contents(path: Path) -> bytes:
+    """OSError for a pipe in a folder, which would be waited for; one of the shell's, ``<(sort names)``, is read."""
+    if path.is_fifo() and path.parts[:2] != ("/", "dev"):
+        raise OSError(0, "it is a pipe, and no file")
+    return path.read_bytes()
+
+
+def class_id(word: str) -> int | str:
+    """The number that a word of a list is, in at most nine digits; the word itself where it is none."""
+    return int(word) if re.fullmatch("[0-9]{1,9}", word) else word
+
+
 def read_yaml(file: Path) -> Iterator[tuple[str, Any, Any]]:
     """(place, path, class id) of each entry of a file with the lists "data" and "targets"; no code in it is run."""
     import yaml
 
     try:
-        with file.open("rb") as stream:
-            table = yaml.load(stream, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        table = yaml.load(_contents(file), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         data, targets = list(table["data"]), list(table["targets"])
     except OSError as error:
         raise DataError(f"--split coda: {file} cannot be read: {error.strerror}; name it with --split-files") from error
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())  # the constructors of dates and numbers raise what they meet
         raise DataError(f"--split coda: {file} is no yaml with the lists 'data' and 'targets': {reason}") from error
     if len(data) != len(targets):
         raise DataError(f"--split coda: {file} has {len(data)} entries in 'data' and {len(targets)} in 'targets'")
     for number, (path, label) in enumerate(zip(data, targets, strict=True), start=1):
         yield f"{file.name}, entry {number}", path, label
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; of a list or table of yaml, which may be endless when it is written out, the type."""
+    return f"{value!r:.80}" if isinstance(value, (str, float)) else shown(value)[:80]
 
 
 @dataclass
@@ -74,10 +91,10 @@ class Register:
         name = self._name(path, within)
         if name is None:
             form = ("/".join(("|".join(within), "<class>", "<file>"))).lstrip("/")
-            return self.refuse(where, f"wanted {form}, got {path!r:.80}")
+            return self.refuse(where, f"wanted {form}, got {_shown(path)}")
         if not isinstance(label, int) or isinstance(label, bool) or label not in self.ids:
             span = f"{self.ids[0]}..{self.ids[-1]}"
-            return self.refuse(where, f"the class id must lie in {span}, got {label!r:.80}")
+            return self.refuse(where, f"the class id must lie in {span}, got {_shown(label)}")
         complaint = self._contradiction(name, label, where)
         return self.refuse(where, complaint) if complaint else Sample(name, label - self.first)
 

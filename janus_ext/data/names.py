@@ -13,10 +13,14 @@ from collections.abc import Iterable
 
 from PIL import features
 
+AVIF = "avif" in features.modules and features.check("avif")  # not in every build of Pillow
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # torchvision's
     *(".jpe", ".jfif", ".gif", ".apng", ".dib", ".pbm", ".pnm", ".jp2", ".j2k", ".tga"),
-    *((".avif",) if "avif" in features.modules and features.check("avif") else ()),  # not in every build of Pillow
+    *((".avif",) if AVIF else ()),
+)
+FORMATS = (  # of Pillow's, by their contents, whatever the ending: none that calls another program, as EPS would
+    *("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF", "JPEG2000", *(("AVIF",) if AVIF else ()), "TGA"),
 )
 OTHER_SUFFIXES = (
     *(".avif", ".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".ico", ".eps", ".exr", ".hdr"),
@@ -27,7 +31,7 @@ CLUTTER = {  # what other systems leave behind, in lower case; beside these, all
     *("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # and what turns the direction of a text
 
 
 def is_image(name: str) -> bool:
@@ -68,6 +72,11 @@ def on_one_line(name: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
 
 
+def visible(text: str) -> str:
+    """A text of one or more lines with all other control characters, which a terminal would obey, as escapes."""
+    return "\n".join(map(on_one_line, text.split("\n")))
+
+
 def similar(name: str, names: Iterable[str]) -> str:
     """The end of a message about a name that is none of ``names``: those it may have meant, or nothing."""
     close = difflib.get_close_matches(name, names)
@@ -75,8 +84,8 @@ def similar(name: str, names: Iterable[str]) -> str:
 
 
 def _log_valid_text(record: logging.LogRecord) -> bool:
-    """Escapes what is no text in a message of ours, so that every handler can write or send it."""
-    message = record.getMessage()
+    """Escapes what is no text in a message of ours, so that every handler can write or send it: in one line."""
+    message = on_one_line(record.getMessage())
     record.msg, record.args = message.encode("utf-8", "backslashreplace").decode(), ()
     return True
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("janus_ext")
 PATIENCE = 600  # seconds without any answer of the workers after which the run ends: longer than any disk thinks
 SHARED_MEMORY = "/dev/shm"
+LOCKS = 4 * 4096  # bytes there that a worker's locks and queues take
 
 
 def sendable(tensor: Tensor) -> Tensor | np.ndarray:
@@ -71,6 +72,10 @@ class Workers:
             DataError: a worker has died, or nothing came for PATIENCE seconds.
             RuntimeError: a later pass has the workers by now.
         """
+        if self._loader is None and free_shared_memory() < LOCKS * (4 + self.count):
+            LOG.warning("%s is full: this process reads the images by itself, which is slower", SHARED_MEMORY)
+            yield from map(self.reader.__getitem__, requests)
+            return
         self._requests.current = requests
         with naming_lost_workers(OSError, EOFError):
             answers = iter(self._lasting_loader(ahead, size))

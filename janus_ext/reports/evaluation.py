@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from janus_ext.data.names import visible
 from janus_ext.reports.confusion import save_confusion
 from janus_ext.reports.table import ELLIPSIS, MOST_ROWS, thinned
 from janus_ext.runs.checkpoint import make_folder, replace_file, write_json
@@ -152,7 +153,7 @@ class Evaluation:
         """
         width = width or shutil.get_terminal_size().columns
         parts = [textwrap.wrap(self.headline(), width), self._task_lines(width), self._class_lines(width)]
-        return "\n\n".join("\n".join(lines) for lines in parts if lines)
+        return visible("\n\n".join("\n".join(lines) for lines in parts if lines))
 
     def _task_lines(self, width: int) -> list[str]:
         if not self.per_task:

@@ -146,6 +146,16 @@ def _per_layer(value: Any, tasks: int) -> bool:
     )
 
 
+def _heads(value: Any, tasks: int) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(of, dict)
+        and _triangle(of.get("accuracy_matrix"), tasks)
+        and _number(of.get("acc"))
+        and all(_maybe(number) for key, number in of.items() if key != "accuracy_matrix")
+        for of in value.values()
+    )
+
+
 def _is(kind: type) -> Callable[[Any, int], bool]:
     return lambda value, tasks: isinstance(value, kind)
 
@@ -158,5 +168,6 @@ SHAPES: dict[str, Callable[[Any, int], bool]] = {
     **dict.fromkeys(("accuracy_matrix", "accuracy_matrix_task_known", "task_recognition_matrix"), _triangle),
     **dict.fromkeys(("violation", "danger", "seconds"), _per_task),
     **dict.fromkeys(("violation_per_layer", "violation_rounding_per_layer", "basis_rank"), _per_layer),
+    "heads": _heads,
     **dict.fromkeys(NUMBERS, lambda value, tasks: _maybe(value)),
 }

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from janus_ext.data.names import visible
 from janus_ext.runs.metrics import mean_and_std, measured_on, trajectory
 
 Results = dict[str, Any]
@@ -19,6 +20,10 @@ HEADLINES = {
     "forgetting": "forgetting",
     "plasticity": "plasticity",
 }
+NEEDED = (  # by the table, beside what every page needs
+    *("violation", "violation_per_layer", "basis_rank", "danger", "seconds"),
+    *("acc_sample_weighted", "maa_sample_weighted"),
+)
 NUMBERS = (*HEADLINES, "acc_sample_weighted", "maa_sample_weighted")  # what results.json has one of
 TRAJECTORIES = {"task known": "accuracy_matrix_task_known", "recognised": "task_recognition_matrix"}
 ROUNDED = "~ at the rounding of the weights: of the update itself it is less, or nothing"
@@ -45,7 +50,7 @@ def format_table(results: Results, width: int | None = None) -> str:
         "",
         *_headlines(results, width),
     ]
-    return "\n".join(lines)
+    return visible("\n".join(lines))
 
 
 def format_summary(runs: Sequence[Results], width: int | None = None) -> str:
@@ -56,7 +61,7 @@ def format_summary(runs: Sequence[Results], width: int | None = None) -> str:
     by_head = [f"{name} {_mean_std(of['acc'])}" for name, of in summary["heads"].items()]
     cells = [*_flow(cells, width), *(_flow(["ACC by head:", *by_head], width) if len(by_head) > 1 else [])]
     heading = f"{len(runs)} seeds, on {measured(runs[0])}, mean +- standard deviation:"
-    return "\n".join([heading, *cells])
+    return visible("\n".join([heading, *cells]))
 
 
 def summarize_runs(runs: Sequence[Results]) -> Results:

@@ -1,7 +1,7 @@
 """Files of a run: every write goes to a temporary file first and is then moved into place, so none is ever half there.
 
 Tensors are safetensors and the rest is JSON (null, never NaN): reading a stranger's run executes no code. A file of
-tensors carries the SHA-256 of what is in it, so that one which was altered is noticed.
+tensors carries the SHA-256 of what is in it, and so does a sealed JSON file, so that one which was altered is noticed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from torch import Tensor
 
 from janus_ext.errors import ArgumentError, CheckpointError
 
-SHA256 = "janus_ext_sha256"  # of a file of tensors, in its metadata
+SHA256 = "janus_ext_sha256"  # of a file of tensors, in its metadata; of a JSON file, beside its other values
 OWN = {"config.json", "checkpoints"}  # what is replaced in a folder even where the new one has none
+MOST_BYTES = 230  # of a name, to which others are appended; 255 is the end of it
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux's
 
 NUMBERS = re.compile(r"\[\n( *)([-+.\w,\s]+?)\n *\]")  # a list of numbers, indented; no JSON text holds a line feed
@@ -43,6 +44,11 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """The same of an object, with the SHA-256 of what it holds: `read_json` compares."""
+    write_json(path, {**value, SHA256: _sha256_of_json(value)})
+
+
 def _in_lines(numbers: re.Match[str]) -> str:
     """A list of numbers on one line, or filled lines where it is longer."""
     indent, text = numbers[1], " ".join(numbers[2].split())
@@ -52,18 +58,39 @@ def _in_lines(numbers: re.Match[str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file of a run; CheckpointError when it is no JSON object, or cannot be read."""
+    """A file of a run; CheckpointError when it is no JSON object, cannot be read, or was altered since its seal."""
+    return read_sealed_json(path)[0]
+
+
+def read_sealed_json(path: Path) -> tuple[dict[str, Any], str]:
+    """The same, and the SHA-256 that it was sealed with, "" where it was not."""
+    require_regular(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path} cannot be read: it holds no object")
+        seal = value.pop(SHA256, None)
+        altered = seal is not None and seal != _sha256_of_json(value)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} cannot be read: it holds no object")
-    return value
+    if altered:
+        raise CheckpointError(f"{path} was altered: its SHA-256 is not the one that it was written with")
+    return value, seal or ""
+
+
+def _sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(to_json(value).encode()).hexdigest()
+
+
+def require_regular(path: Path) -> None:
+    """CheckpointError where there is something that is no file: a pipe would be waited for, for ever."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CheckpointError(f"{path} cannot be read: it is no file")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The lines that `append_json_line` wrote, without a last one that was cut off; none where there is no file."""
+    require_regular(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         values = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -133,6 +160,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    require_regular(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -155,6 +183,7 @@ def _sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
+    require_regular(Path(path))
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -185,8 +214,9 @@ def make_folder(path: Path) -> Path:
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a file beside ``path``, flushes it to the disk and moves it over ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
+        temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -196,6 +226,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder, of this process; shortened where a file system would not take it."""
+    name = path.name
+    if len(os.fsencode(name)) > MOST_BYTES:
+        name = os.fsencode(name)[:MOST_BYTES].decode("utf-8", "ignore")
+    return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -235,7 +273,7 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
         CheckpointError: it cannot be written.
     """
     place = check_replaceable(folder)
-    made = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    made = _beside(place)
     shutil.rmtree(made, ignore_errors=True)  # of a process that was killed and had the same number
     try:
         make_folder(made)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from janus_ext.errors import ArgumentError, CheckpointError
-from janus_ext.runs.checkpoint import check_replaceable, make_folder, read_json, remove, write_json
+from janus_ext.runs.checkpoint import check_replaceable, make_folder, read_json, remove, write_sealed_json
 
 if TYPE_CHECKING:
     from janus_ext.config import TrainConfig
@@ -29,6 +29,8 @@ OURS = (
     "plots/*.png",
     "tensorboard/events.out.*",
 )
+APPENDED = ("metrics.jsonl", "log.txt")
+FILLED = ("checkpoints", "plots", "tensorboard", "evaluation")
 TEMPORARY = "[0-9]*.tmp"  # the end of a name that a file has while it is written: the process, and .tmp
 LEFTOVERS = (f".*.json.{TEMPORARY}", f".metrics.jsonl.{TEMPORARY}", f"*/.*.{TEMPORARY}")
 OTHER = "choose another folder with --output"
@@ -108,6 +110,15 @@ def _require_no_learner(folder: Path) -> None:
         raise ArgumentError(f"{folder} holds a saved learner; {OTHER}")
 
 
+def require_within(folder: Path) -> None:
+    """ArgumentError where what is written to a run's folder would go elsewhere, as in one that a stranger has made."""
+    for path in (folder / name for name in (*APPENDED, *FILLED)):
+        whole = path.is_file() if path.name in APPENDED else path.is_dir()
+        if path.is_symlink() or (path.exists() and not whole):
+            kind = "a link" if path.is_symlink() else "no folder" if path.name in FILLED else "no file"
+            raise ArgumentError(f"{path} is {kind}, and a run writes within its own folder alone; {OTHER}")
+
+
 def check_same_seeds(folder: Path, seeds: tuple[int, ...]) -> None:
     """Raises ArgumentError when the summary in ``folder`` has seeds that ``seeds`` would drop."""
     path = folder / "summary.json"
@@ -133,6 +144,7 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[None
     if strangers and not is_run(folder):
         raise ArgumentError(f"{folder} holds files that are no run of this program; {OTHER}")
     _require_no_learner(folder)
+    require_within(folder)
     with _locked(folder):
         remove(path for glob in LEFTOVERS for path in folder.glob(glob))
         if begin:
@@ -140,7 +152,7 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[None
                 LOG.warning("%s holds an unfinished run: it starts over (--resume would have gone on with it)", folder)
             with naming_output():
                 remove(path for glob in OURS for path in folder.glob(glob))
-                write_json(folder / "config.json", settings)
+                write_sealed_json(folder / "config.json", settings)
         yield
 
 

@@ -19,16 +19,18 @@ from janus_ext.runs.checkpoint import (
     make_folder,
     read_json,
     read_json_lines,
+    read_sealed_json,
     read_tensors,
     remove,
     to_json,
-    write_json,
     write_json_lines,
+    write_sealed_json,
     write_tensors,
 )
 from janus_ext.runs.folder import is_finished, is_run, is_saved_learner, opened
 
 LOG = logging.getLogger("janus_ext")
+CONFIG = "config"  # metadata: the SHA-256 with which the config.json of the run is sealed
 TASKS = "tasks"  # metadata: the names of the classes of every task, in the order of the model's outputs
 
 
@@ -53,7 +55,7 @@ class Run:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.checkpoints = self.folder / "checkpoints"
-        self._behind = ""  # SHA-256 of the model of the last finished task
+        self._model_sha256: str | None = None  # of the last finished task, once there is one
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -122,12 +124,12 @@ class Run:
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Writes ``config.json``."""
-        write_json(self.folder / "config.json", settings)
+        write_sealed_json(self.folder / "config.json", settings)
 
     def write_factors(self, task: int, factors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
         """Writes what a task has added to the weights."""
         make_folder(self.checkpoints)
-        write_tensors(self.factors_path(task), factors, about)
+        write_tensors(self.factors_path(task), factors, {**about, CONFIG: self._seal})
 
     def write_task(
         self,
@@ -144,11 +146,11 @@ class Run:
         """
         make_folder(self.checkpoints)
         model, method = state
-        about = {**about, "task": str(index), TASKS: to_json(tasks)}
+        about = {**about, "task": str(index), TASKS: to_json(tasks), CONFIG: self._seal}
         about["state"] = write_tensors(self._method_path(index), method, about)
         if results is not None:
             about["results"] = to_json(results)
-        self._behind = write_tensors(self._model_path, model, about)
+        self._model_sha256 = write_tensors(self._model_path, model, about)
         self.remove_methods_before(index)
         remove([self._within_path])
 
@@ -159,7 +161,7 @@ class Run:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Writes ``results.json``: the run is finished."""
-        write_json(self.folder / "results.json", results)
+        write_sealed_json(self.folder / "results.json", results)
 
     # what it has kept -------------------------------------------------------------------------------------------------
     def saved(self) -> Saved | None:
@@ -177,12 +179,14 @@ class Run:
         model, about = read_tensors(self._model_path)
         if not about.keys() >= {"task", "state"}:
             raise CheckpointError(f"{self._model_path} lacks results: an earlier version of this program wrote it")
-        self._behind = about.get(SHA256, "")
-        beside = self._method_path(int(about["task"]))
+        self._require_own(about, self._model_path)
+        self._model_sha256 = about.get(SHA256, "")
+        with self.fitting():
+            beside, tasks = self._method_path(int(about["task"])), _task_names(about, model)
         method, of_method = read_tensors(beside)
         if of_method.get(SHA256) != about["state"]:
             raise CheckpointError(f"{beside} does not belong to {self._model_path}")
-        return Saved(model, method, about, tuple(map(tuple, _task_names(about, model))))
+        return Saved(model, method, about, tasks)
 
     def within(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What `write_within` was given of the task behind the one that `saved` gave; None where there is nothing.
@@ -203,8 +207,12 @@ class Run:
             raise CheckpointError(f"{reason}; without that file --resume goes on behind the last task") from error
 
     def factors(self, task: int) -> dict[str, Tensor]:
-        """What a task has added to the weights, as it was before its merge."""
-        return read_tensors(self.factors_path(task))[0]
+        """What a task has added to the weights, as it was before its merge; CheckpointError where it is of another."""
+        tensors, about = read_tensors(self.factors_path(task))
+        self._require_own(about, self.factors_path(task))
+        if about.get("task") != str(task):
+            raise CheckpointError(f"{self.factors_path(task)} is not of task {task}")
+        return tensors
 
     def factors_path(self, index: int) -> Path:
         """The file of a task's factors, as they were before their merge."""
@@ -219,9 +227,24 @@ class Run:
         """Says in one line which file does not fit what takes up its tensors."""
         try:
             yield
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(f"{self._model_path} does not fit this run: {reason[-1].strip()}") from error
+
+    @property
+    def _seal(self) -> str:
+        """The SHA-256 of ``config.json``, "" where there is none, or a version before this one wrote it."""
+        path = self.folder / "config.json"
+        return read_sealed_json(path)[1] if path.exists() else ""
+
+    @property
+    def _behind(self) -> str:
+        """What a state within a task is behind: the model of the task before, or of the first one the settings."""
+        return self._seal if self._model_sha256 is None else self._model_sha256
+
+    def _require_own(self, about: Mapping[str, str], path: Path) -> None:
+        if about.get(CONFIG, self._seal) != self._seal:
+            raise CheckpointError(f"{path} does not belong to {self.folder / 'config.json'}")
 
     @property
     def _model_path(self) -> Path:
@@ -235,10 +258,16 @@ class Run:
         return self.checkpoints / f"method-{index}.safetensors"
 
 
-def _task_names(about: Mapping[str, str], model: Mapping[str, Tensor]) -> list[list[str]]:
-    """The classes' names by task; of runs before that was written, from the order of the classes and the heads."""
-    if TASKS in about:
-        return json.loads(about[TASKS])
+def _task_names(about: Mapping[str, str], model: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
+    """The classes' names by task; an error that `Run.fitting` expects, where there are none."""
+    tasks = json.loads(about[TASKS]) if TASKS in about else _earlier_task_names(about, model)
+    if not all(isinstance(name, str) for task in tasks for name in task) or not all(isinstance(t, list) for t in tasks):
+        raise ValueError(f"{TASKS} must be lists of names")
+    return tuple(map(tuple, tasks))
+
+
+def _earlier_task_names(about: Mapping[str, str], model: Mapping[str, Tensor]) -> list[list[str]]:
+    """Of runs before that was written, from the order of the classes and the heads."""
     results = json.loads(about.get("results", "{}"))
     order = [results["class_names"][c] for c in results["class_order"]]
     sizes = [len(model[f"heads.{task}.weight"]) for task in range(int(about["task"]) + 1)]

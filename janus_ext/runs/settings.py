@@ -86,4 +86,5 @@ def _typed(value: Any) -> str:
     """A setting as one types it."""
     if value is None or value == []:
         return "left out"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if text.isprintable() else repr(text)  # of a stranger's file

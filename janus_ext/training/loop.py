@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext import processes
+from janus_ext.arguments import first_of
 from janus_ext.config.parts import TRAINED_HEADS
 from janus_ext.errors import StatisticsError, TrainingError
 from janus_ext.methods.base import Step, Task
@@ -82,7 +83,7 @@ class Learner:
             TrainingError: the loss, a layer's statistics or the gradients are not finite; torch.compile or a kernel
                 without a repeatable form fails.
         """
-        with naming_task(len(self.sizes)), compiling(), repeatable():
+        with naming_task(len(self.sizes), self.model), compiling(), repeatable():
             report = self._learn(self._task(images, classes), images, progress, record, keeping or Keeping())
             align(self)
             return report
@@ -141,6 +142,7 @@ class Learner:
             progress.add(step.loss, step.correct, size)
             keeping.step_done(underway, epoch, progress.step)
         progress.read()
+        underway.require_finite(epoch)
         if scaler.get_scale() < 1:  # 1 without a scaler; halved at every step that was left out
             raise TrainingError(
                 f"float16 does not hold the gradients of task {task.index + 1}, epoch {epoch + 1}, however small "
@@ -321,12 +323,16 @@ class Learner:
 
 
 @contextmanager
-def naming_task(index: int) -> Iterator[None]:
-    """Says in which task a layer's statistics went bad."""
+def naming_task(index: int, model: nn.Module) -> Iterator[None]:
+    """Says in which task a layer's statistics went bad, and of those and of a loss which weights are bad by then."""
     try:
         yield
-    except StatisticsError as error:
-        raise TrainingError(f"task {index + 1}: {error}") from error
+    except (StatisticsError, TrainingError) as error:
+        message = f"task {index + 1}: {error}" if isinstance(error, StatisticsError) else str(error)
+        first_frozen = sorted(model.named_parameters(), key=lambda named: named[1].requires_grad)  # they infect others
+        broken = [name for name, parameter in first_frozen if not bool(parameter.isfinite().all())]
+        by_then = f"; not finite by then: {first_of(broken)}" if broken and broken[0] not in message else ""
+        raise TrainingError(f"{message}{by_then}") from error
 
 
 @contextmanager

@@ -94,8 +94,11 @@ class Progress:
         return {"step": self.step, "totals": self.totals, "seconds": self.seconds}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on with it."""
-        self.step, self.totals = state["step"], list(state["totals"])
+        """Goes on with it; ValueError or TypeError where it is none."""
+        loss, correct, images = map(float, state["totals"])
+        if type(state["step"]) is not int:
+            raise TypeError(f"step must be a whole number, got {state['step']!r:.40}")
+        self.step, self.totals = state["step"], [loss, correct, images]
         self.started -= state["seconds"]
 
     @property

@@ -67,9 +67,10 @@ class Trainer:
         """
         run, saved = self.run_on_disk, self.run_on_disk.saved()
         if saved is not None:
-            self._restore_results(json.loads(saved.about.get("results", "{}")))
-            sizes = [len(classes) for classes in self.benchmark.tasks[: len(self.matrix)]]
             with run.fitting():
+                self._restore_results(json.loads(saved.about.get("results", "{}")))
+                self.results()  # which says what none of them can be
+                sizes = [len(classes) for classes in self.benchmark.tasks[: len(self.matrix)]]
                 self.learner.restore(sizes, saved.model, saved.method)
         within = run.within()
         self.keeping.start = within and self._checked(State(*within))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext import processes
-from janus_ext.errors import CheckpointError
+from janus_ext.errors import CheckpointError, TrainingError
 from janus_ext.named_tensors import below, prefixed
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class State(NamedTuple):
         """CheckpointError unless it is of a task with so many epochs of so many steps, and tells the time."""
         with _fitting():
             epoch, step = self.position
+            if type(epoch) is not int or type(step) is not int:
+                raise TypeError(f"epoch and step must be whole numbers, got {epoch!r:.40} and {step!r:.40}")
             within = 0 <= epoch < epochs and 0 <= step <= steps or (epoch, step) == (epochs, 0)
             if not within or not self.about["seconds"] >= 0:
                 raise ValueError(f"it is behind epoch {epoch} and step {step}, of {epochs} epochs of {steps} steps")
@@ -59,7 +61,11 @@ class Underway:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def state(self, epoch: int, step: int) -> State:
-        """Where the task stands, after ``step`` steps of ``epoch``; of several processes, what the first is to keep."""
+        """Where the task stands, after ``step`` steps of ``epoch``; of several processes, what the first is to keep.
+
+        Raises:
+            TrainingError: a loss, a parameter, a moment or a statistic is not finite: nobody could go on with that.
+        """
         self.progress.read()
         slots = self.optimizer.state_dict()["state"]
         tensors = {f"parameters.{i}": p.detach() for i, p in enumerate(self.parameters)}
@@ -68,8 +74,24 @@ class Underway:
         tensors |= prefixed("method", self.method.state_within_task())
         for number, random in enumerate(processes.gathered(_random_states(self.device))):
             tensors |= prefixed(_random(number), random)
+        self._require_finite(tensors, epoch, step)
         about = {"epoch": epoch, "step": step, "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
         return State(tensors, about)
+
+    def require_finite(self, epoch: int) -> None:
+        """TrainingError where the steps of ``epoch`` left a parameter that is not finite: no loss tells of the last."""
+        self._require_finite({f"parameters.{i}": p.detach() for i, p in enumerate(self.parameters)}, epoch + 1, 0)
+
+    def _require_finite(self, tensors: dict[str, Tensor], epoch: int, step: int) -> None:
+        broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+        if broken:
+            names = {id(parameter): name for name, parameter in self.method.model.named_parameters()}
+            kind, _, index = broken[0].partition(".")
+            what = names[id(self.parameters[int(index)])] if kind == "parameters" else broken[0]
+            raise TrainingError(
+                f"{what} is not finite in task {self.progress.task + 1}, behind epoch {epoch} and step {step} of the "
+                "next; a smaller --lr, --clip-norm 1 or --amp off may help"
+            )
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
@@ -88,6 +110,8 @@ class Underway:
         for name, tensor in below("optimizer", state.tensors).items():
             index, _, key = name.partition(".")
             slots.setdefault(int(index), {})[key] = tensor
+            if tensor.shape not in ((), self.parameters[int(index)].shape):
+                raise ValueError(f"optimizer.{name} has the shape {list(tensor.shape)}")
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         if self.scaler.is_enabled():
