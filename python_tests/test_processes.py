@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from janus_ext import GradientRectifier, LoRALinear, LoRAPair, OnlineEstimator, StatisticsError, TaskBoundaryError
 
+pytestmark = pytest.mark.xdist_group("processes")
+
 KINDS = {"gram": None, "isvd": 7}
 N, RANKS = 12, 2
 Outcome = dict[str, Any]

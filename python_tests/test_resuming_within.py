@@ -22,6 +22,8 @@ from janus_ext.training import keeping as keeping_module
 from janus_ext.training.loop import Learner
 from janus_ext.training.trainer import Trainer
 
+pytestmark = pytest.mark.xdist_group("within")
+
 CASES: dict[str, dict[str, Any]] = {
     "janus": {"method": "janus"},
     "janus, isvd": {"method": "janus", "estimator": "isvd", "estimator_rank": 12},

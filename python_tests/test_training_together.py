@@ -29,6 +29,8 @@ from janus_ext.training import keeping as keeping_module
 from janus_ext.training.loop import Learner
 from janus_ext.training.trainer import Trainer
 
+pytestmark = pytest.mark.xdist_group("together")
+
 RANKS = 2
 CASES: dict[str, dict[str, Any]] = {
     "janus": {},
