@@ -5,6 +5,7 @@
 //   V <- [V, orth(P [u_1 .. u_q])];  eigenvalues that are rounding of C, or of its factor, are no candidates
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/isfinite.h>
@@ -90,6 +91,7 @@ inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energ
 inline Tensor extend_basis_factor(const Tensor& basis, const Tensor& U, const Tensor& S, const Tensor& total,
                                   double energy, int64_t max_rank) {
   check_extend_basis_factor(basis, U, S, total, energy, max_rank);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;  // out= refuses what requires a gradient
   const double trace = total.item<double>(), largest = S.amax().item<double>();
   const auto* message = "extend_basis_factor: U, S and total must be finite, got NaN or infinite entries";
   TORCH_CHECK_VALUE(std::isfinite(trace) && std::isfinite(largest), message);

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from janus_ext.arguments import shown as shown_value
 from janus_ext.backbone import adopt, attach, load_backbone, probe, rebuild
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig, presets
@@ -102,8 +103,8 @@ def stored_config(
         raise CheckpointError(f"config.json holds what cannot be: {error}") from error
     chosen = pick_device(device or (config.device if _is_there(config.device) else "auto"))
     if head is not None:
-        if head not in HEADS:
-            raise ArgumentError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+        if not isinstance(head, str) or head not in HEADS:
+            raise ArgumentError(f"head must be one of {', '.join(HEADS)}, got {shown_value(head)}")
         unguarded = config.drift_budget is None and settings.get("preset") != "paper"
         guard = presets.HEADS.get(head, {}) if unguarded else {}
         config = replace(config, head=head, head_width=config.head_width if head == config.head else None, **guard)

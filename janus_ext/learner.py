@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from janus_ext.arguments import check_integer
+from janus_ext.arguments import check_flag, check_integer, checked_path
 from janus_ext.assembly import (
     check_network,
     make_learner,
@@ -33,8 +33,8 @@ from janus_ext.assembly import (
 from janus_ext.backbone import adopt
 from janus_ext.calibration import fit_temperature, probabilities
 from janus_ext.data.benchmark import Selection
-from janus_ext.data.collect import checked_names, labelled, labelled_as, require_readable, unlabelled
-from janus_ext.data.images import View, default_workers
+from janus_ext.data.collect import checked_names, checked_split, labelled, labelled_as, require_readable, unlabelled
+from janus_ext.data.images import View, checked_workers, default_workers
 from janus_ext.devices import at_work
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.exports.contents import Contents, Update
@@ -155,7 +155,7 @@ class ContinualLearner:
 
     def workers(self, asked: int | None = None) -> int:
         """Processes that decode images: as many as ``asked`` for here or in the settings, or what suits the device."""
-        chosen = self.config.workers if asked is None else asked
+        chosen = self.config.workers if asked is None else checked_workers(asked)
         return default_workers(self.config.device) if chosen is None else chosen
 
     @property
@@ -208,6 +208,7 @@ class ContinualLearner:
                 a class that was learned from images.
             DataError: there is no image, or one cannot be read.
         """
+        check_flag("labelled", labelled)
         split = self._labelled(images) if labelled else unlabelled(images, self.view, self.workers())
         if labelled:
             self._past.check_met(self._core.method.prototypes.classes, split.labels.unique().tolist())
@@ -280,8 +281,8 @@ class ContinualLearner:
             DataError: it has no image of a class that the learner knows.
         """
         outputs = {name: output for output, name in enumerate(self.classes)}
-        known = [c for c, name in enumerate(class_names) if name in outputs]
-        rows = split.of_classes(known)
+        known = [c for c, name in enumerate(checked_names(class_names)) if name in outputs]
+        rows = checked_split(split).of_classes(known)
         if not len(rows):
             raise DataError(f"none of the images is of a class that was learned: {', '.join(self.classes[:3])}, ...")
         positions = torch.tensor([outputs.get(name, -1) for name in class_names], dtype=torch.int64)
@@ -298,7 +299,7 @@ class ContinualLearner:
             CheckpointError: it cannot be written.
         """
         self._require_classes()
-        folder = check_replaceable(Path(folder))
+        folder = check_replaceable(checked_path("folder", folder))
         if folder.exists() and not Run(folder).is_saved_learner and any(folder.iterdir()):
             raise ArgumentError(f"{folder} holds files that are no saved learner; choose another folder")
         replace_folder(folder, self._write)
@@ -324,7 +325,7 @@ class ContinualLearner:
             ArgumentError: the folder holds nothing of that kind, or the head cannot be fitted.
             CheckpointError: no task was finished, a file is missing, damaged or altered, the method is not loaded.
         """
-        run = Run.open(folder)
+        run = Run.open(checked_path("folder", folder))
         settings, saved = run.settings(), run.saved()
         if saved is None:
             raise CheckpointError(f"{folder} has not finished a task yet: there is nothing to load")
@@ -396,4 +397,4 @@ class ContinualLearner:
 
 def _all_of(split: Split, outputs: Sequence[int]) -> Selection:
     """Every image of a split, its class ids mapped to the model's ``outputs``."""
-    return Selection(split, torch.arange(len(split)), torch.tensor(outputs, dtype=torch.int64))
+    return Selection(checked_split(split), torch.arange(len(split)), torch.tensor(outputs, dtype=torch.int64))

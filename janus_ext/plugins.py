@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from janus_ext.arguments import shown
 from janus_ext.errors import ArgumentError
 
 
@@ -77,7 +78,8 @@ def name_of(kind: Kind, found: Any) -> str:
     names = getattr(sys.modules.get(module), "__dict__", {})
     if attribute is None or names.get(attribute) is not found:
         raise ArgumentError(
-            f"{kind.name} must be a name, or stand at the top level of a module where it is found again, got {found!r}"
+            f"{kind.name} must be a name, or stand at the top level of a module where it is found again, "
+            f"got {shown(found)}"
         )
     return f"{module}:{attribute}"
 

@@ -9,6 +9,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from janus_ext.arguments import shown
+
 
 class _Unfit(Exception):
     """The value is none of that type, and it is not clear which one was meant."""
@@ -27,7 +29,7 @@ def fit(hint: Any, value: Any) -> Any:
     try:
         return _fit(hint, value)
     except _Unfit as error:
-        raise TypeError(f"must be {_in_words(hint)}, got {value!r}") from error
+        raise TypeError(f"must be {_in_words(hint)}, got {shown(value)}") from error
 
 
 def _fit(hint: Any, value: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from collections.abc import Iterable
 
 from PIL import features
@@ -27,7 +26,6 @@ CLUTTER = {  # what other systems leave behind, in lower case; beside these, all
     *("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def is_image(name: str) -> bool:
@@ -61,11 +59,6 @@ def is_possible(name: str) -> bool:
 def printable(name: str) -> str:
     """``name`` as valid text, bytes that are none written as escapes."""
     return to_bytes(name).decode("utf-8", "backslashreplace")
-
-
-def on_one_line(name: str) -> str:
-    """``name`` with its control characters, line feeds among them, written as escapes."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
 
 
 def similar(name: str, names: Iterable[str]) -> str:
