@@ -1,8 +1,9 @@
 """Checks of what a caller hands in: ArgumentError names the argument, what was wanted and what was found."""
 
+import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -66,16 +67,11 @@ def check_tensor(name: str, value: Any, wanted: str, fits: Callable[[Tensor], bo
 
 def check_floats(name: str, value: Any, shape: Sequence[int | str]) -> None:
     """A tensor of a floating dtype and this shape, in which letters stand for any size."""
-    check_tensor(
-        name,
-        value,
-        f"floating [{', '.join(map(str, shape))}]",
-        lambda tensor: (
-            tensor.is_floating_point()
-            and tensor.dim() == len(shape)
-            and all(isinstance(n, str) or n == size for n, size in zip(shape, tensor.shape, strict=True))
-        ),
-    )
+    wanted = f"[{', '.join(map(str, shape))}]"
+    check_tensor(name, value, wanted)
+    sizes = tuple(size if isinstance(n, str) else n for n, size in zip(shape, value.shape, strict=False))
+    if not value.is_floating_point() or value.dim() != len(shape) or value.shape != sizes:
+        raise ArgumentError(f"{name} must be floating {wanted}, got {list(value.shape)} of {value.dtype}")
 
 
 def are_integers(tensor: Tensor) -> bool:
@@ -126,6 +122,12 @@ def _check(name: str, value: Any, kind: type, noun: str, fits: Callable[[Any], b
         raise ArgumentError(f"{name} must be {noun}, {wanted}, got {found}")
     if not fits(value):
         raise ArgumentError(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is none of the known ones: those that may be meant, or nothing."""
+    similar = difflib.get_close_matches(name, list(known), n=3)
+    return f"; similar: {', '.join(similar)}" if similar else ""
 
 
 def first_of(names: Sequence[str]) -> str:

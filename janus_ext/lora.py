@@ -134,7 +134,7 @@ class LoRALayer(Adapter):
         check_tensor(
             f"{type(self).__name__}: basis",
             basis,
-            f"[n, k] with n = {n} and k <= n - r = {room}, floating",
+            f"floating [n, k] with n = {n} and k <= n - r = {room}",
             lambda V: V.dim() == 2 and len(V) == n and V.shape[1] <= room and V.is_floating_point(),
         )
         if bool(self.B.any()):

@@ -4,24 +4,21 @@ A name is "ops.gram_update_", "OnlineEstimator" (its constructor) or "OnlineEsti
 that the package exports and that take an argument; each is in RIGHT, or in ELSEWHERE with the reason.
 """
 
-import copy
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from conftest import orthonormal
+from public_learners import LEARNERS, Right, tiny_model
 from test_ops import sample_inputs
 from torch import Tensor, nn
 
 import janus_ext
 from janus_ext import (
     ClassPrototypes,
-    ContinualLearner,
     DecoupledMarginLoss,
     FeatureStatistics,
     GradientRectifier,
@@ -34,35 +31,9 @@ from janus_ext import (
     ops,
     reference,
 )
-from janus_ext.data.collect import labelled_as, unlabelled
-from janus_ext.data.images import View
 from janus_ext.runs import metrics
 
 N, R = 12, 3  # width of the inputs, rank
-
-
-@dataclass
-class Right:
-    """One right call.
-
-    Attributes:
-        call: is called with the arguments by name.
-        owner: the object whose method it is; it must not change when a call is refused.
-        written: arguments that the call may change.
-        who: what a refusal names, one of these.
-        value: what of arguments and result is determined, where a result of the same worth may be another.
-        reference: what gives the right value, if not the call itself on plain copies.
-        names: by which a refusal may name an argument, too: the flag of a command, say.
-    """
-
-    call: Callable[..., Any]
-    arguments: dict[str, Any]
-    owner: Any = None
-    written: tuple[str, ...] = ()
-    who: tuple[str, ...] = ()
-    value: Callable[[dict[str, Any], Any], list[Tensor]] | None = None
-    reference: Callable[..., Any] | None = None
-    names: tuple[str, ...] = ()
 
 
 def public_names() -> set[str]:
@@ -181,18 +152,8 @@ def _optimizer() -> Right:
     return Right(made.attach, {"optimizer": torch.optim.SGD(factors, 0.1)}, made, who=("attach",))
 
 
-def _model() -> nn.Module:
-    """A transformer of one block, as timm makes it."""
-    backbone.prepare_torchvision()
-    from timm.models.vision_transformer import VisionTransformer
-
-    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1, num_classes=3)
-    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 16, 16)}
-    return model
-
-
 def _injected() -> nn.Module:
-    model = _model()
+    model = tiny_model()
     janus_ext.inject(model, 2)
     return model
 
@@ -231,74 +192,6 @@ def _method(owner: Any, name: str, *who: str, names: tuple[str, ...] = (), **arg
 def _metric(name: str, **arguments: Any) -> Callable[[], Right]:
     who = (name, "matrix", "test_sizes", "values")
     return lambda: Right(getattr(metrics, name), dict(arguments), who=who, names=("matrix",))
-
-
-SETTINGS = {"rank": 2, "epochs": 1, "batch_size": 8, "lr": 1e-2, "energy_start": 0.5, "energy_end": 0.5}
-SETTINGS |= {"energy_power": 1, "workers": 0, "amp": "off", "device": "cpu"}
-OF_LEARNERS = ("image", "label", "labels", "class", "classes", "setting", "learner", "saved")
-
-
-def _images(*names: str) -> list[tuple[Tensor, str]]:
-    return [(torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8), names[i % len(names)]) for i in range(4)]
-
-
-@cache
-def _learned() -> ContinualLearner:
-    made = ContinualLearner(_model(), **SETTINGS)
-    made.learn(_images("ant", "bee"))
-    return made
-
-
-def _learning(name: str, **arguments: Any) -> Right:
-    """A method of a copy of a learner of two classes."""
-    made = copy.deepcopy(_learned())
-    return Right(getattr(made, name), arguments, made, who=("",), names=OF_LEARNERS)
-
-
-def _classifying() -> Right:
-    right = _learning("classify", split=unlabelled([image for image, _ in _images("ant")], View(16)), top=2)
-    classify = right.call
-    right.call = lambda **arguments: list(classify(**arguments))
-    return right
-
-
-def _saved() -> Path:
-    """The folder of a learner that was saved, made once a process."""
-    if not Path("saved").exists():
-        _learned().save("saved")
-    return Path("saved")
-
-
-LEARNERS: dict[str, Callable[[], Right]] = {
-    "ContinualLearner": lambda: Right(
-        ContinualLearner,
-        {"backbone": _model(), "method": "janus", "head": "lda", "seed": 1, "planned_tasks": 4, **SETTINGS},
-        who=("",), names=(*OF_LEARNERS, *(name.replace("_", "-") for name in SETTINGS)),
-    ),
-    "ContinualLearner.from_classifier": lambda: Right(
-        ContinualLearner.from_classifier,
-        {"model": _model(), "class_names": ["ant", "bee", "cat"], "method": "janus", **SETTINGS},
-        who=("",), names=(*OF_LEARNERS, *(name.replace("_", "-") for name in SETTINGS), "backbone"),
-    ),
-    "ContinualLearner.learn": lambda: _learning("learn", images=_images("cat", "dog"), classes=["dog", "cat"]),
-    "ContinualLearner.observe": lambda: _learning("observe", images=_images("ant", "bee"), labelled=False),
-    "ContinualLearner.predict": lambda: _learning(
-        "predict", images=[image for image, _ in _images("ant")], top=2, calibrate=_images("ant", "bee")
-    ),
-    "ContinualLearner.classify": _classifying,
-    "ContinualLearner.temperature": lambda: _learning("temperature", images=_images("ant", "bee")),
-    "ContinualLearner.evaluate": lambda: _learning("evaluate", images=_images("ant", "bee")),
-    "ContinualLearner.evaluate_split": lambda: _learning(
-        "evaluate_split", split=labelled_as(_images("ant", "bee"), ["ant", "bee"], View(16)), class_names=["ant", "bee"]
-    ),
-    "ContinualLearner.workers": lambda: _learning("workers", asked=1),
-    "ContinualLearner.save": lambda: _learning("save", folder="mine"),
-    "ContinualLearner.load": lambda: Right(
-        ContinualLearner.load,
-        {"folder": _saved(), "device": "cpu", "backbone": _model(), "head": "ncm", "method": "janus"},
-        who=("",), names=(*OF_LEARNERS, "--device", "--method"),
-    ),
-}  # fmt: skip
 
 
 LOWER = [[90.0], [80.0, 70.0], [70.0, 65.0, 60.0]]
@@ -371,7 +264,7 @@ RIGHT: dict[str, Callable[[], Right]] = {
     ),
     "inject": lambda: Right(
         janus_ext.inject,
-        {"model": _model(), "rank": 2, "targets": ["k", "fc1"], "scale": 0.5, "rectify": "exact",
+        {"model": tiny_model(), "rank": 2, "targets": ["k", "fc1"], "scale": 0.5, "rectify": "exact",
          "rectify_in": "step", "damping": 0.1},
         None, ("model",), ("inject", "LoRALinear", "LoRAQKV"),
     ),
@@ -380,7 +273,7 @@ RIGHT: dict[str, Callable[[], Right]] = {
         backbone.load_backbone, {"name": "emoji", "weights": "none", "image_size": 64},
         who=("load_backbone", "--backbone", "--weights"), names=("backbone", "image-size"),
     ),
-    "backbone.adopt": lambda: Right(backbone.adopt, {"model": _model()}, who=("backbone",)),
+    "backbone.adopt": lambda: Right(backbone.adopt, {"model": tiny_model()}, who=("backbone",)),
     **{
         f"metrics.{name}": _metric(name, matrix=LOWER)
         for name in ("accuracy", "mean_average_accuracy", "backward_transfer", "forgetting", "plasticity", "trajectory",

@@ -138,8 +138,9 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     seen.add(id(value))
     if isinstance(value, torch.nn.Module):
         yield from (*value.parameters(), *value.buffers())
-    items = value.values() if isinstance(value, Mapping) else vars(value).values() if ours else ()
-    for item in value if isinstance(value, (list, tuple)) else items:
+    if not isinstance(value, (list, tuple)):
+        value = list(value.values() if isinstance(value, Mapping) else vars(value).values() if ours else ())
+    for item in value:
         yield from _tensors(item, seen)
 
 

@@ -180,7 +180,9 @@ class FeatureStatistics:
             "FeatureStatistics: labels",
             labels,
             f"[{n}] integers, one a feature, from 0 to {WIDEST - 1}",
-            lambda y: list(y.shape) == [n] and are_integers(y) and (n == 0 or 0 <= y.min() <= y.max() < WIDEST),
+            lambda y: (
+                list(y.shape) == [n] and are_integers(y) and (n == 0 or 0 <= int(y.min()) <= int(y.max()) < WIDEST)
+            ),
         )
 
 

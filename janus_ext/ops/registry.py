@@ -65,7 +65,7 @@ def _on_one_device(op: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         given = [*zip(names, args, strict=False), *kwargs.items()]
         items = [(name, t) for name, value in given for t in (value if isinstance(value, list) else [value])]
-        devices = [(name, t.device) for name, t in items if isinstance(t, Tensor) and t.dim()]
+        devices = [(name, t.device) for name, t in items if isinstance(t, Tensor) and (t.dim() or t.is_meta)]
         for name, device in devices:
             if device != devices[0][1]:
                 who = op._schema.name.partition("::")[2]
