@@ -35,9 +35,12 @@ inline std::string quoted(std::string_view text) {
   std::string out = "'";
   for (const char c : text) {
     const auto code = static_cast<unsigned char>(c);
-    if (c == '\n') out += "\\n";
-    else if (code < 0x20) out += std::string("\\x") + kDigits[code / 16] + kDigits[code % 16];
-    else out += c;
+    if (c == '\n')
+      out += "\\n";
+    else if (code < 0x20)
+      out += std::string("\\x") + kDigits[code / 16] + kDigits[code % 16];
+    else
+      out += c;
   }
   return out + "'";
 }
@@ -108,7 +111,8 @@ inline void add_spans(std::vector<Span>& spans, const char* name, at::TensorList
     for (int64_t i = 0; i < tensor.dim(); ++i) steps += tensor.stride(i) * (tensor.size(i) - 1);
     if (tensor.numel() == 0 || tensor.numel() <= steps) continue;
     const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
-    spans.push_back({begin, begin + (steps + 1) * tensor.element_size(), name, static_cast<int64_t>(index), is_written});
+    spans.push_back(
+        {begin, begin + (steps + 1) * tensor.element_size(), name, static_cast<int64_t>(index), is_written});
   }
 }
 

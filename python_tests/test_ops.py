@@ -233,6 +233,18 @@ BAD = [
         ValueError,
         r"U must be \[n, l\] with n = 12, got \[9, 7\]",
     ),
+    (
+        "extend_basis",
+        {"basis": torch.full((12, 4), float("nan"), dtype=torch.float64)},
+        ValueError,
+        "basis must be finite, got NaN or infinite entries",
+    ),
+    (
+        "extend_basis_factor",
+        {"basis": torch.full((12, 4), float("nan"), dtype=torch.float64)},
+        ValueError,
+        "basis must be finite, got NaN or infinite entries",
+    ),
     ("extend_basis_factor", {"total": torch.tensor(1.0)}, TypeError, "total must be float64, got float32"),
     (
         "extend_basis_factor",
