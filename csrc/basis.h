@@ -5,6 +5,7 @@
 //   V <- [V, orth(P [u_1 .. u_q])];  eigenvalues that are rounding of C, or of its factor, are no candidates
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/isfinite.h>
@@ -62,12 +63,17 @@ inline Tensor grown(const Tensor& V, const Tensor& W, const Tensor& u) {
   return at::cat({V, same_signs.to(V.scalar_type())}, 1).contiguous();
 }
 
+inline void check_finite(const std::string& op, const Tensor& basis) {
+  TORCH_CHECK_VALUE(at::isfinite(basis).all().item<bool>(), op, ": basis must be finite, got NaN or infinite entries");
+}
+
 inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energy, int64_t max_rank,
                            int64_t energy_power) {
   check_extend_basis(basis, gram, energy, max_rank, energy_power);
   Tensor C = gram.to(at::kDouble);
   TORCH_CHECK_VALUE(at::isfinite(C).all().item<bool>(),
                     "extend_basis: gram must be finite, got NaN or infinite entries");
+  check_finite("extend_basis", basis);
   const double trace = C.trace().item<double>();
   TORCH_CHECK_VALUE(trace > 0, "extend_basis: gram must have a positive trace, got ", trace);
 
@@ -90,11 +96,13 @@ inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energ
 inline Tensor extend_basis_factor(const Tensor& basis, const Tensor& U, const Tensor& S, const Tensor& total,
                                   double energy, int64_t max_rank) {
   check_extend_basis_factor(basis, U, S, total, energy, max_rank);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;  // out= refuses what requires a gradient
   const double trace = total.item<double>(), largest = S.amax().item<double>();
   const auto* message = "extend_basis_factor: U, S and total must be finite, got NaN or infinite entries";
   TORCH_CHECK_VALUE(std::isfinite(trace) && std::isfinite(largest), message);
   TORCH_CHECK_VALUE(trace > 0 && largest > 0, "extend_basis_factor: total and the largest of S must be positive, got ",
                     trace, " and ", largest);
+  check_finite("extend_basis_factor", basis);
   const int64_t n = basis.size(0), k = basis.size(1);
   const FullFloat32 precision;  // the factor is projected in its own dtype, new directions once more in float64
   const Tensor V = orthonormal(basis), V_U = V.to(U.scalar_type());

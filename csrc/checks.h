@@ -14,6 +14,7 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace janus {
@@ -26,6 +27,22 @@ inline constexpr auto kInputs = {at::kFloat, at::kDouble, at::kBFloat16, at::kHa
 
 inline std::string dtype_name(at::ScalarType type) {
   return std::string(c10::getDtypeNames(type).first);
+}
+
+// As Python's repr has it, but for letters beyond ASCII: on one line.
+inline std::string quoted(std::string_view text) {
+  constexpr const char* kDigits = "0123456789abcdef";
+  std::string out = "'";
+  for (const char c : text) {
+    const auto code = static_cast<unsigned char>(c);
+    if (c == '\n')
+      out += "\\n";
+    else if (code < 0x20)
+      out += std::string("\\x") + kDigits[code / 16] + kDigits[code % 16];
+    else
+      out += c;
+  }
+  return out + "'";
 }
 
 inline std::string list_text(at::IntArrayRef values) {
@@ -64,16 +81,58 @@ inline void check_last(const std::string& op, const char* name, const Tensor& te
                     ", got ", list_text(tensor.sizes()));
 }
 
-// What is rewritten in place must hold each element once; an expanded tensor does not.
+// What is rewritten in place must hold each element once; expanded tensors and sliding windows do not.
 inline void check_writable(const std::string& op, const char* name, const Tensor& tensor) {
-  for (int64_t i = 0; i < tensor.dim(); ++i)
-    TORCH_CHECK_VALUE(tensor.stride(i) != 0 || tensor.size(i) <= 1, op, ": ", name,
-                      " must hold every element once, got an expanded tensor of strides ", list_text(tensor.strides()));
+  std::vector<std::pair<int64_t, int64_t>> steps;  // stride, size
+  for (int64_t i = 0; i < tensor.dim(); ++i) steps.emplace_back(tensor.stride(i), tensor.size(i));
+  std::sort(steps.begin(), steps.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : steps) {
+    if (size <= 1) continue;
+    TORCH_CHECK_VALUE(stride > reach, op, ": ", name, " must hold every element once, got strides ",
+                      list_text(tensor.strides()), " that overlap");
+    reach += stride * (size - 1);
+  }
+}
+
+// A tensor without gaps in memory.
+struct Span {
+  const char* begin;
+  const char* end;
+  const char* name;
+  int64_t index;  // in the list of this name
+  bool is_written;
+};
+
+inline void add_spans(std::vector<Span>& spans, const char* name, at::TensorList tensors, bool is_written) {
+  for (size_t index = 0; index < tensors.size(); ++index) {
+    const Tensor& tensor = tensors[index];
+    int64_t steps = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) steps += tensor.stride(i) * (tensor.size(i) - 1);
+    if (tensor.numel() == 0 || tensor.numel() <= steps) continue;
+    const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+    spans.push_back(
+        {begin, begin + (steps + 1) * tensor.element_size(), name, static_cast<int64_t>(index), is_written});
+  }
+}
+
+// What is rewritten in place must share no memory with other arguments, as far as these have no gaps: columns of one
+// matrix, say, may lie within each other without sharing an element.
+inline void check_apart(const std::string& op, std::vector<Span> spans) {
+  std::stable_sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  const Span *last = nullptr, *last_written = nullptr;  // that end last of those so far
+  for (const Span& span : spans) {
+    const Span* other = span.is_written ? last : last_written;
+    TORCH_CHECK_VALUE(!other || span.begin >= other->end, op, ": ", span.name, "[", span.index, "] and ", other->name,
+                      "[", other->index, "] must not share memory, got some of both at one place");
+    if (!last || span.end > last->end) last = &span;
+    if (span.is_written && (!last_written || span.end > last_written->end)) last_written = &span;
+  }
 }
 
 inline void check_rectify(const std::string& op, double scale, std::string_view rectify, double damping, double share) {
   TORCH_CHECK_VALUE(rectify == "none" || rectify == "project" || rectify == "tangent" || rectify == "exact", op,
-                    ": rectify must be one of none, project, tangent, exact, got '", rectify, "'");
+                    ": rectify must be one of none, project, tangent, exact, got ", quoted(rectify));
   TORCH_CHECK_VALUE(scale != 0 && std::isfinite(scale), op, ": scale must be finite and not zero, got ", scale);
   TORCH_CHECK_VALUE(damping > 0 && std::isfinite(damping), op, ": damping must be positive and finite, got ", damping);
   TORCH_CHECK_VALUE(0 <= share && share <= 1, op, ": share must be in [0, 1], got ", share);
@@ -188,7 +247,8 @@ inline void check_lora_linear(const Tensor& x, const Tensor& weight, const Optio
                               double damping, double share) {
   const std::string op = "lora_linear";
   check_rectify(op, scale, rectify, damping, share);
-  check_factors(op, A.unsqueeze(0), B.unsqueeze(0), basis);
+  const auto one_target = [](const Tensor& factor) { return factor.defined() ? factor.unsqueeze(0) : factor; };
+  check_factors(op, one_target(A), one_target(B), basis);
   check_linear(op, x, weight, bias, A);
   check_shape(op, "weight", weight, {B.size(0), A.size(1)});
 }
@@ -287,6 +347,13 @@ inline void check_rectify_batch(at::TensorList A, at::TensorList B, at::TensorLi
     check_rectify("rectify_", scale[i], rectify, damping, share);
     check_pair(static_cast<int64_t>(i), A[i], B[i], grad_A[i], grad_B[i], basis[i], rectify);
   }
+  std::vector<Span> spans;
+  add_spans(spans, "grad_A", grad_A, true);
+  add_spans(spans, "grad_B", grad_B, true);
+  add_spans(spans, "A", A, false);
+  add_spans(spans, "B", B, false);
+  add_spans(spans, "basis", basis, false);
+  check_apart("rectify_", std::move(spans));
 }
 
 }  // namespace janus

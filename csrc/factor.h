@@ -8,7 +8,6 @@
 // counts: float64 resolves singular values down to 1e-8 of the largest.
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/geqrf.h>
 #include <ATen/ops/isfinite.h>
@@ -42,7 +41,6 @@ struct LeftFactor {
 
 // M [n, c], column-major, is overwritten: Q takes its place. `message` says what was not finite.
 inline LeftFactor left_factor(Tensor M, const char* message) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;  // out= refuses what requires a gradient
   const int64_t p = std::min(M.size(0), M.size(1));
   Tensor tau = at::empty({p}, M.options());
   at::geqrf_out(M, tau, M);

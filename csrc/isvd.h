@@ -4,6 +4,7 @@
 //   shrink: S'^2 <- S'^2 - S'_l^2 (Frequent Directions, Liberty 2013)
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
 #include <tuple>
@@ -39,6 +40,7 @@ inline Sketch absorb_rows(Tensor U, Tensor S, const Tensor& rows, int64_t block_
 template <auto block_rows>
 Sketch isvd_update(const Tensor& basis, const Tensor& singular_values, const Tensor& x, double decay, bool shrink) {
   check_isvd_update(basis, singular_values, x, decay);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;  // out= refuses what requires a gradient
   const FullFloat32 precision;
   const Tensor rows = x.reshape({-1, basis.size(0)}), S = singular_values * std::sqrt(decay);
   if (rows.size(0) == 0) return {basis.clone(at::MemoryFormat::Contiguous), S};

@@ -6,6 +6,7 @@
 // padded_rank's.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -78,6 +79,7 @@ Triple lora_backward(const Tensor& grad_y, const Tensor& x, const Tensor& xA, co
                      std::string_view rectify, double damping, double share, bool balance, at::IntArrayRef offsets,
                      bool need_x) {
   check_lora_backward(grad_y, x, xA, effective, weight, A, B, basis, scale, rectify, damping, share, offsets);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;  // out= refuses what requires a gradient
   const auto type = x.scalar_type();
   const int64_t g = A.size(0), r = padded_rank(A.size(1), type), m = B.size(1);
   const Tensor gy = rows_of(grad_y), rows = rows_of(x), wide_B = padded(B, 2, type);

@@ -1,14 +1,24 @@
 """Checks of what a caller hands in: ArgumentError names the argument, what was wanted and what was found."""
 
-from collections.abc import Callable, Sequence
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from janus_ext.errors import ArgumentError
 
-MOST_BITS = 256
+MOST_BITS = 256  # of an integer that is written out
+WIDEST = 2**20  # a width or a number of classes beyond it is a slip, for which no memory is asked
+
+# Also what turns the direction of a text.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def check_number(name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> None:
@@ -27,10 +37,74 @@ def check_flag(name: str, value: Any) -> None:
         raise ArgumentError(f"{name} must be True or False, got {shown(value)}")
 
 
-def check_tensor(name: str, value: Any, wanted: str) -> None:
-    """A torch.Tensor, said to be `wanted`."""
+def check_text(name: str, value: Any, wanted: str) -> None:
+    """A str, said to be `wanted`."""
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name} must be {wanted}, got {shown(value)}")
+
+
+def checked_path(name: str, value: Any) -> Path:
+    """What names a file or folder, there or not, as a Path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ArgumentError(f"{name} must be a path, got {shown(value)}")
+    try:
+        os.path.lexists(value) or os.lstat(value)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:  # too long for the file system, or with a null byte
+        raise ArgumentError(f"{name} must be a path that there can be, got {shown(value)}") from error
+    return Path(value)
+
+
+def check_tensor(name: str, value: Any, wanted: str, fits: Callable[[Tensor], bool] = lambda tensor: True) -> None:
+    """A torch.Tensor with values in memory for which `fits` holds; `wanted` says of which shape and dtype."""
     if not isinstance(value, Tensor):
         raise ArgumentError(f"{name} must be a tensor {wanted}, got {shown(value)}")
+    if value.layout != torch.strided or value.is_meta:
+        found = "one on meta, which has no values" if value.is_meta else "a sparse or packed one"
+        raise ArgumentError(f"{name} must be a dense tensor {wanted}, got {found}")
+    if not fits(value):
+        raise ArgumentError(f"{name} must be {wanted}, got {list(value.shape)} of {value.dtype}")
+
+
+def check_floats(name: str, value: Any, shape: Sequence[int | str]) -> None:
+    """A tensor of a floating dtype and this shape, in which letters stand for any size."""
+    wanted = f"[{', '.join(map(str, shape))}]"
+    check_tensor(name, value, wanted)
+    sizes = tuple(size if isinstance(n, str) else n for n, size in zip(shape, value.shape, strict=False))
+    if not value.is_floating_point() or value.dim() != len(shape) or value.shape != sizes:
+        raise ArgumentError(f"{name} must be floating {wanted}, got {list(value.shape)} of {value.dtype}")
+
+
+def are_integers(tensor: Tensor) -> bool:
+    """Whether the dtype is one of integers, which truth values are not."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def check_state(name: str, value: Any, names: Sequence[str]) -> None:
+    """What a state_dict() gave: a mapping with a tensor of each name."""
+    if not isinstance(value, Mapping) or not set(names) <= set(value):
+        found = f"{', '.join(map(str, value)) or 'nothing'}" if isinstance(value, Mapping) else shown(value)
+        raise ArgumentError(f"{name} must be what state_dict() gave, with {', '.join(names)}, got {found}")
+    for key in names:
+        check_tensor(f"{name}: {key}", value[key], "as state_dict() gave it", lambda tensor: not tensor.is_complex())
+
+
+def check_device(name: str, value: Any) -> None:
+    """A device that there is, as torch names it, or None."""
+    try:
+        torch.empty(0, device=value)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ArgumentError(f"{name} must be a device that there is, such as 'cpu', got {shown(value)}") from error
+
+
+@contextmanager
+def naming(who: str) -> Iterator[None]:
+    """Within it, an ArgumentError begins with the name of the function that was called."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ArgumentError(f"{who}: {error}") from error
 
 
 def shown(value: Any) -> str:
@@ -41,6 +115,8 @@ def shown(value: Any) -> str:
         return f"an integer of {value.bit_length():,} bits"  # Python refuses to write out the longest
     if value is None or isinstance(value, (bool, int, str)):
         return repr(value)
+    if isinstance(value, (list, tuple)) and len(value) <= 8:
+        return f"[{', '.join(map(shown, value))}]"
     return f"an object of type {type(value).__name__}"
 
 
@@ -52,6 +128,22 @@ def _check(name: str, value: Any, kind: type, noun: str, fits: Callable[[Any], b
         raise ArgumentError(f"{name} must be {wanted}, got {shown(value)}")
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is none of the known ones: those that may be meant, or nothing."""
+    similar = difflib.get_close_matches(name, list(known), n=3)
+    return f"; similar: {', '.join(similar)}" if similar else ""
+
+
 def first_of(names: Sequence[str]) -> str:
     """The first of one or more names, and how many more there are: "blocks.0.attn.qkv and 11 more"."""
     return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+
+def on_one_line(name: str) -> str:
+    """``name`` with its control characters, line feeds among them, written as escapes."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
+
+
+def visible(text: str) -> str:
+    """A text of one or more lines with all other control characters, which a terminal would obey, as escapes."""
+    return "\n".join(map(on_one_line, text.split("\n")))

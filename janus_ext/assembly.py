@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from janus_ext.arguments import nearest
+from janus_ext.arguments import shown as shown_value
 from janus_ext.backbone import adopt, attach, load_backbone, probe, rebuild, recompute_blocks
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig, presets
@@ -58,9 +59,7 @@ def resolve(settings: Mapping[str, Any]) -> LearnConfig:
     known = [] if found is None or found.Own is None else [field.name for field in fields(found.Own)]
     for name in settings:
         if name not in (*SHARED, *known):
-            similar = difflib.get_close_matches(name, (*SHARED, *known), n=3)
-            hint = f"; similar: {', '.join(similar)}" if similar else ""
-            raise ArgumentError(f"a learner has no setting {name!r}{hint}")
+            raise ArgumentError(f"a learner has no setting {name!r}{nearest(name, (*SHARED, *known))}")
     own = {name: value for name, value in settings.items() if name in known}
     shared = {name: value for name, value in settings.items() if name not in known}
     config = LearnConfig(**shared, own=own or None).resolved()
@@ -104,8 +103,9 @@ def stored_config(
         raise CheckpointError(f"config.json holds what cannot be: {error}") from error
     chosen = pick_device(device or (config.device if _is_there(config.device) else "auto"))
     if head is not None:
-        if head not in HEADS:
-            raise ArgumentError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+        if not isinstance(head, str) or head not in HEADS:
+            found = f"{shown_value(head)}{nearest(str(head), HEADS)}"
+            raise ArgumentError(f"head must be one of {', '.join(HEADS)}, got {found}")
         unguarded = config.drift_budget is None and settings.get("preset") != "paper"
         guard = presets.HEADS.get(head, {}) if unguarded else {}
         config = replace(config, head=head, head_width=config.head_width if head == config.head else None, **guard)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from janus_ext.arguments import on_one_line
 from janus_ext.errors import ArgumentError
 
 LOG = logging.getLogger("janus_ext")
@@ -19,12 +20,14 @@ AMP_DTYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def pick_device(name: str) -> torch.device:
     """The device called ``name``; "auto" is the first GPU if there is one, else the CPU."""
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ArgumentError(f"--device {name}: no such device; cpu, cuda, cuda:1, ... or auto") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"--device {on_one_line(str(name))}: no such device; cpu, cuda, cuda:1, ... or auto"
+        ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ArgumentError(f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
     if device.type not in ("cpu", "cuda"):

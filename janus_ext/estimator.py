@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext import ops, processes
-from janus_ext.arguments import check_flag, check_integer, check_number, check_tensor, shown
+from janus_ext.arguments import (
+    WIDEST,
+    check_device,
+    check_flag,
+    check_integer,
+    check_number,
+    check_state,
+    check_tensor,
+    check_text,
+    shown,
+)
 from janus_ext.errors import ArgumentError, StatisticsError, TaskBoundaryError
 from janus_ext.statistics import SKETCH_RANK, Gram, Sketch, Statistics
 
@@ -68,13 +78,15 @@ class OnlineEstimator:
         if not isinstance(estimator, str) or estimator not in ESTIMATORS:
             kinds = ", ".join(ESTIMATORS)
             raise ArgumentError(f"OnlineEstimator: estimator must be one of {kinds}, got {shown(estimator)}")
-        check_integer("OnlineEstimator: dim", dim, lambda n: n >= 1, "positive")
+        check_integer("OnlineEstimator: dim", dim, lambda n: 1 <= n <= WIDEST, f"from 1 to {WIDEST}")
         check_number("OnlineEstimator: decay", decay, lambda d: 0 < d <= 1, "in (0, 1]")
         check_integer("OnlineEstimator: energy_power", energy_power, lambda p: p in (1, 2), "1 or 2")
         if not any(dtype is known for known in (torch.float32, torch.float64)):
             found = dtype if isinstance(dtype, torch.dtype) else shown(dtype)
             raise ArgumentError(f"OnlineEstimator: dtype must be torch.float32 or torch.float64, got {found}")
+        check_device("OnlineEstimator: device", device)
         check_flag("OnlineEstimator: distributed", distributed)
+        check_text("OnlineEstimator: name", name, "text")
         self.dim, self.decay, self.name, self.distributed = dim, decay, name, distributed
         self.statistics = _statistics(estimator, dim, rank, energy_power, dtype, device)
         self.basis = torch.zeros(dim, 0, dtype=dtype, device=device)
@@ -145,6 +157,12 @@ class OnlineEstimator:
 
     def adopt(self, basis: Tensor) -> Tensor:
         """Put a basis that `extended` gave in force, and start new statistics; for many layers, all or none."""
+        check_tensor(
+            f"{self.name}: basis",
+            basis,
+            f"[{self.dim}, k]",
+            lambda V: V.dim() == 2 and V.shape[1] <= len(V) == self.dim,
+        )
         self.statistics.clear()
         self.basis, self._reduced = basis.detach(), False
         return self.basis
@@ -223,16 +241,14 @@ class OnlineEstimator:
 
     def check_state(self, state: Mapping[str, Tensor]) -> None:
         """What `load_state_dict` raises, and nothing else."""
-        if not isinstance(state, Mapping):
-            raise ArgumentError(f"{self.name}: state must be what state_dict() gave, got {shown(state)}")
-        shapes = {name: list(getattr(self.statistics, name).shape) for name in self.statistics.names}
-        found = {name: list(state[name].shape) if name in state else None for name in shapes}
-        missing = {"basis", "rows"} - set(state)
-        if found != shapes or missing or state["basis"].dim() != 2 or state["basis"].shape[0] != self.dim:
-            basis = list(state["basis"].shape) if "basis" in state else None
+        check_state(f"{self.name}: state", state, (*self.statistics.names, "rows", "basis"))
+        shapes = {name: list(tensor.shape) for name, tensor in self.statistics.tensors().items()}
+        found = {name: list(state[name].shape) for name in shapes}
+        basis = list(state["basis"].shape)
+        if found != shapes or len(basis) != 2 or not basis[1] <= basis[0] == self.dim:
             raise ArgumentError(
-                f"{self.name}: state must have {_listed(shapes)}, basis [{self.dim}, k] and rows, "
-                f"got {_listed(found)}, basis {basis}"
+                f"{self.name}: state must have {_listed(shapes)} and basis [{self.dim}, k], "
+                f"got {_listed(found)} and basis {basis}"
             )
 
 
@@ -251,7 +267,7 @@ def _statistics(
     return Sketch(dim, rank, dtype, device)
 
 
-def _listed(shapes: dict[str, list[int] | None]) -> str:
+def _listed(shapes: dict[str, list[int]]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
 
 
@@ -265,14 +281,18 @@ def observing(modules: Mapping[str, nn.Module], estimators: Mapping[str, OnlineE
 
     Raises ArgumentError where an estimator has no module, or something else in its place.
     """
+    for name, value in (("modules", modules), ("estimators", estimators)):
+        if not isinstance(value, Mapping):
+            raise ArgumentError(f"observing: {name} must be a mapping from names, got {shown(value)}")
     without = sorted(set(estimators) - set(modules))
     if without:
         raise ArgumentError(f"observing: modules must hold every estimator's name, {without[0]} is missing")
     for name in estimators:
         if not isinstance(modules[name], nn.Module):
-            raise ArgumentError(f"observing: {name} must be a module, got {shown(modules[name])}")
+            raise ArgumentError(f"observing: modules must hold modules, got {shown(modules[name])} for {name}")
         if not isinstance(estimators[name], OnlineEstimator):
-            raise ArgumentError(f"observing: {name} must have an OnlineEstimator, got {shown(estimators[name])}")
+            found = f"{shown(estimators[name])} for {name}"
+            raise ArgumentError(f"observing: estimators must hold OnlineEstimators, got {found}")
     with ExitStack() as stack:
         for name, estimator in estimators.items():
             stack.enter_context(intercepted(modules[name], _alone(estimator)))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from janus_ext.adapter import Adapter
+from janus_ext.arguments import naming
 from janus_ext.backbone.families import attention_layers
 from janus_ext.backbone.freezing import freeze, unfreeze
 from janus_ext.backbone.places import Place, coverage, folded_qkv, places, replace, unfold_qkv
@@ -82,13 +83,14 @@ def inject(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"inject: model must be an nn.Module, got {type(model).__name__}")
     how = Rectification.of("inject", rectify, options)
-    found = places(model, targets)
+    with naming("inject"):
+        found = places(model, targets)
     before = [name for name, module in model.named_modules() if isinstance(module, Adapter)]
     if before:
         raise ArgumentError(f"inject: model must be a plain one, got an adapter at {before[0]}: uninject() comes first")
     for name, place in found.items():  # all of them, before the first is touched
         check_linear(f"inject: {name}", place.linear)
-        check_rank(place.linear, rank)
+        check_rank("inject", place.linear, rank)
     made = {name: _adapter(place, rank, scale, how, rectify_in) for name, place in found.items()}
     freeze(model)
     for name, place in found.items():

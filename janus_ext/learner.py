@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext import processes
-from janus_ext.arguments import check_integer
+from janus_ext.arguments import check_flag, check_integer, checked_path
 from janus_ext.assembly import (
     check_network,
     make_learner,
@@ -34,8 +34,8 @@ from janus_ext.assembly import (
 from janus_ext.backbone import adopt
 from janus_ext.calibration import fit_temperature, probabilities
 from janus_ext.data.benchmark import Selection
-from janus_ext.data.collect import checked_names, labelled, labelled_as, require_readable, unlabelled
-from janus_ext.data.images import View, default_workers
+from janus_ext.data.collect import checked_names, checked_split, labelled, labelled_as, require_readable, unlabelled
+from janus_ext.data.images import View, checked_workers, default_workers
 from janus_ext.devices import at_work
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.exports.contents import Contents, Update
@@ -157,7 +157,7 @@ class ContinualLearner:
 
     def workers(self, asked: int | None = None) -> int:
         """Processes that decode images: as many as ``asked`` for here or in the settings, or what suits the device."""
-        chosen = self.config.workers if asked is None else asked
+        chosen = self.config.workers if asked is None else checked_workers(asked)
         return default_workers(self.config.device) if chosen is None else chosen
 
     @property
@@ -167,9 +167,8 @@ class ContinualLearner:
 
     # learning ---------------------------------------------------------------------------------------------------------
     def learn(self, images: Any, classes: Sequence[str] | None = None) -> TaskReport:
-        """Learns new classes from images; on an error, or Ctrl-C, the learner is as it was.
-
-        In a group of torch.distributed, every process calls it with the same images, and computes its share of them.
+        """Learns new classes from images; on an error, or Ctrl-C, the learner is as it was. In a group of
+        torch.distributed every process calls it with the same images, and computes its share of them.
 
         Args:
             images: a folder of class folders; a map-style data set of (image, label); or a list of (path, label). An
@@ -214,6 +213,7 @@ class ContinualLearner:
                 a class that was learned from images.
             DataError: there is no image, or one cannot be read.
         """
+        check_flag("labelled", labelled)
         split = self._labelled(images) if labelled else unlabelled(images, self.view, self.workers())
         if labelled:
             self._past.check_met(self._core.method.prototypes.classes, split.labels.unique().tolist())
@@ -244,7 +244,7 @@ class ContinualLearner:
         """`predict` image by image for a split, as its images are decoded."""
         self._require_classes()
         check_integer("top", top, lambda n: n >= 1, "positive")
-        return self._classify(self._core.scores(Selection.whole(split, (0,))), top, temperature)
+        return self._classify(self._core.scores(Selection.whole(checked_split(split), (0,))), top, temperature)
 
     def _classify(
         self, batches: Iterator[tuple[Tensor, Tensor]], top: int, temperature: float
@@ -286,8 +286,8 @@ class ContinualLearner:
             DataError: it has no image of a class that the learner knows.
         """
         outputs = {name: output for output, name in enumerate(self.classes)}
-        known = [c for c, name in enumerate(class_names) if name in outputs]
-        rows = split.of_classes(known)
+        known = [c for c, name in enumerate(checked_names(class_names)) if name in outputs]
+        rows = checked_split(split).of_classes(known)
         if not len(rows):
             raise DataError(f"none of the images is of a class that was learned: {', '.join(self.classes[:3])}, ...")
         positions = torch.tensor([outputs.get(name, -1) for name in class_names], dtype=torch.int64)
@@ -297,16 +297,16 @@ class ContinualLearner:
 
     # leaving ----------------------------------------------------------------------------------------------------------
     def save(self, folder: str | Path) -> None:
-        """Writes all there is to ``folder``, at once or not at all; a learner saved there before is replaced.
-
-        In a group of torch.distributed every process calls it, and the first one writes.
+        """Writes all there is to ``folder``, at once or not at all; a learner saved there before is replaced. In a
+        group of torch.distributed every process calls it, and the first one writes.
 
         Raises:
             ArgumentError: nothing was learned yet, or the folder holds something else.
             CheckpointError: it cannot be written.
         """
         self._require_classes()
-        processes.from_first(lambda: replace_folder(place_of_learner(Path(folder)), self._write))
+        place = checked_path("folder", folder)
+        processes.from_first(lambda: replace_folder(place_of_learner(place), self._write))
 
     @classmethod
     def load(
@@ -329,7 +329,7 @@ class ContinualLearner:
             ArgumentError: the folder holds nothing of that kind, or the head cannot be fitted.
             CheckpointError: no task was finished, a file is missing, damaged or altered, the method is not loaded.
         """
-        run = Run.open(folder)
+        run = Run.open(checked_path("folder", folder))
         settings, saved = run.settings(), run.saved()
         if saved is None:
             raise CheckpointError(f"{folder} has not finished a task yet: there is nothing to load")
@@ -395,6 +395,6 @@ class ContinualLearner:
 
     def _warn_of_unprotected(self) -> None:
         if self._past.unprotected:
-            none = f"method {self.config.method} protects nothing"
-            cure = "observe() takes images of that kind, without labels" if self._core.method.remembers else none
+            cure = "observe() takes images of that kind, without labels"
+            cure = cure if self._core.method.remembers else f"method {self.config.method} protects nothing"
             warnings.warn(f"nothing of what the model knew is protected: {cure}", stacklevel=3)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from janus_ext import ops
 from janus_ext.adapter import Adapter
+from janus_ext.arguments import check_flag, check_tensor, naming, shown
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_linear, check_rank, check_scale
 from janus_ext.ops import WORKING_DTYPES
@@ -72,8 +73,8 @@ class LoRALayer(Adapter):
         who = type(self).__name__
         check_scale(who, scale)
         self.rectification = Rectification.of(who, rectify, options)
-        if rectify_in not in RECTIFY_IN:
-            raise ArgumentError(f"rectify_in must be one of {', '.join(RECTIFY_IN)}, got {rectify_in!r}")
+        if not isinstance(rectify_in, str) or rectify_in not in RECTIFY_IN:
+            raise ArgumentError(f"{who}: rectify_in must be one of {', '.join(RECTIFY_IN)}, got {shown(rectify_in)}")
         self.linear = linear.requires_grad_(False)
         self.has_master = False
         self.scale, self.rectify_in = scale, rectify_in
@@ -105,6 +106,7 @@ class LoRALayer(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., n] -> [..., m], of a fused qkv [..., 3 m]; x's dtype, under autocast that of autocast."""
+        check_tensor(f"{type(self).__name__}: x", x, "[..., n]")
         x = ops.autocast(x)
         widened = self.has_master and not torch.is_autocast_enabled(x.device.type)
         entering = x.to(self.linear.weight.dtype) if widened else x
@@ -128,14 +130,18 @@ class LoRALayer(Adapter):
             TaskBoundaryError: B is not zero: a new basis would change what the layer computes. Merge first.
             ArgumentError: basis is not [n, k] with k <= n - r.
         """
+        n, room = self.in_features, self.in_features - self.rank
+        check_tensor(
+            f"{type(self).__name__}: basis",
+            basis,
+            f"floating [n, k] with n = {n} and k <= n - r = {room}",
+            lambda V: V.dim() == 2 and len(V) == n and V.shape[1] <= room and V.is_floating_point(),
+        )
         if bool(self.B.any()):
             raise TaskBoundaryError("protect() while B is not zero would change the function: merge() first")
-        room = self.in_features - self.rank
-        if basis.dim() != 2 or basis.shape[0] != self.in_features or basis.shape[1] > room:
-            raise ArgumentError(
-                f"basis must be [n, k] with n = {self.in_features} and k <= n - r = {room}, got {list(basis.shape)}"
-            )
-        self._hold(orthonormal(basis, self.A.dtype).to(self.A))
+        with naming(type(self).__name__):
+            nearest = orthonormal(basis, self.A.dtype)
+        self._hold(nearest.to(self.A))
         self._project_A()
 
     @torch.no_grad()
@@ -158,6 +164,7 @@ class LoRALayer(Adapter):
             ArgumentError: the weight is computed from others by now, or hooks were added: nothing has changed.
         """
         check_linear(f"{type(self).__name__}.merge", self.linear)
+        check_flag(f"{type(self).__name__}: master", master)
         if self.linear.weight.dtype not in WORKING_DTYPES:
             if master:
                 self._make_master()
@@ -307,7 +314,7 @@ class LoRALinear(LoRALayer):
         **options: Any,
     ) -> None:
         check_linear("LoRALinear", linear)
-        check_rank(linear, rank)
+        check_rank("LoRALinear", linear, rank)
         shapes = (rank, linear.in_features), (linear.out_features, rank)
         super().__init__(linear, *shapes, scale, rectify, rectify_in, options)
 
@@ -343,13 +350,13 @@ class LoRAQKV(LoRALayer):
         **options: Any,
     ) -> None:
         check_linear("LoRAQKV", linear)
-        if not isinstance(targets, Sequence) or not targets or not set(targets) <= set(ops.TARGETS):
-            raise ArgumentError(f"targets must be names of {', '.join(ops.TARGETS)}, got {targets!r}")
+        if not isinstance(targets, Sequence) or not targets or not all(t in ops.TARGETS for t in map(str, targets)):
+            raise ArgumentError(f"LoRAQKV: targets must be names of {', '.join(ops.TARGETS)}, got {shown(targets)}")
         if len(set(targets)) != len(targets):
-            raise ArgumentError(f"targets must be distinct, got {targets!r}")
+            raise ArgumentError(f"LoRAQKV: targets must be distinct, got {shown(targets)}")
         if linear.out_features % 3:
-            raise ArgumentError(f"linear must be a fused qkv with 3 m outputs, got {linear.out_features}")
-        check_rank(linear, rank)
+            raise ArgumentError(f"LoRAQKV: linear must be a fused qkv with 3 m outputs, got {linear.out_features}")
+        check_rank("LoRAQKV", linear, rank)
         self.width = linear.out_features // 3
         shapes = (len(targets), rank, linear.in_features), (len(targets), self.width, rank)
         super().__init__(linear, *shapes, scale, rectify, rectify_in, options)

@@ -44,7 +44,7 @@ def _oddity(linear: nn.Linear) -> str:
     return ""
 
 
-def check_rank(linear: nn.Linear, rank: object) -> None:
+def check_rank(who: str, linear: nn.Linear, rank: object) -> None:
     """ArgumentError unless factors of this rank fit the layer."""
     room = min(linear.in_features, linear.out_features)
-    check_integer("rank", rank, lambda r: 1 <= r <= room, f"from 1 to min(m, n) = {room}")
+    check_integer(f"{who}: rank", rank, lambda r: 1 <= r <= room, f"from 1 to min(m, n) = {room}")

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from janus_ext import ops
-from janus_ext.arguments import check_integer, check_number, check_tensor, shown
+from janus_ext.arguments import (
+    WIDEST,
+    are_integers,
+    check_device,
+    check_floats,
+    check_integer,
+    check_number,
+    check_state,
+    check_tensor,
+    shown,
+)
 from janus_ext.errors import ArgumentError, StatisticsError
 
 
@@ -28,7 +38,8 @@ class ClassPrototypes:
     """
 
     def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
-        check_integer("ClassPrototypes: dim", dim, lambda n: n >= 1, "positive")
+        check_integer("ClassPrototypes: dim", dim, lambda n: 1 <= n <= WIDEST, f"from 1 to {WIDEST}")
+        check_device("ClassPrototypes: device", device)
         self.matrix = torch.zeros(0, dim, device=device)
         self.classes: list[int] = []
 
@@ -45,25 +56,29 @@ class ClassPrototypes:
         """
         self._check(features)
         features = features.detach()
-        check_tensor("labels", labels, f"[{len(features)}] of integers")
-        if tuple(labels.shape) != (len(features),) or labels.is_floating_point() or labels.dtype == torch.bool:
-            found = f"{list(labels.shape)} of {labels.dtype}"
-            raise ArgumentError(f"labels must be [{len(features)}] of integers, one a feature, got {found}")
+        wanted = f"[{len(features)}] of integers, one a feature"
+        check_tensor(
+            "ClassPrototypes: labels", labels, wanted, lambda y: y.shape == features.shape[:1] and are_integers(y)
+        )
         if not len(features) or not bool(torch.isfinite(features).all()):
             raise StatisticsError(
-                f"features must be finite and at least one, got {list(features.shape)} with NaN or none"
+                f"ClassPrototypes: features must be finite and one at least, got {list(features.shape)}, NaN or none"
             )
         new = labels.unique().tolist()
         known = sorted(set(new) & set(self.classes))
         if known:
-            raise ArgumentError(f"labels must name new classes, got classes {known} that have prototypes already")
+            raise ArgumentError(
+                f"ClassPrototypes: labels must name new classes, got classes {known} that have prototypes already"
+            )
         means = torch.stack([features[labels == c].double().mean(0) for c in new])
         self.matrix = torch.cat([self.matrix, F.normalize(means, dim=1).to(self.matrix)])
         self.classes += new
 
     def transform(self, matrix: Tensor) -> None:
         """Move every prototype p to p R, R [dim, dim], and bring it back to length 1: what drifted is followed."""
-        check_tensor("matrix", matrix, f"[{self.matrix.shape[1]}, {self.matrix.shape[1]}]")
+        check_floats("ClassPrototypes: matrix", matrix, [self.matrix.shape[1]] * 2)
+        if not bool(torch.isfinite(matrix).all()):
+            raise StatisticsError("ClassPrototypes: matrix must be finite, got NaN or infinity")
         moved = self.matrix.double() @ matrix.to(self.matrix.device, torch.float64)
         self.matrix = F.normalize(moved, dim=1).to(self.matrix)
 
@@ -75,7 +90,7 @@ class ClassPrototypes:
         """Cosines [N, C] of features [N, dim] to all prototypes: the largest is that of the nearest class mean."""
         self._check(features)
         if not self.classes:
-            raise ArgumentError("cosines need at least one prototype, got none")
+            raise ArgumentError("ClassPrototypes: cosines need at least one prototype, got none")
         return F.normalize(features.to(self.matrix), dim=1) @ self.matrix.T
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -84,20 +99,21 @@ class ClassPrototypes:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict()`; raises ArgumentError when it belongs to another width."""
-        if not isinstance(state, Mapping) or not {"matrix", "classes"} <= set(state):
-            raise ArgumentError("state must be what state_dict() gave, with matrix and classes")
-        if state["matrix"].shape[1:] != self.matrix.shape[1:] or len(state["matrix"]) != len(state["classes"]):
+        check_state("ClassPrototypes: state", state, ("matrix", "classes"))
+        matrix, classes = state["matrix"], state["classes"]
+        fits = matrix.dim() == 2 and matrix.shape[1:] == self.matrix.shape[1:] and classes.shape == matrix.shape[:1]
+        if not fits or not matrix.is_floating_point() or not are_integers(classes):
             raise ArgumentError(
-                f"state must have matrix [C, {self.matrix.shape[1]}] and C classes, "
-                f"got {list(state['matrix'].shape)} and {len(state['classes'])}"
+                f"ClassPrototypes: state must have a floating matrix [C, {self.matrix.shape[1]}] and C classes, "
+                f"got {list(matrix.shape)} of {matrix.dtype} and {list(classes.shape)} of {classes.dtype}"
             )
-        self.matrix = state["matrix"].detach().to(self.matrix, copy=True)
-        self.classes = state["classes"].tolist()
+        if not bool(torch.isfinite(matrix).all()):
+            raise ArgumentError("ClassPrototypes: state must have a finite matrix, got NaN or infinity")
+        self.matrix = matrix.detach().to(self.matrix, copy=True)
+        self.classes = classes.tolist()
 
     def _check(self, features: Tensor) -> None:
-        check_tensor("features", features, f"[N, {self.matrix.shape[1]}]")
-        if features.dim() != 2 or features.shape[1] != self.matrix.shape[1]:
-            raise ArgumentError(f"features must be [N, {self.matrix.shape[1]}], got {list(features.shape)}")
+        check_floats("ClassPrototypes: features", features, ["N", self.matrix.shape[1]])
 
 
 class DecoupledMarginLoss(nn.Module):

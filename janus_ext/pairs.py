@@ -35,7 +35,7 @@ def checked_pair(name: str, item: Any) -> LoRAPair:
     """The pair that `item` is, or an ArgumentError that says why it cannot be rectified."""
     if not isinstance(item, Sequence) or isinstance(item, str) or not 2 <= len(item) <= 4:
         found = f"{len(item)} items" if isinstance(item, (tuple, list)) else shown(item)
-        raise ArgumentError(f"{name}: must be a LoRA layer or (A, B[, scale[, module]]), got {found}")
+        raise ArgumentError(f"{name}: each of layers must be a LoRA layer or (A, B[, scale[, module]]), got {found}")
     pair = LoRAPair(*item)
     for factor, tensor in (("A", pair.A), ("B", pair.B)):
         check_tensor(f"{name}: {factor}", tensor, "of float32 or float64")

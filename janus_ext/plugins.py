@@ -6,7 +6,6 @@ stranger's run folder makes this program import no code, whatever it names.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from janus_ext.arguments import nearest, shown
 from janus_ext.errors import ArgumentError
 
 
@@ -48,8 +48,7 @@ def find(kind: Kind, name: str) -> Any:
     module, attribute = _place(kind, name)
     names = vars(_imported(kind, name, module))
     if attribute not in names:
-        similar = difflib.get_close_matches(attribute, names, n=3)
-        raise ArgumentError(f"--{kind.name} {name}: module {module} has no {attribute}{_hint(similar)}")
+        raise ArgumentError(f"--{kind.name} {name}: module {module} has no {attribute}{nearest(attribute, names)}")
     return _checked(kind, name, names[attribute])
 
 
@@ -77,7 +76,8 @@ def name_of(kind: Kind, found: Any) -> str:
     names = getattr(sys.modules.get(module), "__dict__", {})
     if attribute is None or names.get(attribute) is not found:
         raise ArgumentError(
-            f"{kind.name} must be a name, or stand at the top level of a module where it is found again, got {found!r}"
+            f"{kind.name} must be a name, or stand at the top level of a module where it is found again, "
+            f"got {shown(found)}"
         )
     return f"{module}:{attribute}"
 
@@ -108,8 +108,8 @@ def _entry_point(kind: Kind, name: str) -> EntryPoint:
         raise ArgumentError(f"--{kind.name} {name} is ambiguous, say which: {' or '.join(sorted(places))}")
     if not places:
         names = [*kind.ours, *sorted(found.names)]
-        hint = _hint(difflib.get_close_matches(name, names, n=3))
-        raise ArgumentError(f"--{kind.name} must be one of {', '.join(names)}, or {kind.form}, got {name!r}{hint}")
+        found = f"{name!r}{nearest(name, names)}"
+        raise ArgumentError(f"--{kind.name} must be one of {', '.join(names)}, or {kind.form}, got {found}")
     return next(iter(places.values()))
 
 
@@ -143,7 +143,3 @@ def _where(error: BaseException) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
-
-
-def _hint(similar: list[str]) -> str:
-    return f"; similar: {', '.join(similar)}" if similar else ""

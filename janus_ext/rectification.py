@@ -40,11 +40,7 @@ class Rectification:
     balance: bool = True
 
     def __post_init__(self) -> None:
-        if self.rectify not in RECTIFY:
-            raise ArgumentError(f"rectify must be one of {', '.join(RECTIFY)}, got {shown(self.rectify)}")
-        check_number("damping", self.damping, lambda d: 0 < d < math.inf, "positive and finite")
-        check_number("share", self.share, lambda s: 0 <= s <= 1, "in [0, 1]")
-        check_flag("balance", self.balance)
+        _check("Rectification", *self.values)
 
     @classmethod
     def of(
@@ -62,12 +58,20 @@ class Rectification:
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
             raise TypeError(f"{who}: options must be of {', '.join(_OPTIONS)}, got {', '.join(unknown)}")
-        try:
-            return cls(rectify, **{"balance": balance, **options})
-        except ArgumentError as error:
-            raise ArgumentError(f"{who}: {error}") from error
+        options = {"damping": DAMPING, "share": SHARE, "balance": balance, **options}
+        _check(who, rectify, *(options[name] for name in _OPTIONS))
+        return cls(rectify, **options)
 
     @property
     def values(self) -> tuple[str, float, float, bool]:
         """The four in the order in which the raw ops take them."""
         return self.rectify, self.damping, self.share, self.balance
+
+
+def _check(who: str, rectify: Any, damping: Any, share: Any, balance: Any) -> None:
+    """ArgumentError, which begins with `who`, unless a Rectification can be made of these."""
+    if not isinstance(rectify, str) or rectify not in RECTIFY:
+        raise ArgumentError(f"{who}: rectify must be one of {', '.join(RECTIFY)}, got {shown(rectify)}")
+    check_number(f"{who}: damping", damping, lambda d: 0 < d < math.inf, "positive and finite")
+    check_number(f"{who}: share", share, lambda s: 0 <= s <= 1, "in [0, 1]")
+    check_flag(f"{who}: balance", balance)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext import ops
-from janus_ext.arguments import shown
+from janus_ext.arguments import check_text, shown
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.lora import LoRALayer
 from janus_ext.pairs import checked_pair
@@ -170,6 +170,8 @@ def rectified_layers(layers: Any, rectification: Rectification, adapter: str | N
 
 
 def _named(layers: Any, adapter: str | None) -> list[tuple[str, Any]]:
+    if adapter is not None:
+        check_text("GradientRectifier: adapter", adapter, "the name of one, or None")
     if isinstance(layers, nn.Module):
         own = {name: module for name, module in layers.named_modules() if isinstance(module, LoRALayer)}
         return list((own | lora_factors(layers, adapter)).items())

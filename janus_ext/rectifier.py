@@ -77,6 +77,7 @@ class GradientRectifier:
         if estimator_rank is not None:
             check_integer("GradientRectifier: estimator_rank", estimator_rank, lambda r: r >= 1, "positive")
         check_flag("GradientRectifier: share_inputs", share_inputs)
+        check_flag("GradientRectifier: distributed", distributed)
         self.energy, self.share_inputs, self.distributed = energy, share_inputs, distributed
         self._entries = rectified_layers(layers, self._rectification, adapter)
         self._estimating = {
@@ -306,8 +307,8 @@ class GradientRectifier:
             TaskBoundaryError: a B is not zero and the layer's update not one that leaves the basis alone; likewise.
         """
         if not isinstance(state, Mapping) or set(state) != set(self.estimators):
-            found = sorted(state) if isinstance(state, Mapping) else shown(state)
-            raise ArgumentError(f"state must hold layers {sorted(self.estimators)}, got {found}")
+            found = sorted(map(str, state)) if isinstance(state, Mapping) else shown(state)
+            raise ArgumentError(f"GradientRectifier: state must hold layers {sorted(self.estimators)}, got {found}")
         for entry in self._entries:
             self.estimators[entry.name].check_state(state[entry.name])
             entry.check_basis(state[entry.name]["basis"].to(entry.A))

@@ -19,7 +19,7 @@ from typing import ParamSpec, TextIO, TypeVar
 from tqdm import tqdm
 
 from janus_ext import processes
-from janus_ext.data.names import visible
+from janus_ext.arguments import visible
 from janus_ext.errors import CheckpointError, Interrupted, JanusError
 
 LOG = logging.getLogger("janus_ext")

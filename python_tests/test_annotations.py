@@ -59,7 +59,7 @@ def test_what_is_clear_becomes_the_fields_type(given, wanted):
         ({"energy_power": 3}, "--energy-power must be one of 1, 2, or None, got 3"),
         ({"energy_power": True}, "--energy-power must be one of 1, 2, or None, got True"),
         ({"method": 3}, "--method must be text, got 3"),
-        ({"own": {3: 4}}, "--own must be values by name, or None, got {3: 4}"),
+        ({"own": {3: 4}}, "--own must be values by name, or None, got an object of type dict"),
         ({"domains": "reel"}, f"--domains must be a list, each item one of {', '.join(get_args(Domain))}, got 'reel'"),
     ],
 )

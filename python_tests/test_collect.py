@@ -196,7 +196,7 @@ def test_folders_without_classes_or_with_them_a_level_deeper(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ([], "classes must be a list of class names, got an object of type list"),
+        ([], "classes must be a list of class names, got []"),
         ("cat", "classes must be a list of class names, got 'cat'"),
         (["cat", 3], "classes must be names, got 3 at position 1"),
         (["cat", ""], "classes must be names, got '' at position 1"),

@@ -83,7 +83,7 @@ def test_state_goes_on_where_it_stopped(kind: str) -> None:
 
 def test_state_of_another_kind_or_rank_is_refused() -> None:
     with pytest.raises(
-        ArgumentError, match=r"state must have U \[9, 4\], S \[4\], total \[\], basis \[9, k\] and rows, got U None"
+        ArgumentError, match=r"state must be what state_dict\(\) gave, with U, S, total, rows, basis, got gram"
     ):
         estimator(9, rank=4).load_state_dict(estimator(9, "gram").state_dict())
     with pytest.raises(ArgumentError, match=r"U \[9, 4\], .* got U \[9, 5\]"):
@@ -127,7 +127,7 @@ def test_large_and_small_float32_inputs_keep_their_energy(scale: float) -> None:
 def test_state_without_a_part_is_refused() -> None:
     state = estimator(6).state_dict()
     del state["basis"]
-    with pytest.raises(ArgumentError, match="got U .* basis None"):
+    with pytest.raises(ArgumentError, match="with U, .*, basis, got U, S, total, rows"):
         estimator(6).load_state_dict(state)
 
 
@@ -162,11 +162,11 @@ def observed(modules: Any, estimators: Any) -> None:
         (lambda: estimator(6, energy_power=2), "energy_power must be 1 with estimator='isvd', got 2"),
         (lambda: estimator(6).merge(estimator(6, "gram")), "other must hold a Sketch, got a Gram"),
         (lambda: OnlineEstimator(6, dtype="float32"), "dtype must be torch.float32 or torch.float64, got 'float32'"),
-        (lambda: OnlineEstimator("6"), "dim must be an integer, positive, got '6'"),
-        (lambda: OnlineEstimator(-6), "dim must be positive, got -6"),
-        (lambda: OnlineEstimator(True), "dim must be an integer, positive, got True"),
-        (lambda: OnlineEstimator(6.0), "dim must be an integer, positive, got 6.0"),
-        (lambda: OnlineEstimator(None), "dim must be an integer, positive, got None"),
+        (lambda: OnlineEstimator("6"), "dim must be an integer, from 1 to 1048576, got '6'"),
+        (lambda: OnlineEstimator(-6), "dim must be from 1 to 1048576, got -6"),
+        (lambda: OnlineEstimator(True), "dim must be an integer, from 1 to 1048576, got True"),
+        (lambda: OnlineEstimator(6.0), "dim must be an integer, from 1 to 1048576, got 6.0"),
+        (lambda: OnlineEstimator(None), "dim must be an integer, from 1 to 1048576, got None"),
         (lambda: OnlineEstimator(6, None), "estimator must be one of gram, isvd, got None"),
         (lambda: estimator(6, rank="3"), "rank must be an integer, from 1 to dim = 6, got '3'"),
         (lambda: estimator(6, rank=True), "rank must be an integer, from 1 to dim = 6, got True"),
@@ -189,9 +189,18 @@ def observed(modules: Any, estimators: Any) -> None:
         (lambda: OnlineEstimator(6).observe(torch.zeros(2, 6, dtype=torch.int64)), "floating dtype, got .*int64"),
         (lambda: OnlineEstimator(6).observe(torch.tensor(1.0)), r"floating dtype, got \[\] of torch.float32"),
         (lambda: OnlineEstimator(6).merge(None), "other must be an OnlineEstimator, got None"),
-        (lambda: OnlineEstimator(6).load_state_dict(None), "state must be what state_dict.. gave, got None"),
-        (lambda: observed({"a": None}, {"a": OnlineEstimator(6)}), "observing: a must be a module, got None"),
-        (lambda: observed({"a": nn.Identity()}, {"a": 6}), "observing: a must have an OnlineEstimator, got 6"),
+        (
+            lambda: OnlineEstimator(6).load_state_dict(None),
+            "with gram, rows, basis, got None",
+        ),
+        (
+            lambda: observed({"a": None}, {"a": OnlineEstimator(6)}),
+            "modules must hold modules, got None for a",
+        ),
+        (
+            lambda: observed({"a": nn.Identity()}, {"a": 6}),
+            "estimators must hold OnlineEstimators, got 6 for a",
+        ),
     ],
     ids=range(31),
 )

@@ -163,7 +163,7 @@ def test_state_dict_round_trip() -> None:
     other = OnlineEstimator(6)
     other.load_state_dict(estimator.state_dict())
     assert torch.equal(other.commit(0.9), estimator.commit(0.9))
-    with pytest.raises(ArgumentError, match=r"gram \[7, 7\], basis \[7, k\] and rows, got gram \[6, 6\]"):
+    with pytest.raises(ArgumentError, match=r"gram \[7, 7\], rows \[\] and basis \[7, k\], got gram \[6, 6\]"):
         OnlineEstimator(7).load_state_dict(estimator.state_dict())
 
 

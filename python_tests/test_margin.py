@@ -136,16 +136,16 @@ def test_module_names_the_wrong_argument(name: str, value: Any, found: str) -> N
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (lambda: ClassPrototypes("6"), "ClassPrototypes: dim must be an integer, positive, got '6'"),
-        (lambda: ClassPrototypes(-6), "ClassPrototypes: dim must be positive, got -6"),
-        (lambda: ClassPrototypes(True), "ClassPrototypes: dim must be an integer, positive, got True"),
+        (lambda: ClassPrototypes("6"), "ClassPrototypes: dim must be an integer, from 1 to 1048576, got '6'"),
+        (lambda: ClassPrototypes(-6), "ClassPrototypes: dim must be from 1 to 1048576, got -6"),
+        (lambda: ClassPrototypes(True), "ClassPrototypes: dim must be an integer, from 1 to 1048576, got True"),
         (
             lambda: ClassPrototypes(6).add(numpy.zeros((2, 6)), torch.zeros(2)),
             r"features must be a tensor \[N, 6\], got an",
         ),
         (
             lambda: ClassPrototypes(6).add(torch.zeros(2, 6), [0, 1]),
-            r"labels must be a tensor \[2\] of integers, got an",
+            r"labels must be a tensor \[2\] of integers, one a feature, got \[0, 1\]",
         ),
         (
             lambda: ClassPrototypes(6).add(torch.zeros(2, 6), torch.zeros(2)),
@@ -156,7 +156,7 @@ def test_module_names_the_wrong_argument(name: str, value: Any, found: str) -> N
         (lambda: DecoupledMarginLoss(0.2, 16.0)(torch.zeros(2, 6), None), r"ClassPrototypes or a tensor .*, got None"),
         (
             lambda: DecoupledMarginLoss(0.2, 16.0)([1.0], torch.zeros(2, 6)),
-            r"features must be a tensor \[N, d\], got an",
+            r"features must be a tensor \[N, d\], got \[1\]",
         ),
     ],
     ids=range(10),

@@ -153,6 +153,7 @@ def flat(value: object) -> list[torch.Tensor]:
     return [t for item in items for t in flat(item)]
 
 
+FACTORS = torch.ones(5, 12, dtype=torch.float64)
 BAD = [
     (
         "gram_update_",
@@ -173,13 +174,25 @@ BAD = [
         "gram_update_",
         {"gram": torch.zeros(1, 12, dtype=torch.float64).expand(12, 12)},
         ValueError,
-        r"gram must hold every element once, got an expanded tensor of strides \[0, 1\]",
+        r"gram must hold every element once, got strides \[0, 1\] that overlap",
+    ),
+    (
+        "gram_update_",
+        {"gram": torch.zeros(200, dtype=torch.float64).as_strided((12, 12), (5, 1))},
+        ValueError,
+        r"gram must hold every element once, got strides \[5, 1\] that overlap",
+    ),
+    (
+        "rectify_",
+        {"A": [FACTORS[:3]], "grad_A": [FACTORS[2:]], "basis": [torch.zeros(12, 0, dtype=torch.float64)]},
+        ValueError,
+        r"A\[0\] and grad_A\[0\]|grad_A\[0\] and A\[0\] must not share memory",
     ),
     (
         "rectify_",
         {"grad_B": [torch.zeros(8, 1, dtype=torch.float64).expand(8, 3)]},
         ValueError,
-        r"layer 0: grad_B must hold every element once, got an expanded tensor",
+        r"layer 0: grad_B must hold every element once, got strides \[1, 0\] that overlap",
     ),
     ("lora_backward", {"offsets": [8]}, ValueError, r"offsets must be 2 numbers from 0 to 16, got \[8\]"),
     ("lora_backward", {"offsets": [8, 17]}, ValueError, r"offsets must be 2 numbers from 0 to 16, got \[8, 17\]"),
@@ -220,6 +233,18 @@ BAD = [
         ValueError,
         r"U must be \[n, l\] with n = 12, got \[9, 7\]",
     ),
+    (
+        "extend_basis",
+        {"basis": torch.full((12, 4), float("nan"), dtype=torch.float64)},
+        ValueError,
+        "basis must be finite, got NaN or infinite entries",
+    ),
+    (
+        "extend_basis_factor",
+        {"basis": torch.full((12, 4), float("nan"), dtype=torch.float64)},
+        ValueError,
+        "basis must be finite, got NaN or infinite entries",
+    ),
     ("extend_basis_factor", {"total": torch.tensor(1.0)}, TypeError, "total must be float64, got float32"),
     (
         "extend_basis_factor",
@@ -234,6 +259,8 @@ BAD = [
         "U, S and total must be finite",
     ),
     ("extend_basis_factor", {"max_rank": 13}, ValueError, "max_rank must be from k = 4 to n = 12, got 13"),
+    ("lora_linear", {"A": None}, TypeError, "A must be float32, float64, got None"),
+    ("lora_linear", {"rectify": "a\nb"}, ValueError, r"rectify must be one of .*, got 'a\\nb'"),
     ("lora_linear", {"rectify": "all"}, ValueError, "rectify must be one of none, project, tangent, exact, got 'all'"),
     ("lora_linear", {"scale": 0.0}, ValueError, "scale must be finite and not zero, got 0"),
     ("lora_linear", {"damping": -1.0}, ValueError, "damping must be positive and finite, got -1"),
@@ -305,6 +332,20 @@ def test_wrong_arguments_say_so_in_the_same_words(op: str, change: dict, kind: t
         texts.append(str(caught.value))
     assert texts[0] == texts[1]
     assert texts[0].startswith(op)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+@pytest.mark.parametrize("op", ops.OPS)
+def test_tensors_without_values_in_memory_are_refused(op: str, kind: str) -> None:
+    """Not even by an op in place, which PyTorch would let do nothing where one argument is on meta."""
+    sample = sample_inputs(op, "cpu")[0]
+    name = [name for name, value in sample.items() if flat(value)][-1]
+    spoil = torch.Tensor.to_sparse if kind == "sparse" else lambda tensor: tensor.to("meta")
+    spoiled = [spoil(tensor) for tensor in flat(sample[name])]
+    sample[name] = spoiled if isinstance(sample[name], list) else spoiled[0]
+    wanted = "a dense tensor, got a sparse or packed one" if kind == "sparse" else "on cpu, got meta"
+    with pytest.raises((TypeError, ValueError), match=f"^{op}: .*{name} must be {wanted}$"):
+        getattr(torch.ops.janus_ext, op)(**sample)
 
 
 @needs_native

@@ -77,7 +77,7 @@ def test_it_is_settled_when_it_is_made() -> None:
     ],
 )
 def test_a_value_outside_is_refused_by_name(values: dict[str, object], message: str) -> None:
-    with pytest.raises(ArgumentError, match=f"^{message}$"):
+    with pytest.raises(ArgumentError, match=f"^Rectification: {message}$"):
         Rectification(**values)
     with pytest.raises(ArgumentError, match=f"^LoRALinear: {message}$"):
         LoRALinear(nn.Linear(8, 8), 2, **values)

@@ -137,7 +137,7 @@ def pair_with(**options: Any) -> GradientRectifier:
         ),
         (lambda: GradientRectifier({"q": (torch.zeros(2, 8), torch.zeros(2, 8))}), r"q: A and B must be \[r, n\]"),
         (lambda: GradientRectifier([], rectify="all"), "GradientRectifier: rectify must be one of none, project"),
-        (lambda: GradientRectifier({"q": 3}), r"q: must be a LoRA layer or \(A, B"),
+        (lambda: GradientRectifier({"q": 3}), r"q: each of layers must be a LoRA layer or \(A, B"),
         (lambda: pair_with(energy=2), r"energy must be in \[0, 1\], got 2"),
         (lambda: pair_with(energy=float("nan")), r"energy must be in \[0, 1\], got nan"),
         (lambda: pair_with(energy="0.9"), r"energy must be a number, in \[0, 1\], got '0.9'"),
@@ -153,7 +153,10 @@ def pair_with(**options: Any) -> GradientRectifier:
         (lambda: pair_with().commit("0.9"), r"q: energy must be a number, in \[0, 1\], got '0.9'"),
         (lambda: pair_with().attach(None), "attach: optimizer must be a torch.optim.Optimizer, .* got None"),
         (lambda: pair_with().load_state_dict(None), r"state must hold layers \['q'\], got None"),
-        (lambda: pair_with().load_state_dict({"q": None}), "q: state must be what state_dict.. gave, got None"),
+        (
+            lambda: pair_with().load_state_dict({"q": None}),
+            "q: state must be what .* gave, with .*, got None",
+        ),
         (lambda: GradientRectifier(None), "layers must be a model, or a mapping or .*, got None"),
         (lambda: GradientRectifier("blocks"), "layers must be a model, or a mapping or .*, got 'blocks'"),
         (

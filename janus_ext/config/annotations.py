@@ -9,6 +9,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from janus_ext.arguments import nearest, shown
+
 
 class _Unfit(Exception):
     """The value is none of that type, and it is not clear which one was meant."""
@@ -27,7 +29,7 @@ def fit(hint: Any, value: Any) -> Any:
     try:
         return _fit(hint, value)
     except _Unfit as error:
-        raise TypeError(f"must be {_in_words(hint)}, got {value!r}") from error
+        raise TypeError(f"must be {_in_words(hint)}, got {shown(value)}{_nearest(hint, value)}") from error
 
 
 def _fit(hint: Any, value: Any) -> Any:
@@ -65,7 +67,10 @@ def _whole_number(value: Any) -> int:
 
 def _number(value: Any) -> float:
     if isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise _Unfit from error
     raise _Unfit
 
 
@@ -104,6 +109,19 @@ def _in_words(hint: Any) -> str:
     if kind is tuple:
         return f"a list, each item {_in_words(parts[0])}"
     return f"{_in_words(_but_none(parts))}, or None"
+
+
+def _nearest(hint: Any, value: Any) -> str:
+    """Of a text, or the first in a list, that is none of the choices: those that may be meant."""
+    choices = [choice for choice in _choices(hint) if isinstance(choice, str)]
+    texts = [text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str)]
+    return next((nearest(text, choices) for text in texts if text not in choices), "")
+
+
+def _choices(hint: Any) -> list[Any]:
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [choice for part in get_args(hint) for choice in _choices(part)]
 
 
 def _but_none(parts: tuple[Any, ...]) -> Any:

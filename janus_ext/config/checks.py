@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from janus_ext.arguments import shown
 from janus_ext.config.foreign import BENCHMARK, loaded_method
 from janus_ext.config.parts import BenchmarkName, Settings, Split, flag
 from janus_ext.errors import ArgumentError
@@ -117,12 +118,13 @@ def default(config: Settings, name: str) -> Any:
 def _check_ranges(config: Settings) -> None:
     for name, low, high in RANGES:
         value = getattr(config, name, None)  # a learner has no data's
-        if value is not None and not low <= value <= high:
-            raise ArgumentError(f"{flag(name)} must lie in [{low:g}, {high:g}], got {value:g}")
+        if value is not None and not (low <= value <= high and value != ANY):
+            end = "inf)" if high == ANY else f"{high:g}]"
+            raise ArgumentError(f"{flag(name)} must lie in [{low:g}, {end}, got {shown(value)}")
     for name in POSITIVE:
         value = getattr(config, name)
         if value is not None and not 0 < value < ANY:
-            raise ArgumentError(f"{flag(name)} must be a positive number, got {value:g}")
+            raise ArgumentError(f"{flag(name)} must be a positive number, got {shown(value)}")
 
 
 def _check_seeds(seeds: Iterable[int]) -> None:

@@ -5,7 +5,6 @@ A method that is built in has its values in the presets; one from elsewhere says
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
@@ -13,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, get_args
 
 from janus_ext import plugins
+from janus_ext.arguments import nearest
 from janus_ext.config.parts import (
     BenchmarkName,
     DataConfig,
@@ -119,7 +119,5 @@ def own_settings(name: str, method: type[Declared] | None, given: Mapping[str, A
     """
     known = [] if method is None or method.Own is None else [field.name for field in fields(method.Own)]
     for unknown in (given or {}).keys() - known:
-        similar = difflib.get_close_matches(unknown, known, n=3)
-        hint = f"; similar: {', '.join(similar)}" if similar else ""
-        raise ArgumentError(f"--method {name} has no setting {unknown!r} of its own{hint}")
+        raise ArgumentError(f"--method {name} has no setting {unknown!r} of its own{nearest(unknown, known)}")
     return method.Own(**(given or {})).to_json() if known else None

@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset, Subset
 
 from janus_ext.arguments import shown
 from janus_ext.data import check
+from janus_ext.data.benchmark import Split
 from janus_ext.data.files import warn_of_unread
 from janus_ext.data.images import Files, ImageSplit, Source, View
 from janus_ext.data.items import MOST_NAMED, PATHS, Items, Label, is_pair, look_at, name_of, naming, to_label
@@ -290,6 +291,13 @@ def _load(images: Sequence[Any]) -> None:
         if isinstance(image, Image):
             with naming(index):
                 image.load()
+
+
+def checked_split(split: Any) -> Split:
+    """``split`` if it is one."""
+    if not isinstance(split, Split):
+        raise ArgumentError(f"split must be a Split, as those of a benchmark are, got {shown(split)}")
+    return split
 
 
 # checks --------------------------------------------------------------------------------------------------------------

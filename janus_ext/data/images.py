@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from janus_ext.arguments import check_integer
 from janus_ext.backbone import prepare_torchvision
 from janus_ext.data.benchmark import Part, Split, whole
 from janus_ext.data.names import FORMATS
@@ -303,6 +304,12 @@ class ImageSplit(Split):
         for training in (False, True):
             transform(self.view, training)  # imports torchvision here, once, and not in every forked worker
         return self._workers.read(requests, ahead, CHUNK * 3 * self.view.size**2)
+
+
+def checked_workers(asked: Any) -> int:
+    """``asked`` if it is a number of processes."""
+    check_integer("asked", asked, lambda n: 0 <= n <= 1024, "from 0 to 1024")
+    return asked
 
 
 def default_workers(device: str) -> int:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from collections.abc import Iterable
 
 from PIL import features
+
+from janus_ext.arguments import on_one_line
 
 AVIF = "avif" in features.modules and features.check("avif")  # not in every build of Pillow
 IMAGE_SUFFIXES = (
@@ -31,7 +32,6 @@ CLUTTER = {  # what other systems leave behind, in lower case; beside these, all
     *("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"),
     *("thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # and what turns the direction of a text
 
 
 def is_image(name: str) -> bool:
@@ -65,16 +65,6 @@ def is_possible(name: str) -> bool:
 def printable(name: str) -> str:
     """``name`` as valid text, bytes that are none written as escapes."""
     return to_bytes(name).decode("utf-8", "backslashreplace")
-
-
-def on_one_line(name: str) -> str:
-    """``name`` with its control characters, line feeds among them, written as escapes."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
-
-
-def visible(text: str) -> str:
-    """A text of one or more lines with all other control characters, which a terminal would obey, as escapes."""
-    return "\n".join(map(on_one_line, text.split("\n")))
 
 
 def similar(name: str, names: Iterable[str]) -> str:

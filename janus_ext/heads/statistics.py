@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 from janus_ext import ops
-from janus_ext.arguments import check_integer, check_tensor, shown
+from janus_ext.arguments import (
+    WIDEST,
+    are_integers,
+    check_device,
+    check_floats,
+    check_integer,
+    check_state,
+    check_tensor,
+    shown,
+)
 from janus_ext.errors import ArgumentError, StatisticsError
 
 NAMES = ("counts", "sums", "gram")
-MOST_CLASSES = 2**20  # a label beyond it is a slip, for which no memory is asked
 NOTHING = 1e-12  # of the features' energy: a scatter within classes below it is rounding
 
 
@@ -36,7 +44,8 @@ class FeatureStatistics:
     """
 
     def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
-        check_integer("FeatureStatistics: dim", dim, lambda n: n >= 1, "positive")
+        check_integer("FeatureStatistics: dim", dim, lambda n: 1 <= n <= WIDEST, f"from 1 to {WIDEST}")
+        check_device("FeatureStatistics: device", device)
         self.counts = torch.zeros(0, dtype=torch.int64, device=device)
         self.sums = torch.zeros(0, dim, dtype=torch.float64, device=device)
         self.gram = torch.zeros(dim, dim, dtype=torch.float64, device=device)
@@ -69,7 +78,9 @@ class FeatureStatistics:
         """
         self._check(features, labels)
         if not bool(torch.isfinite(features.double().square().sum())):
-            raise StatisticsError(f"features must have finite squares, got others among {list(features.shape)}")
+            raise StatisticsError(
+                f"FeatureStatistics: features must have finite squares, got others among {list(features.shape)}"
+            )
         if len(labels):
             self.reserve(int(labels.max()) + 1)
         features, labels = features.to(self.gram.device), labels.to(self.counts)
@@ -81,6 +92,7 @@ class FeatureStatistics:
 
     def reserve(self, classes: int) -> None:
         """Makes room for classes 0 .. ``classes`` - 1; those without images have a count of 0."""
+        check_integer("FeatureStatistics: classes", classes, lambda c: 0 <= c <= WIDEST, f"from 0 to {WIDEST}")
         missing = classes - len(self.counts)
         if missing > 0:
             self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
@@ -91,7 +103,7 @@ class FeatureStatistics:
         """Adds what other statistics of the same width have seen, class by class."""
         if not isinstance(other, FeatureStatistics) or other.dim != self.dim:
             found = f"a width of {other.dim}" if isinstance(other, FeatureStatistics) else shown(other)
-            raise ArgumentError(f"other must be FeatureStatistics of width {self.dim}, got {found}")
+            raise ArgumentError(f"FeatureStatistics: other must be FeatureStatistics of width {self.dim}, got {found}")
         self.reserve(len(other.counts))
         for name in NAMES:
             own, added = getattr(self, name), getattr(other, name)
@@ -112,11 +124,9 @@ class FeatureStatistics:
         Args:
             matrix: R [dim, dim].
         """
-        check_tensor("matrix", matrix, f"[{self.dim}, {self.dim}]")
-        if list(matrix.shape) != [self.dim, self.dim]:
-            raise ArgumentError(f"matrix must be [{self.dim}, {self.dim}], got {list(matrix.shape)}")
+        check_floats("FeatureStatistics: matrix", matrix, [self.dim, self.dim])
         if not bool(torch.isfinite(matrix).all()):
-            raise StatisticsError("matrix must be finite, got NaN or infinity")
+            raise StatisticsError("FeatureStatistics: matrix must be finite, got NaN or infinity")
         R = matrix.to(self.gram)
         self.sums = self.sums @ R
         moved = R.mT @ self.gram @ R
@@ -146,38 +156,34 @@ class FeatureStatistics:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from `state_dict()`; ArgumentError where it is none, or of another width."""
-        if not isinstance(state, Mapping) or not set(NAMES) <= set(state):
-            raise ArgumentError(f"state must be what state_dict() gave, with {', '.join(NAMES)}")
-        for name in NAMES:
-            check_tensor(f"state: {name}", state[name], "as state_dict() gave it")
+        check_state("FeatureStatistics: state", state, NAMES)
         C, d = state["counts"].numel(), self.dim
         for name, shape in (("counts", [C]), ("sums", [C, d]), ("gram", [d, d])):
             if list(state[name].shape) != shape:
-                raise ArgumentError(f"state must have {name} {shape}, got {list(state[name].shape)}")
+                raise ArgumentError(f"FeatureStatistics: state must have {name} {shape}, got {list(state[name].shape)}")
         counts, numbers = state["counts"], (state["sums"], state["gram"])
         if (
             counts.dtype != torch.int64
             or bool((counts < 0).any())
             or not all(bool(x.isfinite().all()) for x in numbers)
         ):
-            raise ArgumentError("state must have counts of int64, none negative, and finite sums and gram")
+            raise ArgumentError(
+                "FeatureStatistics: state must have int64 counts from 0 on, and finite sums and gram, got others"
+            )
         for name in NAMES:
             setattr(self, name, state[name].detach().to(getattr(self, name), copy=True))
 
     def _check(self, features: Tensor, labels: Tensor) -> None:
-        check_tensor("features", features, f"[n, {self.dim}]")
-        if features.dim() != 2 or features.shape[1] != self.dim or not features.is_floating_point():
-            raise ArgumentError(
-                f"features must be floating [n, {self.dim}], got {list(features.shape)} of {features.dtype}"
-            )
-        check_tensor("labels", labels, f"[{len(features)}] of integers")
-        integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-        fits = tuple(labels.shape) == (len(features),) and integers
-        if not fits or (len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < MOST_CLASSES):
-            raise ArgumentError(
-                f"labels must be [{len(features)}] integers, one a feature, from 0 to {MOST_CLASSES - 1}, got "
-                f"{list(labels.shape)} of {labels.dtype}"
-            )
+        check_floats("FeatureStatistics: features", features, ["n", self.dim])
+        n = len(features)
+        check_tensor(
+            "FeatureStatistics: labels",
+            labels,
+            f"[{n}] integers, one a feature, from 0 to {WIDEST - 1}",
+            lambda y: (
+                list(y.shape) == [n] and are_integers(y) and (n == 0 or 0 <= int(y.min()) <= int(y.max()) < WIDEST)
+            ),
+        )
 
 
 def shrunk(S: Tensor, rows: int, least: float = 0.0) -> Tensor:

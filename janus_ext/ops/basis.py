@@ -1,5 +1,6 @@
 """The protected basis V grows by what was estimated."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def extend_basis_factor(
     Returns:
         As `extend_basis`.
     """
-    if not isinstance(total, Tensor):
+    if isinstance(total, Real) and isinstance(basis, Tensor):
         total = torch.tensor(float(total), dtype=torch.float64, device=basis.device)
     with torch.no_grad():
         return torch.ops.janus_ext.extend_basis_factor(basis, U, S, total, energy, max_rank)

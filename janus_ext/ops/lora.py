@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from janus_ext import reference
+from janus_ext.arguments import shown
 from janus_ext.ops.registry import RECTIFICATION, define, require_reverse_mode
 from janus_ext.rectification import Rectification
 from janus_ext.reference.lora import padded_rank
@@ -78,9 +79,9 @@ def lora_qkv(
         [..., 3 m], x's dtype.
     """
     check_differentiation("lora_qkv", x, weight, bias, A, B)
-    unknown = [t for t in targets if t not in TARGETS]
+    unknown = [t for t in targets if t not in TARGETS] if isinstance(targets, Sequence) else [targets]
     if unknown:
-        raise ValueError(f"lora_qkv: targets must be of q, k, v, got {', '.join(map(repr, unknown))}")
+        raise ValueError(f"lora_qkv: targets must be of q, k, v, got {', '.join(map(shown, unknown))}")
     how = Rectification.of("lora_qkv", rectify, options, balance=False)
     slices = [TARGETS.index(t) for t in targets]
     return torch.ops.janus_ext.lora_qkv(x, weight, bias, A, B, basis, scale, *how.values, defer, slices)[0]
@@ -93,7 +94,7 @@ def check_differentiation(op: str, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _require_frozen(op: str, weight: Tensor, bias: Tensor | None) -> None:
-    trainable = [n for n, t in (("weight", weight), ("bias", bias)) if t is not None and t.requires_grad]
+    trainable = [n for n, t in (("weight", weight), ("bias", bias)) if isinstance(t, Tensor) and t.requires_grad]
     if trainable and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: {' and '.join(trainable)} must be frozen (requires_grad=False), got requires_grad=True"

@@ -1,12 +1,14 @@
 """Gradient Rectification of the factor gradients of all layers at once."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from janus_ext import reference
+from janus_ext.arguments import shown
 from janus_ext.ops.registry import RECTIFICATION, define
 from janus_ext.rectification import Rectification
 
@@ -39,10 +41,21 @@ def rectify_(
         options: as in `lora_linear`.
     """
     how = Rectification.of("rectify_", rectify, options, balance=False)
-    scales = [float(scale)] * len(A) if isinstance(scale, (int, float)) else [float(s) for s in scale]
-    bases = [a.new_empty(a.shape[-1], 0) if v is None else v for a, v in zip(A, basis, strict=True)]
+    lists = {"A": A, "B": B, "grad_A": grad_A, "grad_B": grad_B, "basis": basis}
+    lists["scale"] = [scale] * len(A) if isinstance(scale, Real) and isinstance(A, Sequence) else scale
+    for name, values in lists.items():
+        if not isinstance(values, Sequence):
+            raise TypeError(f"rectify_: {name} must be a list, one entry a layer, got {shown(values)}")
+    reference.check_lengths("rectify_", *lists.values())
+    lists["basis"] = [_nothing(a) if v is None else v for a, v in zip(A, basis, strict=True)]
+    lists["scale"] = [float(s) if isinstance(s, Real) else s for s in lists["scale"]]
     with torch.no_grad():
-        torch.ops.janus_ext.rectify_(list(A), list(B), list(grad_A), list(grad_B), bases, scales, *how.values)
+        torch.ops.janus_ext.rectify_(*map(list, lists.values()), *how.values)
+
+
+def _nothing(A: Any) -> Tensor | None:
+    """The basis [n, 0] of factors [..., r, n]."""
+    return A.new_empty(*A.shape[-1:], 0) if isinstance(A, Tensor) else None
 
 
 def _fake(*_: Any, **__: Any) -> None:

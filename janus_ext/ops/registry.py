@@ -41,7 +41,7 @@ def define(
     _library.impl(name, _by_name(op, reference), "CompositeExplicitAutograd")
     for device in ("cpu", "cuda"):
         _library.impl(name, _autocast_kernel(op, cast, device), f"Autocast{device.upper()}")
-    torch.library.register_fake(f"janus_ext::{name}", fake, lib=_library)
+    torch.library.register_fake(f"janus_ext::{name}", _on_one_device(op, fake), lib=_library)
     if autograd is not None:
         backward, setup = autograd
         torch.library.register_autograd(f"janus_ext::{name}", backward, setup_context=setup, lib=_library)
@@ -56,6 +56,23 @@ def _by_name(op: Any, function: Callable[..., Any]) -> Callable[..., Any]:
         return function(**dict(zip(names, args, strict=False)), **kwargs)
 
     return kernel
+
+
+def _on_one_device(op: Any, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake`, which also runs where a single argument is on meta: there an op in place would do nothing, unsaid."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = [*zip(names, args, strict=False), *kwargs.items()]
+        items = [(name, t) for name, value in given for t in (value if isinstance(value, list) else [value])]
+        devices = [(name, t.device) for name, t in items if isinstance(t, Tensor) and (t.dim() or t.is_meta)]
+        for name, device in devices:
+            if device != devices[0][1]:
+                who = op._schema.name.partition("::")[2]
+                raise ValueError(f"{who}: {name} must be on {devices[0][1]}, got {device}")
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 def _autocast_kernel(op: Any, inputs: int, device: str) -> Callable[..., Any]:

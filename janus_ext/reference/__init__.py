@@ -15,7 +15,7 @@ from janus_ext.reference.isvd import isvd_update
 from janus_ext.reference.lora import lora_backward, lora_linear, lora_qkv
 from janus_ext.reference.margin import margin_loss
 from janus_ext.reference.precision import full_float32
-from janus_ext.reference.rectify import rectified, rectify_
+from janus_ext.reference.rectify import check_lengths, rectified, rectify_
 
 __all__ = [
     "DAMPING",
@@ -23,6 +23,7 @@ __all__ = [
     "RECTIFY",
     "SHARE",
     "WORKING_DTYPES",
+    "check_lengths",
     "check_rectify",
     "extend_basis",
     "extend_basis_factor",

@@ -41,6 +41,7 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
     require(energy_power in (1, 2), f"{op}: energy_power must be 1 or 2, got {energy_power}")
     C = gram.double()
     require(bool(torch.isfinite(C).all()), f"{op}: gram must be finite, got NaN or infinite entries")
+    require_finite(op, basis)
     trace = C.trace()
     require(bool(trace > 0), f"{op}: gram must have a positive trace, got {float(trace):g}")
 
@@ -77,6 +78,7 @@ def extend_basis_factor(basis: Tensor, U: Tensor, S: Tensor, total: Tensor, ener
         trace > 0 and largest > 0,
         f"{op}: total and the largest of S must be positive, got {trace:g} and {largest:g}",
     )
+    require_finite(op, basis)
     V, scaled = orthonormal(basis), U.double() * (S.double() / largest)
     vectors, values, _ = torch.linalg.svd(project(scaled.mT, V).mT, full_matrices=False)
     # Rounding of the factor, and of squaring it in float64, as the compiled op does; its largest singular value is 1.
@@ -94,6 +96,11 @@ def check_basis(op: str, basis: Tensor) -> None:
         basis.dim() == 2 and basis.shape[1] <= basis.shape[0] and basis.shape[0] > 0,
         f"{op}: basis must be [n, k] with k <= n and n > 0, got {list(basis.shape)}",
     )
+
+
+def require_finite(op: str, basis: Tensor) -> None:
+    """No eigendecomposition converges otherwise."""
+    require(bool(torch.isfinite(basis).all()), f"{op}: basis must be finite, got NaN or infinite entries")
 
 
 def check_growth(op: str, basis: Tensor, energy: float, max_rank: int) -> None:

@@ -1,7 +1,7 @@
 """Checks of arguments. The texts equal those of csrc/checks.h: a test compares them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_dtype(op: str, name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Of an allowed dtype, and dense: the compiled kernels get no other tensor, since none is registered for it."""
     found = None if tensor is None else tensor.dtype  # the dispatcher lets None pass for a tensor
     if found not in allowed:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{op}: {name} must be {wanted}, got {str(found).removeprefix('torch.')}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got a sparse or packed one")
 
 
 def require_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
@@ -43,11 +46,32 @@ def require_last(op: str, name: str, tensor: Tensor, n: int) -> None:
 
 
 def require_writable(op: str, name: str, tensor: Tensor) -> None:
-    """What is rewritten in place must hold each element once; an expanded tensor does not."""
-    require(
-        all(stride != 0 or size <= 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)),
-        f"{op}: {name} must hold every element once, got an expanded tensor of strides {list(tensor.stride())}",
-    )
+    """What is rewritten in place must hold each element once; expanded tensors and sliding windows do not."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            found = f"strides {list(tensor.stride())} that overlap"
+            require(stride > reach, f"{op}: {name} must hold every element once, got {found}")
+            reach += stride * (size - 1)
+
+
+def require_apart(op: str, written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
+    """What is rewritten in place must share no memory with other arguments, as far as these have no gaps.
+
+    Tensors with gaps, such as columns of one matrix, may lie within each other without sharing an element.
+    """
+    spans = []
+    for name, tensor in (*written.items(), *read.items()):
+        steps = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+        if 0 < tensor.numel() > steps:
+            begin = tensor.data_ptr()
+            spans.append((begin, begin + (steps + 1) * tensor.element_size(), name, name in written))
+    last, last_written = (0, ""), (0, "")  # where the spans so far end, and the name of the one that does
+    for begin, end, name, is_written in sorted(spans, key=lambda span: span[0]):
+        other_end, other = last if is_written else last_written
+        require(begin >= other_end, f"{op}: {name} and {other} must not share memory, got some of both at one place")
+        last = max(last, (end, name), key=lambda found: found[0])
+        last_written = max(last_written, (end, name), key=lambda found: found[0]) if is_written else last_written
 
 
 def check_rectify(op: str, scale: float, rectify: str | Rectification, **options: Any) -> Rectification:

@@ -39,7 +39,7 @@ def lora_linear(
     """y, x A_s^T and A_s of one adapted linear map; see `janus_ext.ops.lora_linear`."""
     op = "lora_linear"
     how = check_rectify(op, scale, rectify, **options)
-    check_factors(op, A[None], B[None], basis)
+    check_factors(op, one_target(A), one_target(B), basis)
     check_linear(op, x, weight, bias, A)
     require_shape(op, "weight", weight, (B.shape[0], A.shape[1]))
     return lora_forward(x, weight, bias, A[None], B[None], basis, scale, how.rectify, [0])
@@ -72,6 +72,11 @@ def lora_qkv(
     m = B.shape[1]
     require_shape(op, "weight", weight, (3 * m, A.shape[2]))
     return lora_forward(x, weight, bias, A, B, basis, scale, how.rectify, [t * m for t in targets])
+
+
+def one_target(factor: Tensor) -> Tensor:
+    """[r, n] -> [1, r, n]; None, which the dispatcher lets pass, stays for the check of dtypes."""
+    return factor if factor is None else factor[None]
 
 
 def padded_rank(r: int, dtype: torch.dtype) -> int:

@@ -12,6 +12,7 @@ from janus_ext.reference.checks import (
     check_factors,
     check_scale,
     require,
+    require_apart,
     require_device,
     require_dtype,
     require_shape,
@@ -82,20 +83,25 @@ def rectify_(
 ) -> None:
     """Rectify the factor gradients of many layers in place; see `janus_ext.ops.rectify_`."""
     op = "rectify_"
-    counts = [len(B), len(grad_A), len(grad_B), len(basis), len(scale)]
-    require(
-        all(c == len(A) for c in counts),
-        f"{op}: A, B, grad_A, grad_B, basis and scale must have equal lengths, got {[len(A), *counts]}",
-    )
+    check_lengths(op, A, B, grad_A, grad_B, basis, scale)
     how = Rectification.of(op, rectify, options, balance=False)
     for i in range(len(A)):
         check_scale(op, scale[i])
         check_pair(op, i, A[i], B[i], grad_A[i], grad_B[i], basis[i], how)
+    written, read = {"grad_A": grad_A, "grad_B": grad_B}, {"A": A, "B": B, "basis": basis}
+    require_apart(op, *({f"{name}[{i}]": t for name in d for i, t in enumerate(d[name])} for d in (written, read)))
     with full_float32():
         for a, b, ga, gb, v, s in zip(A, B, grad_A, grad_B, basis, scale, strict=True):
             dA, dB = rectified(a, b, ga, gb, v, s, how)
             ga.copy_(dA)
             gb.copy_(dB)
+
+
+def check_lengths(op: str, *lists: Sequence[Any]) -> None:
+    """The lists of `rectify_`, one entry a layer each."""
+    counts = [len(values) for values in lists]
+    names = "A, B, grad_A, grad_B, basis and scale"
+    require(len(set(counts)) == 1, f"{op}: {names} must have equal lengths, got {counts}")
 
 
 def check_pair(

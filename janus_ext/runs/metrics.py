@@ -10,12 +10,13 @@ t is a list of the t + 1 numbers of tasks 0..t. T is the number of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from janus_ext.arguments import check_integer
+from janus_ext.arguments import WIDEST, check_floats, check_integer, check_tensor, shown
 from janus_ext.errors import ArgumentError
 
 Matrix = Sequence[Sequence[float]]
@@ -47,9 +48,10 @@ class Confusion:
     """
 
     def __init__(self, classes: int, task_sizes: Sequence[int] = ()) -> None:
-        check_integer("classes", classes, lambda n: n >= 1, "at least 1")
-        if task_sizes and (sum(task_sizes) != classes or min(task_sizes) < 1):
-            raise ArgumentError(f"task_sizes must be positive and add up to {classes} classes, got {list(task_sizes)}")
+        check_integer("Confusion: classes", classes, lambda n: 1 <= n <= WIDEST, f"from 1 to {WIDEST}")
+        _check_sizes("Confusion: task_sizes", task_sizes)
+        if task_sizes and sum(task_sizes) != classes:
+            raise ArgumentError(f"Confusion: task_sizes must add up to {classes} classes, got {shown(task_sizes)}")
         self.classes = classes
         self.task_sizes = tuple(task_sizes)
         self.counts = torch.zeros(classes, classes, dtype=torch.int64)
@@ -71,16 +73,13 @@ class Confusion:
             first += size
 
     def _check(self, scores: Tensor, labels: Tensor) -> None:
-        if scores.shape != (len(labels), self.classes) or labels.dtype != torch.int64 or labels.ndim != 1:
-            raise ArgumentError(
-                f"scores must be [b, {self.classes}] and labels int64 [b], got {list(scores.shape)} and {labels.dtype} "
-                f"{list(labels.shape)}"
-            )
+        check_tensor("Confusion: labels", labels, "int64 [b]", lambda y: y.dtype == torch.int64 and y.ndim == 1)
+        check_floats("Confusion: scores", scores, [len(labels), self.classes])
         strange = labels[(labels < 0) | (labels >= self.classes)]
         if len(strange):
-            raise ArgumentError(f"labels must lie in 0..{self.classes - 1}, got {int(strange[0])}")
+            raise ArgumentError(f"Confusion: labels must lie in 0..{self.classes - 1}, got {int(strange[0])}")
         if scores.isnan().any():
-            raise ArgumentError("scores must be numbers, got NaN")
+            raise ArgumentError("Confusion: scores must be numbers, got NaN")
 
 
 def accuracy(matrix: Matrix) -> float:
@@ -141,8 +140,9 @@ def trajectory(matrix: Matrix) -> list[float]:
 def trajectory_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> list[float]:
     """ACC after each task, every image weighs the same: sum_{j<=t} n_j R[t][j] / sum_{j<=t} n_j."""
     _check(matrix)
-    if len(test_sizes) != len(matrix) or min(test_sizes) < 1:
-        raise ArgumentError(f"test_sizes needs {len(matrix)} positive numbers, got {list(test_sizes)}")
+    _check_sizes("test_sizes", test_sizes)
+    if len(test_sizes) != len(matrix):
+        raise ArgumentError(f"test_sizes must be {len(matrix)} positive numbers, got {shown(test_sizes)}")
     return [sum(n * r for n, r in zip(test_sizes, row, strict=False)) / sum(test_sizes[: len(row)]) for row in matrix]
 
 
@@ -175,17 +175,34 @@ def summarize_head(matrix: Matrix) -> dict[str, Any]:
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1); None instead of a deviation for a single value."""
+    if not _are_numbers(values) or not len(values):
+        raise ArgumentError(f"values must be one or more numbers, got {shown(values)}")
     mean = _mean(values)
     if len(values) < 2:
         return mean, None
-    return mean, (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    try:
+        return mean, (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    except OverflowError as error:
+        raise ArgumentError(f"values must be numbers that can be squared, got {shown(values)}") from error
+
+
+def _check_sizes(name: str, sizes: Any) -> None:
+    """ArgumentError unless they are positive integers, in a list."""
+    if not _are_numbers(sizes) or not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+        raise ArgumentError(f"{name} must be positive integers, one a task, got {shown(sizes)}")
 
 
 def _check(matrix: Matrix) -> None:
-    """Rows must have 1, 2, 3, ... entries."""
+    """Rows must have 1, 2, 3, ... numbers."""
+    if not isinstance(matrix, Sequence) or not all(map(_are_numbers, matrix)):
+        raise ArgumentError(f"an accuracy matrix must be a list of rows of numbers, got {shown(matrix)}")
     lengths = [len(row) for row in matrix]
     if not lengths or lengths != list(range(1, len(lengths) + 1)):
         raise ArgumentError(f"an accuracy matrix needs rows of 1, 2, 3, ... entries, got rows of {lengths}")
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(isinstance(v, Real) and not isinstance(v, bool) for v in values)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,0 +1,309 @@
+"""Every public callable with a call of it that is right: the one list from which wrong calls are made.
+
+A name is "ops.gram_update_", "OnlineEstimator" (its constructor) or "OnlineEstimator.observe". `public_names` has those
+that the package exports and that take an argument; each is in RIGHT, or in ELSEWHERE with the reason.
+"""
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from conftest import orthonormal
+from public_learners import LEARNERS, Right, tiny_model
+from test_ops import sample_inputs
+from torch import Tensor, nn
+
+import janus_ext
+from janus_ext import (
+    ClassPrototypes,
+    DecoupledMarginLoss,
+    FeatureStatistics,
+    GradientRectifier,
+    LoRALinear,
+    LoRAPair,
+    LoRAQKV,
+    OnlineEstimator,
+    Rectification,
+    backbone,
+    ops,
+    reference,
+)
+from janus_ext.runs import metrics
+
+N, R = 12, 3  # width of the inputs, rank
+
+
+def public_names() -> set[str]:
+    """Every exported callable with an argument, and every public method with one, errors left out."""
+    found = set()
+    for prefix, module, names in (
+        ("", janus_ext, janus_ext.__all__),
+        ("ops.", ops, ops.__all__),
+        ("backbone.", backbone, backbone.__all__),
+        ("metrics.", metrics, [n for n, v in vars(metrics).items() if not n.startswith("_") and _is_of(metrics, v)]),
+    ):
+        for name in names:
+            thing = getattr(module, name)
+            if callable(thing) and getattr(thing, "__module__", "").startswith("janus_ext"):
+                found |= set(_names(prefix + name, thing))
+    return found | {f"raw.{op}" for op in ops.OPS}
+
+
+def _names(name: str, thing: Any) -> Iterator[str]:
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        return
+    if _takes(thing):
+        yield name
+    if not inspect.isclass(thing):
+        return
+    for attribute in dir(thing):
+        owner = next((c for c in thing.__mro__ if attribute in vars(c)), object)
+        method = getattr(thing, attribute)
+        ours = owner.__module__.startswith("janus_ext") and not attribute.startswith("_")
+        if ours and isinstance(method, types.FunctionType | types.MethodType) and _takes(method):
+            yield f"{name}.{attribute}"
+
+
+def _is_of(module: types.ModuleType, thing: Any) -> bool:
+    return getattr(thing, "__module__", None) == module.__name__
+
+
+def _takes(thing: Any) -> bool:
+    return any(name != "self" for name in inspect.signature(thing).parameters)
+
+
+# of bases and sketches: orthonormality and what they hold; singular values that are equal leave vectors open
+def _held(V: Tensor, M: Tensor) -> list[Tensor]:
+    V, M = V.double(), M.double()
+    return [V.mT @ V, (V.mT @ M).square().sum() / M.square().sum()]
+
+
+def _sketch(U: Tensor, S: Tensor) -> list[Tensor]:
+    M = U.double() * S.double()
+    return [M @ M.mT, S]
+
+
+VALUES: dict[str, Callable[[dict[str, Any], Any], list[Tensor]]] = {
+    "extend_basis": lambda given, V: _held(V, given["gram"]),
+    "extend_basis_factor": lambda given, V: _held(V, given["U"] * given["S"]),
+    "isvd_update": lambda given, sketch: _sketch(*sketch),
+}
+
+
+# the list -------------------------------------------------------------------------------------------------------------
+def _op(op: str, raw: bool) -> Right:
+    sample = dict(sample_inputs(op, "cpu")[0])
+    written = {"gram_update_": ("gram",), "rectify_": ("grad_A", "grad_B")}.get(op, ())
+    if raw:
+        raw, plain = getattr(torch.ops.janus_ext, op), getattr(reference, op)
+        return Right(raw, sample, None, written, (op,), VALUES.get(op), plain)
+    if op == "lora_qkv":
+        sample["targets"] = ["k", "v"]
+    return Right(getattr(ops, op), sample, None, written, (op,), VALUES.get(op))
+
+
+def _features() -> dict[str, Any]:
+    return {"features": torch.randn(6, N), "labels": torch.tensor([0, 1, 2, 0, 1, 2])}
+
+
+def _prototypes() -> ClassPrototypes:
+    known = ClassPrototypes(N)
+    known.add(torch.randn(4, N), torch.tensor([5, 6, 5, 6]))
+    return known
+
+
+def _statistics() -> FeatureStatistics:
+    known = FeatureStatistics(N)
+    known.observe(**_features())
+    return known
+
+
+def _estimator(kind: str = "gram") -> OnlineEstimator:
+    made = OnlineEstimator(N, kind, 5 if kind == "isvd" else None)
+    made.observe(torch.randn(9, N))
+    return made
+
+
+def _layer(kind: type = LoRALinear, **options: Any) -> Any:
+    m = 8 if kind is LoRALinear else 24
+    return kind(nn.Linear(N, m), R, **options)
+
+
+def _pairs() -> dict[str, Any]:
+    return {
+        "one": LoRAPair(nn.Parameter(torch.randn(R, N)), nn.Parameter(torch.zeros(8, R)), 0.5, nn.Linear(N, 8)),
+        "two": _layer(rectify_in="step"),
+    }
+
+
+def _rectifier() -> GradientRectifier:
+    made = GradientRectifier(_pairs(), 0.5)
+    for estimator in made.estimators.values():
+        estimator.observe(torch.randn(9, N))
+    return made
+
+
+def _optimizer() -> Right:
+    made = _rectifier()
+    factors = [factor for entry in made._entries for factor in (entry.A, entry.B)]
+    return Right(made.attach, {"optimizer": torch.optim.SGD(factors, 0.1)}, made, who=("attach",))
+
+
+def _injected() -> nn.Module:
+    model = tiny_model()
+    janus_ext.inject(model, 2)
+    return model
+
+
+def _observing() -> Right:
+    def call(**arguments: Any) -> None:
+        with janus_ext.observing(**arguments):
+            pass
+
+    return Right(call, {"modules": {"a": _layer()}, "estimators": {"a": _estimator()}}, who=("observing",))
+
+
+def _of_lora(kind: type) -> dict[str, Callable[[], Right]]:
+    name, op = kind.__name__, "lora_linear" if kind is LoRALinear else "lora_qkv"
+    m = 8 if kind is LoRALinear else 24
+
+    def made() -> Right:
+        sample = {"linear": nn.Linear(N, m), "rank": R, "scale": 0.5, "rectify": "exact", "rectify_in": "backward"}
+        sample |= {"damping": 0.1, "share": 0.5, "balance": True}
+        return Right(kind, sample | ({} if kind is LoRALinear else {"targets": ["k", "v"]}), None, ("linear",), (name,))
+
+    return {
+        name: made,
+        f"{name}.forward": lambda: _method(
+            _layer(kind), "forward", name, op, names=("weight",), x=torch.randn(2, 5, N)
+        ),
+        f"{name}.protect": lambda: _method(_layer(kind), "protect", basis=orthonormal(N, 4, torch.float32)),
+        f"{name}.merge": lambda: _method(_layer(kind), "merge", master=False),
+    }
+
+
+def _method(owner: Any, name: str, *who: str, names: tuple[str, ...] = (), **arguments: Any) -> Right:
+    return Right(getattr(owner, name), arguments, owner, who=who or (type(owner).__name__,), names=names)
+
+
+def _metric(name: str, **arguments: Any) -> Callable[[], Right]:
+    who = (name, "matrix", "test_sizes", "values")
+    return lambda: Right(getattr(metrics, name), dict(arguments), who=who, names=("matrix",))
+
+
+LOWER = [[90.0], [80.0, 70.0], [70.0, 65.0, 60.0]]
+RIGHT: dict[str, Callable[[], Right]] = {
+    **LEARNERS,
+    **{f"raw.{op}": partial(_op, op, True) for op in ops.OPS},
+    **{f"ops.{op}": partial(_op, op, False) for op in ops.OPS if op in ops.__all__},
+    "ClassPrototypes": lambda: Right(ClassPrototypes, {"dim": N, "device": "cpu"}, who=("ClassPrototypes",)),
+    "ClassPrototypes.add": lambda: _method(_prototypes(), "add", **_features()),
+    "ClassPrototypes.cosines": lambda: _method(_prototypes(), "cosines", features=torch.randn(6, N)),
+    "ClassPrototypes.nearest": lambda: _method(_prototypes(), "nearest", features=torch.randn(6, N)),
+    "ClassPrototypes.transform": lambda: _method(_prototypes(), "transform", matrix=torch.randn(N, N)),
+    "ClassPrototypes.load_state_dict": lambda: _method(
+        ClassPrototypes(N), "load_state_dict", state=_prototypes().state_dict()
+    ),
+    "DecoupledMarginLoss": lambda: Right(
+        DecoupledMarginLoss, {"margin": 0.2, "temperature": 16.0, "weight": 0.5}, who=("DecoupledMarginLoss",)
+    ),
+    "DecoupledMarginLoss.forward": lambda: _method(
+        DecoupledMarginLoss(0.2, 16), "forward", "DecoupledMarginLoss", "margin_loss",
+        features=torch.randn(6, N), prototypes=torch.randn(4, N),
+    ),
+    "FeatureStatistics": lambda: Right(FeatureStatistics, {"dim": N, "device": "cpu"}, who=("FeatureStatistics",)),
+    "FeatureStatistics.observe": lambda: _method(_statistics(), "observe", **_features()),
+    "FeatureStatistics.reserve": lambda: _method(_statistics(), "reserve", classes=5),
+    "FeatureStatistics.merge": lambda: _method(_statistics(), "merge", other=_statistics()),
+    "FeatureStatistics.transform": lambda: _method(_statistics(), "transform", matrix=torch.randn(N, N).double()),
+    "FeatureStatistics.load_state_dict": lambda: _method(
+        FeatureStatistics(N), "load_state_dict", state=_statistics().state_dict()
+    ),
+    "OnlineEstimator": lambda: Right(
+        OnlineEstimator,
+        {"dim": N, "estimator": "isvd", "rank": 5, "decay": 0.9, "name": "layer", "energy_power": 1,
+         "dtype": torch.float32, "device": "cpu", "distributed": True},
+        who=("OnlineEstimator",),
+    ),
+    "OnlineEstimator.observe": lambda: _method(_estimator(), "observe", "layer", x=torch.randn(2, 3, N)),
+    "OnlineEstimator.extended": lambda: _method(_estimator(), "extended", "layer", energy=0.5, max_rank=6),
+    "OnlineEstimator.commit": lambda: _method(_estimator("isvd"), "commit", "layer", energy=0.5, max_rank=6),
+    "OnlineEstimator.adopt": lambda: _method(_estimator(), "adopt", "layer", basis=orthonormal(N, 4, torch.float32)),
+    "OnlineEstimator.merge": lambda: _method(_estimator(), "merge", "layer", other=_estimator()),
+    "OnlineEstimator.check_state": lambda: _method(
+        _estimator(), "check_state", "layer", state=_estimator().state_dict()
+    ),
+    "OnlineEstimator.load_state_dict": lambda: _method(
+        _estimator("isvd"), "load_state_dict", "layer", state=_estimator("isvd").state_dict()
+    ),
+    "observing": _observing,
+    "Rectification": lambda: Right(
+        Rectification, {"rectify": "exact", "damping": 0.1, "share": 0.5, "balance": True}, who=("Rectification",)
+    ),
+    "LoRAPair": lambda: Right(
+        lambda **pair: GradientRectifier({"one": LoRAPair(**pair)}), _pairs()["one"]._asdict(), who=("one", "LoRAPair")
+    ),
+    **_of_lora(LoRALinear),
+    **_of_lora(LoRAQKV),
+    "GradientRectifier": lambda: Right(
+        GradientRectifier,
+        {"layers": _pairs(), "energy": 0.5, "adapter": None, "rectify": "exact", "estimator": "isvd",
+         "estimator_rank": 5, "energy_power": 1, "share_inputs": True, "distributed": True, "damping": 0.1},
+        who=("GradientRectifier", "one", "two", "layer", "other", "OnlineEstimator"), names=("layers", "rank"),
+    ),
+    "GradientRectifier.attach": _optimizer,
+    "GradientRectifier.commit": lambda: _method(
+        _rectifier(), "commit", "commit", "GradientRectifier", "one", "two", "layer", "other",
+        energy=0.5, layers=_pairs(), adapter=None,
+    ),
+    "GradientRectifier.load_state_dict": lambda: _method(
+        _rectifier(), "load_state_dict", "GradientRectifier", "one", "two", state=_rectifier().state_dict()
+    ),
+    "inject": lambda: Right(
+        janus_ext.inject,
+        {"model": tiny_model(), "rank": 2, "targets": ["k", "fc1"], "scale": 0.5, "rectify": "exact",
+         "rectify_in": "step", "damping": 0.1},
+        None, ("model",), ("inject", "LoRALinear", "LoRAQKV"),
+    ),
+    "uninject": lambda: Right(janus_ext.uninject, {"model": _injected()}, None, ("model",), ("uninject",)),
+    "backbone.load_backbone": lambda: Right(
+        backbone.load_backbone, {"name": "emoji", "weights": "none", "image_size": 64},
+        who=("load_backbone", "--backbone", "--weights"), names=("backbone", "image-size"),
+    ),
+    "backbone.adopt": lambda: Right(backbone.adopt, {"model": tiny_model()}, who=("backbone",)),
+    **{
+        f"metrics.{name}": _metric(name, matrix=LOWER)
+        for name in ("accuracy", "mean_average_accuracy", "backward_transfer", "forgetting", "plasticity", "trajectory",
+                     "summarize_head")
+    },
+    **{
+        f"metrics.{name}": _metric(name, matrix=LOWER, test_sizes=[3, 4, 5])
+        for name in ("accuracy_sample_weighted", "mean_average_accuracy_sample_weighted", "trajectory_sample_weighted")
+    },
+    "metrics.accuracy_task_known": _metric("accuracy_task_known", known=LOWER),
+    "metrics.task_recognition": _metric("task_recognition", recognised=LOWER),
+    "metrics.summarize": _metric("summarize", matrix=LOWER, known=LOWER, recognised=LOWER, test_sizes=[3, 4, 5]),
+    "metrics.mean_and_std": _metric("mean_and_std", values=[1.0, 2.0]),
+    "metrics.Confusion": lambda: Right(metrics.Confusion, {"classes": 4, "task_sizes": [2, 2]}, who=("Confusion",)),
+    "metrics.Confusion.add": lambda: _method(
+        metrics.Confusion(4, [2, 2]), "add", scores=torch.randn(6, 4), labels=torch.tensor([0, 1, 2, 3, 0, 1])
+    ),
+}  # fmt: skip
+
+BY_PROCESSES = "test_processes.py: they need torch.distributed"
+BY_THE_PROGRAM = "what layers, runs and exports hand to each other, checked where it came in"
+ELSEWHERE: dict[str, str] = {
+    "FeatureStatistics.all_reduce": BY_PROCESSES,
+    "OnlineEstimator.all_reduce": BY_PROCESSES,
+    "Injection": "inject makes it",
+    "Rectification.of": "its arguments are the others' own: their names, and their **options",
+    **dict.fromkeys(["backbone.attach", "backbone.probe", "backbone.rebuild", "backbone.weight_file"], BY_THE_PROGRAM),
+    **dict.fromkeys(["metrics.hits", "metrics.measured_on"], BY_THE_PROGRAM),
+    **dict.fromkeys(
+        ["ops.autocast", "ops.check_differentiation", "ops.check_rectify", "ops.is_empty", "ops.project"],
+        BY_THE_PROGRAM,
+    ),
+}

@@ -1,0 +1,169 @@
+"""Arguments made strange, for hypothesis: values that are wrong, and right ones in memory of any kind."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+HUGE = 2**40  # of what no machine has: the memory is refused, and never touched
+
+
+class Another:
+    """An object of a type that nobody expects."""
+
+
+NUMBERS = (-1, 0, 2, 0.5, HUGE, -(2**62), 2**70, 1e308, -0.0, float("nan"), float("inf"), -float("inf"), 3 + 4j)
+TEXTS = ("", "8", "exact", "Exact", "gram", "none", "exact\0", "k", "nowhere", "x" * 300, "a\nb")
+OTHERS = (
+    lambda: None,
+    lambda: True,
+    lambda: [],
+    lambda: {},
+    lambda: (1, 2),
+    lambda: ["k", "k"],
+    lambda: [None],
+    lambda: b"8",
+    lambda: np.ones((2, 3)),
+    lambda: np.float64(0.5),
+    lambda: np.int64(-3),
+    lambda: torch.ones(2, 3),
+    lambda: torch.tensor(-1.0),
+    lambda: torch.float16,
+    lambda: torch.nn.Identity(),
+    lambda: Another(),
+    lambda: Another,
+    lambda: print,
+)
+WRONG = (*((lambda v=v: v) for v in (*NUMBERS, *TEXTS)), *OTHERS)
+
+
+def overlapping(tensor: Tensor) -> Tensor:
+    """The tensor's shape over memory whose elements are read several times."""
+    strides = [1] * tensor.dim()
+    return torch.as_strided(tensor.flatten()[: max(1, sum(tensor.shape))].clone(), tensor.shape, strides)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values, every other element of a larger memory."""
+    if not tensor.dim():
+        return tensor.new_full((3,), 7)[1].copy_(tensor)
+    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), 7)
+    return wide[..., 1::2].copy_(tensor)
+
+
+def turned(tensor: Tensor) -> Tensor:
+    """The same values, laid out by columns."""
+    return tensor.mT.contiguous().mT if tensor.dim() >= 2 else strided(tensor)
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """The same values in the middle of a memory, at an odd place."""
+    return tensor.new_full((tensor.numel() + 5,), 7)[3 : 3 + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+SAME_VALUES = (strided, turned, padded)
+OF_TENSORS = (
+    *SAME_VALUES,
+    overlapping,
+    lambda t: t.to(torch.int64),
+    lambda t: t.to(torch.complex128),
+    lambda t: t.half(),
+    lambda t: t.bfloat16(),
+    lambda t: t.float(),
+    lambda t: t.double(),
+    lambda t: t.bool(),
+    lambda t: t.to("meta"),
+    lambda t: t.to_sparse() if t.dim() else t.bool(),
+    lambda t: t.flatten(),
+    lambda t: t[None, None],
+    lambda t: t.new_zeros(0),
+    lambda t: t[..., :0] if t.dim() else t[None],
+    lambda t: t[:1] if t.dim() else t[None],
+    lambda t: t[..., ::2] if t.dim() else t.int(),
+    lambda t: t.mT if t.dim() >= 2 else t.expand(3, *t.shape),
+    lambda t: t.new_zeros(1).expand(t.shape) if t.dim() else t.half(),
+    lambda t: t.new_zeros(1).expand(*t.shape[:-1], HUGE) if t.dim() else t.half(),
+    lambda t: t.new_zeros(1).expand(2**31, 2**31),
+    lambda t: t * float("nan"),
+    lambda t: t / 0,
+    lambda t: t * 0,
+    lambda t: t * 1e30,
+    lambda t: torch.zeros(3, 7, 5, 2, dtype=t.dtype),
+    lambda t: torch.nn.Parameter(t) if t.is_floating_point() else -t - 1,
+    lambda t: t.numpy() if not t.dtype.itemsize == 2 else None,
+)
+
+
+@st.composite
+def strange(draw: st.DrawFn, value: Any) -> Any:
+    """One argument made strange; what the right `value` is decides how, and now and then it stays right."""
+    if isinstance(value, Tensor) and draw(st.integers(0, 4)):
+        return draw(st.sampled_from(OF_TENSORS))(value.detach())
+    if isinstance(value, Mapping) and value and draw(st.integers(0, 3)):
+        name = draw(st.sampled_from(sorted(value)))
+        rest = {key: item for key, item in value.items() if key != name}
+        return draw(st.sampled_from((rest, {**value, "other": 3}))) if draw(st.booleans()) else {
+            **value, name: draw(strange(value[name]))
+        }  # fmt: skip
+    if isinstance(value, Sequence) and not isinstance(value, str) and value and draw(st.integers(0, 3)):
+        index = draw(st.integers(0, len(value)))
+        items = [draw(strange(item)) if i == index else item for i, item in enumerate(value)]
+        return type(value)(items) if index < len(value) and type(value) in (list, tuple) else [*value, value[0]]
+    return draw(st.sampled_from(WRONG))()
+
+
+@st.composite
+def calls(draw: st.DrawFn, sample: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A right call's arguments with one or two of them made strange, and the names of these."""
+    names = draw(st.lists(st.sampled_from(sorted(sample)), min_size=1, max_size=2, unique=True))
+    return {**sample, **{name: draw(strange(sample[name])) for name in names}}, tuple(names)
+
+
+# what was there before, and after -------------------------------------------------------------------------------------
+def flat(value: Any) -> list[Tensor]:
+    """The tensors in a value, one after another: those of its items, and of an object's attributes."""
+    return list(_tensors(value, set()))
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    ours = type(value).__module__.startswith("janus_ext.")
+    if id(value) in seen or not (ours or isinstance(value, (Mapping, list, tuple, torch.nn.Module))):
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.nn.Module):
+        yield from (*value.parameters(), *value.buffers())
+    if not isinstance(value, (list, tuple)):
+        value = list(value.values() if isinstance(value, Mapping) else vars(value).values() if ours else ())
+    for item in value:
+        yield from _tensors(item, seen)
+
+
+def stored(value: Any) -> list[Tensor]:
+    """The memory behind the tensors in a value, as bytes, also what lies around their views."""
+    return [_bytes(tensor) for tensor in readable(value)]
+
+
+def readable(value: Any) -> list[Tensor]:
+    """The tensors in a value whose memory can be looked at."""
+    return [t.detach() for t in flat(value) if t.layout == torch.strided and t.device.type == "cpu"]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
+def plain(value: Any) -> Any:
+    """The same values in memory of their own, element after element; what has none, or no room, as it is."""
+    if isinstance(value, Tensor) and (value.layout != torch.strided or value.numel() >= HUGE):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach().clone(memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value

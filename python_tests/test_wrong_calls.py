@@ -1,0 +1,194 @@
+"""Random calls of every public function, class and method, most of them wrong.
+
+A call is refused by an exception of ours, or of PyTorch's dispatcher, that names the function or object and the
+argument in one line; no input has changed, nor the memory around it, nor the object; and a right call behind it gives
+the right value. Or it is accepted, and its result is that of plain copies of its inputs.
+
+So many calls of each name as JANUS_EXT_CALLS says, the same ones in every run, by default a few. All 10,000:
+
+    JANUS_EXT_CALLS=10000 python -m pytest -q python_tests/test_wrong_calls.py
+"""
+
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOLERANCE, relative_error
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import strategies as st
+from public_calls import ELSEWHERE, RIGHT, Right, public_names
+from strategies import calls, flat, plain, readable, stored
+from torch import Tensor
+
+from janus_ext.errors import JanusError
+
+CALLS = int(os.environ.get("JANUS_EXT_CALLS", "25"))
+SETTINGS = settings(
+    max_examples=CALLS,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    verbosity=Verbosity.quiet,
+    suppress_health_check=list(HealthCheck),
+)
+WANTED = r"must|needs?|presumes|belongs?|wanted|has no|no such|is no|(is|are) none|is a|name another|can't alloc"
+FINITE = 1e12  # of inputs beyond it, and of NaN, nothing is asked but that they crash nothing
+
+
+def test_every_public_name_is_called() -> None:
+    """A new one needs a right call in public_calls.RIGHT, or a reason in ELSEWHERE."""
+    assert not RIGHT.keys() & ELSEWHERE.keys()
+    assert public_names() == RIGHT.keys() | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_random_calls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where names of folders lead
+    refused = accepted = 0
+
+    @SETTINGS
+    @given(st.data())
+    def examine(data: st.DataObject) -> None:
+        nonlocal refused, accepted
+        right = _seeded(RIGHT[name])
+        arguments, strange = data.draw(calls(right.arguments))
+        try:
+            was_refused = _examine(name, right, arguments)
+        except Exception as error:
+            raise AssertionError(f"{name}, {_described(arguments, strange)}: {error}") from error
+        refused, accepted = refused + was_refused, accepted + (not was_refused)
+
+    right = _seeded(RIGHT[name])
+    right.call(**right.arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        examine()
+    print(f"{name}: {refused} refused, {accepted} accepted")
+    assert refused > 0
+
+
+def _seeded(make: Callable[[], Right]) -> Right:
+    torch.manual_seed(0)
+    return make()
+
+
+def _examine(name: str, right: Right, arguments: dict[str, Any]) -> bool:
+    """Whether a call is refused; either way all that is asked of it holds."""
+    held, copies = (arguments, right.owner), plain(arguments)
+    before = [memory.clone() for memory in stored(held)]
+    read = {key: value for key, value in arguments.items() if key not in right.written}
+    read_before = [memory.clone() for memory in stored(read)]
+    torch.manual_seed(1)
+    try:
+        result = right.call(**arguments)
+    except Exception as error:
+        _assert_names_what_is_wrong(right, error)
+        assert all(map(torch.equal, stored(held), before)), "an input or the object has changed"
+        _assert_still_right(name, right)
+        return True
+    assert all(map(torch.equal, stored(read), read_before)), "an input has changed"
+    _assert_written_within(right, arguments, copies, before)
+    if _is_comparable(right, arguments):
+        _assert_as_on_plain_copies(name, right, arguments, copies, result)
+    return False
+
+
+# refused --------------------------------------------------------------------------------------------------------------
+def _assert_names_what_is_wrong(right: Right, error: Exception) -> None:
+    text = str(error)
+    arguments = "|".join(map(re.escape, (*right.arguments, *right.names)))
+    assert re.search(rf"\b({arguments})\b", text), f"no argument is named in {error!r}"
+    if "janus_ext::" in text:  # PyTorch's dispatcher, before anything of ours has run
+        return
+    ours = isinstance(error, JanusError) or (isinstance(error, ValueError | TypeError) and text.startswith(right.who))
+    assert ours, f"neither ours nor the dispatcher's: {error!r}"
+    assert "\n" not in text, f"more than a line in {text}"
+    assert any(who in text for who in right.who), f"who refuses is not named in {text}"
+    assert re.search(WANTED, text), f"what was wanted is not said in {text}"
+
+
+def _assert_still_right(name: str, right: Right) -> None:
+    """A right call of the same object gives what it gives of a new one."""
+    results = []
+    for used in (right, _seeded(RIGHT[name])):
+        torch.manual_seed(1)
+        results.append(_outcome(right, used.arguments, used.call(**used.arguments), used.owner))
+    assert all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(*results, strict=True)), "no longer right"
+
+
+# accepted -------------------------------------------------------------------------------------------------------------
+def _assert_written_within(right: Right, arguments: dict[str, Any], copies: Any, before: list[Tensor]) -> None:
+    """Of the memory behind what is written, nothing has changed but the elements themselves."""
+    written = {id(tensor) for key in right.written for tensor in flat(arguments[key])}
+    for tensor, old, memory in zip(readable(arguments), readable(copies), before, strict=False):
+        if id(tensor) in written:
+            restored = torch.empty(0, dtype=tensor.dtype).set_(stored(tensor)[0].clone().untyped_storage())
+            restored.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(old)
+            assert torch.equal(stored(restored)[0], memory), "memory around an argument has changed"
+
+
+def _is_comparable(right: Right, arguments: dict[str, Any]) -> bool:
+    """Whether what was made strange is numbers, all of them finite."""
+    strange = [value for key, value in arguments.items() if value is not right.arguments[key]]
+    tensors = [t for t in flat(strange) if t.numel()]
+    return all(map(_is_data, strange)) and all(t.device.type == "cpu" and _size(t) < FINITE for t in tensors)
+
+
+def _size(tensor: Tensor) -> Tensor:
+    return (tensor if tensor.is_complex() else tensor.double()).abs().amax()
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, (Tensor, int, float, str))
+
+
+def _assert_as_on_plain_copies(name: str, right: Right, arguments: dict[str, Any], copies: Any, result: Any) -> None:
+    """The result is that of the reference, or of the same call, on copies that lie in memory element after element."""
+    fresh = _seeded(RIGHT[name])
+    inputs = {k: fresh.arguments[k] if v is right.arguments[k] else copies[k] for k, v in arguments.items()}
+    kinds = (Tensor, list)
+    has_options = all(v is right.arguments[k] or isinstance(right.arguments[k], kinds) for k, v in arguments.items())
+    call = fresh.reference if fresh.reference and has_options else fresh.call
+    shown = plain(inputs)
+    torch.manual_seed(1)
+    outcome = _outcome(right, shown, result, right.owner, arguments)
+    wanted = _outcome(right, shown, call(**inputs), fresh.owner, inputs)
+    dtypes = [tensor.dtype for tensor in flat((arguments, result)) if tensor.is_floating_point()]
+    tolerance = max((TOLERANCE.get(dtype, 0) for dtype in dtypes), default=0)
+    for got, want in zip(outcome, wanted, strict=True):
+        assert got.dtype == want.dtype
+        error = relative_error(got, want)
+        assert not error > 20 * tolerance, f"a result of {list(got.shape)} is off by {error:.2g}"
+
+
+def _outcome(right: Right, shown: dict[str, Any], result: Any, owner: Any, arguments: Any = None) -> list[Tensor]:
+    """What a call has made: its result, the object, and arguments that it writes."""
+    if right.value is not None:
+        return right.value(shown, result)
+    written = [] if arguments is None else [arguments[key] for key in right.written]
+    numbers = torch.tensor(result) if isinstance(result, (int, float)) else result
+    return [tensor.detach().clone() for tensor in flat([numbers, owner, written])]
+
+
+# in words -------------------------------------------------------------------------------------------------------------
+def _described(arguments: dict[str, Any], names: Iterable[str]) -> str:
+    return ", ".join(f"{name} = {_shown(arguments[name])}" for name in names)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        strides = value.stride() if value.layout == torch.strided else value.layout
+        return f"{value.dtype} {list(value.shape)} by {strides}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_shown(item)}' for name, item in value.items())}}}"
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, (list, tuple)) else repr(value)[:60]
