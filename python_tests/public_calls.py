@@ -300,7 +300,10 @@ ELSEWHERE: dict[str, str] = {
     "OnlineEstimator.all_reduce": BY_PROCESSES,
     "Injection": "inject makes it",
     "Rectification.of": "its arguments are the others' own: their names, and their **options",
-    **dict.fromkeys(["backbone.attach", "backbone.probe", "backbone.rebuild", "backbone.weight_file"], BY_THE_PROGRAM),
+    **dict.fromkeys(
+        ["backbone.attach", "backbone.probe", "backbone.rebuild", "backbone.recompute_blocks", "backbone.weight_file"],
+        BY_THE_PROGRAM,
+    ),
     **dict.fromkeys(["metrics.hits", "metrics.measured_on"], BY_THE_PROGRAM),
     **dict.fromkeys(
         ["ops.autocast", "ops.check_differentiation", "ops.check_rectify", "ops.is_empty", "ops.project"],
