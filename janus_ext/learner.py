@@ -9,7 +9,6 @@ learner.save("animals")                 # ContinualLearner.load("animals") goes 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -45,6 +44,7 @@ from janus_ext.reports.evaluation import Evaluation, evaluate
 from janus_ext.runs.checkpoint import replace_folder
 from janus_ext.runs.folder import place_of_learner
 from janus_ext.runs.run import Run
+from janus_ext.training.parallel import require_alike
 from janus_ext.training.progress import Progress, make_bar
 
 if TYPE_CHECKING:
@@ -185,14 +185,13 @@ class ContinualLearner:
             TrainingError: the loss or a statistic is not finite.
         """
         found = processes.together(lambda: labelled(images, classes, self.view, self.workers()))
-        same = {"classes": (self.classes, found.class_names), "labels": found.split.labels.tolist()}
-        processes.require_same(same | self.config.to_json(), but="device")
+        require_alike(self._core, classes=(self.classes, found.class_names), labels=found.split.labels.tolist())
         self._past.check_new(checked_names(found.class_names), self.config.head)
-        self._warn_of_unprotected()
+        self._past.warn_of_unprotected(self._core.method)
         if self._past.tasks:
             self._core.method.known.require(self.config.head)  # said before a task is learned, and not behind it
         first = len(self.classes)
-        selection = Selection.whole(found.split, range(first, first + len(found.class_names)))
+        selection = Selection.all_of(found.split, range(first, first + len(found.class_names)))
         steps = self._core.step_count(len(self._past.tasks), len(selection))
         with self._at_work(), make_bar(steps, 0) as bar, self._core.undone_on_error():
             progress = Progress(bar, max(self._core.planned, len(self._past.tasks) + 1), self.config.epochs)
@@ -214,12 +213,10 @@ class ContinualLearner:
             DataError: there is no image, or one cannot be read.
         """
         check_flag("labelled", labelled)
-        split = self._labelled(images) if labelled else unlabelled(images, self.view, self.workers())
-        if labelled:
-            self._past.check_met(self._core.method.prototypes.classes, split.labels.unique().tolist())
-        processes.together(lambda: require_readable(split))
+        split = processes.together(lambda: self._to_observe(images, labelled))
+        require_alike(self._core, images=len(split), labels=split.labels.tolist())
         with self._at_work(), self._core.undone_on_error():
-            self._core.observe(Selection.whole(split, range(len(self.classes)) if labelled else (0,)), labelled)
+            self._core.observe(Selection.all_of(split, range(len(self.classes)) if labelled else (0,)), labelled)
         self._past.unprotected = self._past.unprotected and not self._core.method.remembers
 
     # using ------------------------------------------------------------------------------------------------------------
@@ -244,7 +241,7 @@ class ContinualLearner:
         """`predict` image by image for a split, as its images are decoded."""
         self._require_classes()
         check_integer("top", top, lambda n: n >= 1, "positive")
-        return self._classify(self._core.scores(Selection.whole(checked_split(split), (0,))), top, temperature)
+        return self._classify(self._core.scores(Selection.all_of(checked_split(split), (0,))), top, temperature)
 
     def _classify(
         self, batches: Iterator[tuple[Tensor, Tensor]], top: int, temperature: float
@@ -263,7 +260,7 @@ class ContinualLearner:
         """The T of `predict`'s ``calibrate``, fitted on labelled images."""
         split = self._labelled(images)
         with self._at_work():
-            batches = list(self._core.scores(Selection.whole(split, range(len(self.classes)))))
+            batches = list(self._core.scores(Selection.all_of(split, range(len(self.classes)))))
         return fit_temperature(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
 
     def evaluate(self, images: Any) -> Evaluation:
@@ -389,12 +386,13 @@ class ContinualLearner:
         if not self._past.tasks:
             raise ArgumentError("nothing was learned yet: call learn() first")
 
+    def _to_observe(self, images: Any, with_labels: bool) -> Split:
+        split = self._labelled(images) if with_labels else unlabelled(images, self.view, self.workers())
+        if with_labels:
+            self._past.check_met(self._core.method.prototypes.classes, split.labels.unique().tolist())
+        require_readable(split)
+        return split
+
     def _labelled(self, images: Any) -> Split:
         self._require_classes()
         return labelled_as(images, self.classes, self.view, self.workers())
-
-    def _warn_of_unprotected(self) -> None:
-        if self._past.unprotected:
-            cure = "observe() takes images of that kind, without labels"
-            cure = cure if self._core.method.remembers else f"method {self.config.method} protects nothing"
-            warnings.warn(f"nothing of what the model knew is protected: {cure}", stacklevel=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from janus_ext.data.images import View
 from janus_ext.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
+    from janus_ext.methods.base import Method
     from janus_ext.runs.run import Run, Saved
 
 LOG = logging.getLogger("janus_ext")
@@ -90,6 +92,13 @@ class Past:
                 f"a task needs two classes at least, got {names[0]} alone, from which linear heads learn nothing; "
                 'wait for another, or use head="ncm" or another one'
             )
+
+    def warn_of_unprotected(self, method: Method) -> None:
+        """A warning to who lets ``method`` learn, where nothing protects old classes."""
+        if self.unprotected:
+            none = f"method {method.config.method} protects nothing"
+            cure = "observe() takes images of that kind, without labels" if method.remembers else none
+            warnings.warn(f"nothing of what the model knew is protected: {cure}", stacklevel=3)
 
     def check_met(self, known: Sequence[int], shown: Sequence[int]) -> None:
         """ArgumentError unless images are ``shown`` of exactly those classes that no image was ``known`` of."""

@@ -20,9 +20,11 @@ from janus_ext.errors import ArgumentError, JanusError, ProcessError
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=15)  # without an answer; a process that waits for its disk gives up earlier, and says so
+PREPARING = timedelta(days=1)  # while one fetches, decodes or checks for all
 LONGEST = 60  # characters of a value in a message
-LAUNCHED = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun, or a cluster's own launcher, sets
 _store: dist.Store | None = None  # of the group that `joined` has made
+_patient: Any = None  # the same processes as another group, in which they wait for what is prepared
+_given_up = False
 
 
 # who is there ---------------------------------------------------------------------------------------------------------
@@ -55,19 +57,23 @@ def joined() -> Iterator[None]:
     Raises:
         ProcessError: the others do not come.
     """
-    global _store
-    if count() > 1 or not os.environ.keys() >= LAUNCHED or os.environ["WORLD_SIZE"] == "1":
+    global _store, _patient
+    if count() > 1 or not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
-    backend, own = "gloo", on_this_machine()[0]
-    if own < torch.cuda.device_count():
-        torch.cuda.set_device(own)
-        backend = "cpu:gloo,cuda:nccl"
     with _reaching_others():
         _store, number, processes = next(dist.rendezvous("env://", timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_store, rank=number, world_size=processes, timeout=PATIENCE)
+        _patient = dist.new_group(backend="gloo", timeout=PREPARING)
     yield
     dist.destroy_process_group()  # not behind an error: who is gone would be waited for
+
+
+def give_up() -> None:
+    """From now on nothing is said to the others: behind an error they may wait somewhere else than this one thinks."""
+    global _given_up
+    _given_up = _given_up or count() > 1
 
 
 def first_to_fail() -> bool:
@@ -140,12 +146,12 @@ def rows_of_all(rows: Tensor) -> Tensor:
 
 
 # agreeing -------------------------------------------------------------------------------------------------------------
-def gathered(value: T) -> list[T]:
+def gathered(value: T, group: Any = None) -> list[T]:
     """What every process has, by its number; any object."""
     values = [value] * count()
     if count() > 1:
         with _reaching_others():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -179,7 +185,7 @@ def together(do: Callable[[], T]) -> T:
         answer = do()
     except (JanusError, OSError) as found:
         error = found
-    refuse_together(error)
+    refuse_together(error, _patient)
     return answer
 
 
@@ -217,10 +223,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
-def refuse_together(error: Exception | None) -> None:
+def refuse_together(error: Exception | None, group: Any = None) -> None:
     """Raises, in all processes, the error of the first one that has one: else the others would wait for it for ever."""
     if count() > 1:
-        error = next((found for found in gathered(error) if found is not None), None)
+        error = next((found for found in gathered(error, group) if found is not None), None)
     if error is not None:
         raise error
 
@@ -234,8 +240,12 @@ def _wire() -> torch.device:
 @contextmanager
 def _reaching_others() -> Iterator[None]:
     """Says in one line that another process is gone, whatever the backend says."""
+    if _given_up:
+        raise ProcessError("an error has ended what the processes did together: begin all of them again")
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ProcessError(f"another process ended, or does not answer: {reason[0]}") from error
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ProcessError(f"another process ended, or does not answer: {reason}") from error

@@ -17,7 +17,7 @@ import torch
 from janus_ext import processes
 from janus_ext.assembly import make_learner
 from janus_ext.backbone import weight_file
-from janus_ext.config import TrainConfig, command_line
+from janus_ext.config import TrainConfig, command_line, flag
 from janus_ext.data import load_benchmark
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.workers import naming_lost_workers
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: TrainConfig) -> list[table.Results]:
     """One run per seed; returns the results of each, in the order of the seeds."""
     config = config.resolved()
+    processes.require_same({flag(name): value for name, value in config.to_json().items()})
     if config.tensorboard:
         events.require_tensorboard()
     if config.check_data:
@@ -62,17 +63,18 @@ def train(config: TrainConfig) -> list[table.Results]:
 
 
 def own_device(name: str) -> torch.device:
-    """`pick_device`; of several processes of a machine each takes a GPU of its own."""
+    """`pick_device`; of several processes of a machine each takes a GPU of its own, or the only one that it sees."""
     device, (number, others) = pick_device(name), processes.on_this_machine()
-    if processes.count() == 1 or device.type == "cpu":
+    if device.type == "cpu" or others == 1 or processes.count() == 1:
         return device
+    seen = torch.cuda.device_count()
     if device.index is not None:
         raise ArgumentError(f"--device {name} is one GPU for {others} processes: leave it out, each takes its own")
-    if number >= torch.cuda.device_count():
-        raise ArgumentError(
-            f"--nproc-per-node {others} needs as many GPUs, this machine has {torch.cuda.device_count()}"
-        )
-    return torch.device("cuda", number)
+    if 1 < seen < others:
+        raise ArgumentError(f"{others} processes need as many GPUs, this machine has {seen}")
+    device = torch.device("cuda", number if seen > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 def train_seeds(config: TrainConfig) -> list[table.Results]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from janus_ext import ArgumentError
 from janus_ext.backbone import recompute_blocks
+from janus_ext.config import TrainConfig
 from janus_ext.methods.janus import Janus
 
 CASES = {
@@ -65,3 +66,8 @@ class WithoutCheckpointing(nn.Module):
 def test_a_network_that_cannot_is_named(model):
     with pytest.raises(ArgumentError, match=f"--checkpointing: timm's {type(model).__name__} knows none"):
         recompute_blocks(model)
+
+
+def test_it_is_no_part_of_a_graph():
+    with pytest.raises(ArgumentError, match="--compile makes no graph of blocks that are computed again"):
+        TrainConfig(checkpointing=True, compile=True).resolved()

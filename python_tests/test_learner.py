@@ -208,10 +208,10 @@ def test_calibration_finds_the_temperature_of_the_largest_likelihood(learned):
 
 
 def _selection(learner, photos):
-    from janus_ext.data.collect import labelled_as
     from janus_ext.data.benchmark import Selection
+    from janus_ext.data.collect import labelled_as
 
-    return Selection.whole(labelled_as(photos, learner.classes, learner.view), range(len(learner.classes)))
+    return Selection.all_of(labelled_as(photos, learner.classes, learner.view), range(len(learner.classes)))
 
 
 def test_evaluation_counts_what_predict_says(learned):

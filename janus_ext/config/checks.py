@@ -154,6 +154,8 @@ def _check_energies(config: LearnConfig) -> None:
             "--energy-power 2 (InfLoRA's, in all presets but emoji's) needs the Gram matrix: use --estimator gram, "
             "or --energy-power 1 with an --energy-start and --energy-end that suit it"
         )
+    if config.compile and config.checkpointing:
+        raise ArgumentError("--compile makes no graph of blocks that are computed again: leave out --checkpointing")
     if config.compile and config.estimator == "isvd":
         raise ArgumentError("--compile makes a graph for every batch size with --estimator isvd: use gram")
     if config.rectify == "project" and config.estimator == "none":

@@ -44,13 +44,19 @@ class Split(Dataset):
 
     @abstractmethod
     def stream(
-        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0, part: Part = whole
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 [b, 3, H, W], int64 [b]) per int64 index tensor [b]; augmented if and only if a generator is given.
 
-        The first ``skip`` of them are passed over, and of each other only the ``part`` is given; what all of them draw
-        from the generator is drawn.
+        The first ``skip`` of them are passed over; what they would have drawn from the generator is drawn.
         """
+
+    def parts(
+        self, batches: Iterable[Tensor], generator: torch.Generator | None, skip: int, part: Part
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same, but of each batch its ``part`` alone; a split that decodes need not decode the rest."""
+        for images, labels in self.stream(batches, generator, skip):
+            yield part(images), part(labels)
 
     @abstractmethod
     def take(self, indices: Tensor) -> Split:
@@ -94,14 +100,14 @@ class MemorySplit(Split):
         return self.images[index], self.labels[index]
 
     def stream(
-        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0, part: Part = whole
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for number, indices in enumerate(batches):
             images = self.images[indices]
             if generator is not None and self.augmentation is not None:
                 images = self.augmentation(images, generator)
             if number >= skip:
-                yield part(images), part(self.labels[indices])
+                yield images, self.labels[indices]
 
     def take(self, indices: Tensor) -> MemorySplit:
         names = [self.samples[i] for i in indices.tolist()]
@@ -120,7 +126,7 @@ class Selection:
     outputs: Tensor
 
     @classmethod
-    def whole(cls, split: Split, outputs: Sequence[int]) -> Selection:
+    def all_of(cls, split: Split, outputs: Sequence[int]) -> Selection:
         """Every image of a split; class id c is the model's ``outputs[c]``."""
         return cls(split, torch.arange(len(split)), torch.tensor(outputs, dtype=torch.int64))
 
@@ -145,7 +151,7 @@ class Selection:
         """The same in random order, augmented, without the first ``skip`` batches; of each the ``part``, maybe none."""
         generator = torch.Generator().manual_seed(seed)
         rows = self.rows[torch.randperm(len(self.rows), generator=generator)]
-        return self._with_outputs(self.split.stream(rows.split(size), generator, skip, part))
+        return self._with_outputs(self.split.parts(rows.split(size), generator, skip, part))
 
     def _with_outputs(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in batches:

@@ -241,7 +241,12 @@ class ImageSplit(Split):
         return self._reader.read(self.keys[index], None), self.labels[index]
 
     def stream(
-        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0, part: Part = whole
+        self, batches: Iterable[Tensor], generator: torch.Generator | None = None, skip: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.parts(batches, generator, skip, whole)
+
+    def parts(
+        self, batches: Iterable[Tensor], generator: torch.Generator | None, skip: int, part: Part
     ) -> Iterator[tuple[Tensor, Tensor]]:
         batches = list(batches)
         requests = [self._request(indices, generator, part) for indices in batches][skip:]
@@ -323,7 +328,8 @@ def default_workers(device: str) -> int:
 
 
 def _require_memory(size: float) -> None:
-    """ArgumentError if ``size`` bytes are more than half of the machine's memory."""
+    """ArgumentError if ``size`` bytes, in each process that trains here, are more than half of the machine's memory."""
+    size *= on_this_machine()[1]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory / 2:
         raise ArgumentError(

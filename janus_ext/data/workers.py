@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from janus_ext.errors import DataError
+from janus_ext.processes import on_this_machine
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +106,7 @@ class Workers:
 
     def _each_ahead(self, ahead: int, size: int) -> int:
         """Requests that each worker has at once: all together take half of the shared memory at most."""
-        room = free_shared_memory() // 2 // max(1, size)
+        room = free_shared_memory() // 2 // on_this_machine()[1] // max(1, size)
         if room < self.count:
             LOG.warning(
                 "%s has %.0f MiB free, too little for --workers %d: images come through pipes, which may be "

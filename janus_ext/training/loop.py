@@ -85,16 +85,17 @@ class Learner:
         """
         with naming_task(len(self.sizes), self.model), compiling(), repeatable():
             report = self._learn(self._task(images, classes), images, progress, record, keeping or Keeping())
-            align(self)
+            align(self, with_method=True)
             return report
 
     def _learn(self, task: Task, images: Selection, progress: Progress, record: Record, keeping: Keeping) -> TaskReport:
         torch.manual_seed(derive_seed(self.seed, task.index, -1, "factors and head"))
         self.method.begin_task(task)
-        align(self)
+        align(self, with_method=False)
         trained = self.method.trainable() if task.learns else []
         optimizer = make_optimizer(self.config, trained, list(self.model.heads[-1].parameters()))
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.amp == "fp16")
+        scaler.scale(torch.zeros((), device=self.device))  # begins, also where the first batch leaves no image here
         underway = Underway(self.method, optimizer, scaler, progress, self.device)
         self.model.train()
         start = keeping.take_start()
@@ -226,6 +227,7 @@ class Learner:
         try:
             yield
         except BaseException:
+            processes.give_up()
             self.method.abandon_task()
             self.restore(sizes, model, method)
             raise
