@@ -116,7 +116,7 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, str)):
         return repr(value)
     if isinstance(value, (list, tuple)) and len(value) <= 8:
-        return f"[{', '.join(map(shown, value))}]"
+        return f"[{', '.join(f'a {type(v).__name__}' if isinstance(v, (list, tuple)) else shown(v) for v in value)}]"
     return f"an object of type {type(value).__name__}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from janus_ext.config import TrainConfig
 from janus_ext.reports import html
 from janus_ext.reports.found import find_runs
-from janus_ext.runs import metrics
+from janus_ext.runs import checkpoint, metrics
 from janus_ext.runs.checkpoint import append_json_line, write_json
 
 EPOCHS = 2  # of a task
@@ -84,3 +84,14 @@ def data_of(page: str) -> dict[str, Any]:
 
 def stored(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
+
+
+def set_settings(folder: Path, change: dict[str, Any]) -> None:
+    """Other settings for a run or a saved learner, with sums of all its files that fit."""
+    checkpoint.write_sealed_json(folder / "config.json", checkpoint.read_json(folder / "config.json") | change)
+    seal, state = checkpoint.read_sealed_json(folder / "config.json")[1], ""
+    kept = folder / "checkpoints"
+    for path in (*sorted(kept.glob("factors-*")), *sorted(kept.glob("method-*")), kept / "model.safetensors"):
+        tensors, about = checkpoint.read_tensors(path)
+        about |= {"config": seal} | ({"state": state} if path.stem == "model" else {})
+        state = checkpoint.write_tensors(path, tensors, about)

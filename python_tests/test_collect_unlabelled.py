@@ -48,7 +48,7 @@ def test_workers_do_not_read_one_open_file_at_once(tmp_path):
 def test_a_list_of_paths_is_taken_one_by_one(tree):
     """A folder or pattern within it is no image: answers stand where the paths stand."""
     split = unlabelled([tree / "cat" / "cat_0.jpg", tree / "cat"])
-    with pytest.raises(DataError, match=r"^images: .*cat is unreadable: Is a directory$"):
+    with pytest.raises(DataError, match=r"^images: .*cat is unreadable: it is no file$"):
         require_readable(split)
 
 

@@ -10,6 +10,7 @@ import torch
 import trees
 from conftest import make_trainer, weights_of, without_time
 from learners import SETTINGS, assert_same, learner_of, state_of
+from results import set_settings
 from test_methods import CutOffLearner, comparable
 
 from janus_ext import ContinualLearner, evaluate, export, learn, predict, report, train
@@ -166,8 +167,7 @@ def test_no_function_is_called_that_a_run_names(here, weights, capsys):
     assert run_of(weights, f"--output {here}/run", "lora") == 0
     capsys.readouterr()
     for name in ("shapes_here:shapes", "os:abort"):
-        path = here / "run" / "config.json"
-        checkpoint.write_json(path, checkpoint.read_json(path) | {"benchmark": name})
+        set_settings(here / "run", {"benchmark": name})
         assert evaluate.main([str(here / "run")]) == 2
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and f"was trained on --benchmark {name}, and no file makes this program" in err
@@ -175,8 +175,7 @@ def test_no_function_is_called_that_a_run_names(here, weights, capsys):
 
 @pytest.mark.parametrize("own", [3, {"strength": "much"}, {"nothing": 1}, {"strength": None}])
 def test_settings_that_cannot_be_are_named(trained, here, own):
-    path = trained / "config.json"
-    checkpoint.write_json(path, checkpoint.read_json(path) | {"own": own})
+    set_settings(trained, {"own": own})
     sys.path.insert(0, str(here))
     with pytest.raises(CheckpointError, match="config.json holds what cannot be: --"):
         ContinualLearner.load(trained, method="soft_here:Soft")

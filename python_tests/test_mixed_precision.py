@@ -20,10 +20,10 @@ class Overflowing(Learner):
     factor = "B"
     taken = 0
 
-    def _step(self, images: Tensor, targets: Tensor, optimizer: Any, scaler: Any) -> Step:
+    def _step(self, images: Tensor, targets: Tensor, size: int, optimizer: Any, scaler: Any) -> Step:
         self.taken += 1
         if self.taken not in self.bad:
-            return super()._step(images, targets, optimizer, scaler)
+            return super()._step(images, targets, size, optimizer, scaler)
         factor = getattr(self.method.layers["blocks.0.attn.qkv"], self.factor)
         hook = factor.register_hook(lambda grad: torch.full_like(grad, float("inf")))
         weights, state, scale = (
@@ -31,7 +31,7 @@ class Overflowing(Learner):
             copy.deepcopy(tensors(optimizer)),
             scaler.get_scale(),
         )
-        step = super()._step(images, targets, optimizer, scaler)
+        step = super()._step(images, targets, size, optimizer, scaler)
         hook.remove()
         assert all(torch.equal(value, weights[key]) for key, value in self.model.state_dict().items())
         for key, value in tensors(optimizer).items():

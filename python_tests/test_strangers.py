@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from learners import learner_of
+from results import set_settings
 from trees import folders
 
 from janus_ext import ContinualLearner, evaluate, predict, train
@@ -72,15 +74,10 @@ def alarm() -> Iterator[None]:
 
 def rewritten(folder: Path, to: Path, change: dict[str, Any]) -> Path:
     """A copy with other settings, all of whose sums are right, as a stranger would make it."""
-    settings = checkpoint.read_json(folder / "config.json") | change
     (to / "checkpoints").mkdir(parents=True)
-    checkpoint.write_sealed_json(to / "config.json", settings)
-    seal = checkpoint.read_sealed_json(to / "config.json")[1]
-    state = ""
-    for name in ("factors-0", "method-0", "model"):
-        tensors, about = checkpoint.read_tensors(folder / "checkpoints" / f"{name}.safetensors")
-        about |= {"config": seal} | ({"state": state} if name == "model" else {})
-        state = checkpoint.write_tensors(to / "checkpoints" / f"{name}.safetensors", tensors, about)
+    for path in ["config.json", *(f"checkpoints/{name}.safetensors" for name in ("factors-0", "method-0", "model"))]:
+        shutil.copy(folder / path, to / path)
+    set_settings(to, change)
     return to
 
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from results import set_settings
 
 from janus_ext import train
 from janus_ext.config import TrainConfig
@@ -102,10 +103,9 @@ def test_several_seeds_go_on_where_they_were_cut_off(weights, tmp_path, capsys):
     assert (
         "seed-3 holds a run with other settings: --clip-norm left out (asked: 1.0); choose" in capsys.readouterr().err
     )
-    stored = tmp_path / "many" / "seed-3" / "config.json"
-    stored.write_text(stored.read_text().replace('"clip_norm": null', '"clip_norm": 1.0'))
+    set_settings(tmp_path / "many" / "seed-3", {"clip_norm": 1.0})
     assert train.main(call) == 2 and "--clip-norm 1.0 (asked: left out); choose" in capsys.readouterr().err
-    stored.write_text(stored.read_text().replace('"clip_norm": 1.0', '"clip_norm": null'))
+    set_settings(tmp_path / "many" / "seed-3", {"clip_norm": None})
     assert train.main(call) == 0
     assert (tmp_path / "many" / "summary.json").read_bytes() == whole
     assert (tmp_path / "many" / "seed-3" / "results.json").read_bytes() == first

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_trainer, without_time
 from matplotlib.figure import Figure
-from results import made_up, read, write_run
+from results import made_up, read, set_settings, write_run
 from trees import folders
 
 from janus_ext import ContinualLearner, evaluate, train
@@ -207,12 +207,10 @@ def test_evaluate_measures_the_test_images(finished, tmp_path, capsys):
     plain = emoji.load(TrainConfig(tasks=2).resolved())
     wanted = ContinualLearner.load(place / "seed-4").evaluate_split(plain.test, plain.class_names)
     assert found["confusion"] == wanted.confusion.tolist()
-    config = place / "seed-4" / "config.json"
-    before = checkpoint.read_json(config)
-    checkpoint.write_json(config, before | {"seed": [5]})  # as if other images had been held out
+    set_settings(place / "seed-4", {"seed": [5]})  # as if other images had been held out
     assert evaluate.main([str(place / "seed-4"), "--output", str(tmp_path)]) == 0
     assert "the images are not those of the run" in capsys.readouterr().err
-    checkpoint.write_json(config, before)
+    set_settings(place / "seed-4", {"seed": [4]})
 
 
 # reports --------------------------------------------------------------------------------------------------------------
