@@ -47,9 +47,10 @@ class Shape:
     def sent(self) -> dict[str, int]:
         """Bytes a task by kind: gradients every step; Gram matrices once and behind every epoch; features of all."""
         head = self.classes * (self.width + 1)
+        marks = 2 * self.layers + 2  # one a tensor: whether it has a gradient at all
         features = self.images + 2 * min(PROBED, self.images)
         return {
-            "gradients": 4 * self.steps * (self.trained + head),
+            "gradients": 4 * self.steps * (self.trained + head + marks),
             "statistics": 4 * self.layers * self.width**2 * (1 + self.epochs),
             "features": 4 * self.width * features,
         }

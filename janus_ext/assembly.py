@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from janus_ext.arguments import nearest
+from janus_ext.arguments import nearest, on_one_line
 from janus_ext.arguments import shown as shown_value
 from janus_ext.backbone import adopt, attach, load_backbone, probe, rebuild, recompute_blocks
 from janus_ext.classifier import ContinualClassifier
@@ -101,7 +101,8 @@ def stored_config(
         check_learning(config)
     except (ArgumentError, TypeError) as error:
         raise CheckpointError(f"config.json holds what cannot be: {error}") from error
-    chosen = pick_device(device or (config.device if _is_there(config.device) else "auto"))
+    own = config.device if _is_there(config.device) else "auto"
+    chosen = pick_device(own if device is None else device)
     if head is not None:
         if not isinstance(head, str) or head not in HEADS:
             found = f"{shown_value(head)}{nearest(str(head), HEADS)}"
@@ -118,7 +119,9 @@ def _consent(method: str | type[Method] | None, own: Any) -> None:
         return
     name = method_name(method)
     if name != own:
-        raise ArgumentError(f"--method {name} is not that of the run, which is {own}: it cannot be changed")
+        raise ArgumentError(
+            f"--method {on_one_line(name)} is not that of the run, which is {own}: it cannot be changed"
+        )
     find_method(name)
 
 

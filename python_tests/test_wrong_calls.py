@@ -37,7 +37,9 @@ SETTINGS = settings(
     verbosity=Verbosity.quiet,
     suppress_health_check=list(HealthCheck),
 )
-WANTED = r"must|needs?|presumes|belongs?|wanted|has no|no such|is no|(is|are) none|is a|name another|can't alloc"
+WANTED = (
+    r"must|needs?|presumes|belongs?|wanted|has no|no such|is no|is missing|(is|are) none|is a|name another|can't alloc"
+)
 FINITE = 1e12  # of inputs beyond it, and of NaN, nothing is asked but that they crash nothing
 
 

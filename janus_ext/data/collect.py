@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
-from janus_ext.arguments import shown
+from janus_ext.arguments import checked_path, on_one_line, shown
 from janus_ext.data import check
 from janus_ext.data.benchmark import Split
 from janus_ext.data.files import warn_of_unread
@@ -153,7 +153,7 @@ class Found:
 def _find(images: Any, chosen: tuple[str, ...] | None, workers: int) -> Found:
     """The images in any form; of a folder those of the ``chosen`` class folders alone."""
     if isinstance(images, PATHS):
-        return _find_folders(Path(images), chosen)
+        return _find_folders(checked_path("images", images), chosen)
     _require_items(images, LABELLED)
     if isinstance(images, (list, tuple)) and all(is_pair(item) and isinstance(item[0], PATHS) for item in images):
         return _find_files(images)
@@ -164,19 +164,20 @@ def _find(images: Any, chosen: tuple[str, ...] | None, workers: int) -> Found:
 
 
 def _find_folders(root: Path, chosen: tuple[str, ...] | None) -> Found:
+    named = on_one_line(str(root))
     if not root.is_dir():
         state = "is no folder" if root.exists() else "does not exist"
-        raise DataError(f"images: {root} {state}; wanted {LABELLED}")
+        raise DataError(f"images: {named} {state}; wanted {LABELLED}")
     there = tuple(subfolders(root))
     if not there:
-        raise DataError(f"images: {root} has no class folders; wanted {root}/<class>/*.jpg. {ENDINGS}")
+        raise DataError(f"images: {named} has no class folders; wanted {named}/<class>/*.jpg. {ENDINGS}")
     if chosen is None:
         require_class_level(root, there, CLASS_LEVEL)
     else:
         _require_known(chosen, there, root)
     names = chosen or there
     found = class_samples(root, "", names)
-    _refuse(found.problems, f"images below {root}: ")
+    _refuse(found.problems, f"images below {named}: ")
     warn_of_unread(root, found.unread)
     keys = [sample.name for sample in found.samples]
     return Found(Files(root, upright=True), keys, keys, [sample.label for sample in found.samples], names)
@@ -256,7 +257,7 @@ def find_images(places: Iterable[str | os.PathLike[str]]) -> list[str]:
         if os.path.isdir(place):
             below = _images_below(place)
             if not below:
-                raise DataError(f"{place} holds no image. {ENDINGS}")
+                raise DataError(f"{on_one_line(place)} holds no image. {ENDINGS}")
             found += below
         else:
             found += [place] if os.path.lexists(place) else _matching(place) or [place]

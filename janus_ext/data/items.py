@@ -60,6 +60,8 @@ def _from_tensor(pixels: Tensor) -> Image:
         raise ArgumentError(
             f"{WANTED}, got {found}: colours are whole numbers from 0 to 255 (torchvision's PILToTensor leaves them)"
         )
+    if pixels.is_meta or pixels.layout != torch.strided:
+        raise ArgumentError(f"{WANTED}, got a tensor without pixels: on meta, or sparse")
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or not pixels.numel():
         raise ArgumentError(f"{WANTED}, got {found}")
     return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy())

@@ -78,7 +78,7 @@ def subfolders(folder: Path) -> list[str]:
         with os.scandir(folder) as entries:
             return sorted((e.name for e in entries if os.path.isdir(e) and not is_clutter(e.name)), key=to_bytes)
     except OSError as error:
-        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+        raise DataError(f"{on_one_line(str(folder))} cannot be read: {error.strerror}") from error
 
 
 def files_below(root: Path, folder: str) -> list[str]:
@@ -108,7 +108,7 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
     """Paths of all files below ``folder``, in no order; ``above`` are the folders it lies in."""
     identity = _identity(folder)
     if identity in above:
-        raise DataError(f"{folder} is a symbolic link to a folder it lies in; remove the link")
+        raise DataError(f"{on_one_line(str(folder))} is a symbolic link to a folder it lies in; remove the link")
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_clutter(entry.name):
