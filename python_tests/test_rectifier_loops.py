@@ -284,12 +284,12 @@ def test_gradients_without_a_forward_of_their_own_are_rectified_with_the_present
         layer(torch.randn(200, 6) @ torch.randn(6, 24))
     rectifier.commit(1.0)
     optimizer = torch.optim.SGD([layer.A, layer.B], lr=0.1)
+    nn.init.normal_(layer.B)
     if between == "a step":
         layer(torch.randn(8, 24)).square().mean().backward()
         rectifier.rectify()
         optimizer.step()
     with torch.no_grad():
-        nn.init.normal_(layer.B)
         layer(torch.randn(8, 24))
         if between == "another A":
             layer.A.copy_(torch.randn_like(layer.A))
