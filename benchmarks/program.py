@@ -55,9 +55,11 @@ class Stepper:
         old_classes: int = 0,
         observe: bool = False,
         amp: str = "off",
+        compile: bool = False,
     ) -> None:
         self.device = device
         settings = {"method": method, "backbone": backbone, "weights": "none", "batch_size": batch, "amp": amp}
+        settings |= {"compile": compile}
         trial = trainer(device, batch, 1, 1, Path(tempfile.gettempdir()), **settings)
         self.learner = trial.learner
         self.method, model = self.learner.method, self.learner.model
@@ -76,7 +78,7 @@ class Stepper:
     def step(self) -> Tensor:
         """The features [b, d] that the step computed."""
         with observing(self.method.layers, self.observed) if self.observed else nullcontext():
-            self.learner._step(self.images, self.targets, self.optimizer, self.scaler)
+            self.learner._step(self.images, self.targets, len(self.images), self.optimizer, self.scaler)
         return self.features
 
     def wait(self) -> None:

@@ -3,7 +3,8 @@
 A compiled op works only with the torch it was built for. pip builds in a folder of its own and hides the torch that is
 installed; listing torch as a build requirement would download a second one, perhaps of another version. So: the
 interpreter is asked, outside pip's isolation, for a torch that fits; only where there is none does the build ask for
-one. CMake puts the same question (``python cmake/janus_build.py FILE``), so both answers agree.
+one. CMake puts the same question (``python cmake/janus_build.py FILE``), so both answers agree, and so does the wheel:
+its metadata ask for that minor version (:class:`TorchPin`), lest an installer bring another one beside the built ops.
 
 Object files stay in ``build/`` for the next time; of a checkout that cannot be written they go to a temporary folder.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 try:
     from scikit_build_core import build as _skbuild
@@ -108,6 +110,31 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
     """The same for `pip install -e`."""
     with _build_folder(config_settings) as settings:
         return _skbuild.build_editable(wheel_directory, settings, metadata_directory)
+
+
+class TorchPin:
+    """What a wheel's metadata add to the range of pyproject.toml: the minor version of torch that its ops are built for.
+
+    A provider of ``[[tool.dynamic-metadata]]``. A source distribution keeps the range, and says that a wheel may differ.
+    """
+
+    def build_state(self, build_state: str) -> None:
+        """Called first, with "sdist", "wheel", "editable" or the metadata of one of those two."""
+        self.is_source = build_state == "sdist"
+
+    def dynamic_metadata(self, settings, project) -> dict[str, list[str]]:
+        """The requirements to add; without a torch in range, an error that says what was found."""
+        if self.is_source:
+            return {"dependencies": []}
+        torch, error = find_torch()
+        if torch is None:
+            raise SystemExit(error)
+        major, minor = Version(torch["version"]).release[:2]
+        return {"dependencies": [f"torch=={major}.{minor}.*"]}
+
+    def dynamic_wheel(self, settings) -> dict[str, bool]:
+        """The fields in which a wheel may differ from its source distribution."""
+        return {"dependencies": True}
 
 
 @contextmanager

@@ -29,7 +29,8 @@ def pick_device(name: str) -> torch.device:
             f"--device {on_one_line(str(name))}: no such device; cpu, cuda, cuda:1, ... or auto"
         ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} GPUs")
+        seen = torch.cuda.device_count()
+        raise ArgumentError(f"--device {name}: wanted is a GPU that is there, PyTorch {torch.__version__} sees {seen}")
     if device.type not in ("cpu", "cuda"):
         raise ArgumentError(f"--device {name}: only cpu and cuda devices are supported")
     return device

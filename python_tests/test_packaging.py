@@ -1,5 +1,6 @@
 """The installed package: finding and refusing the compiled library, the build record, `janus_ext.info`, the backend."""
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -225,7 +226,7 @@ def backend(monkeypatch):
     [
         ({"version": "2.13.0+cpu", "root": "/t"}, False),
         ({"version": "2.10.0", "root": "/t"}, True),
-        ({"version": "2.14.0.dev1", "root": "/t"}, True),
+        ({"version": "2.16.0.dev1", "root": "/t"}, True),
         ({"error": "No module named 'torch'"}, True),
     ],
 )
@@ -240,7 +241,33 @@ def test_a_torch_out_of_range_is_named_with_the_range_and_the_way_out(backend, m
     monkeypatch.setattr(backend, "probe", lambda interpreter: {"version": "2.10.0", "root": "/t"})
     torch_found, error = backend.find_torch()
     assert torch_found is None
-    assert "torch<2.14,>=2.11" in error and "torch 2.10.0 in /t" in error and "without --no-build-isolation" in error
+    assert "torch<2.16,>=2.11" in error and "torch 2.10.0 in /t" in error and "without --no-build-isolation" in error
+
+
+@pytest.mark.parametrize(("version", "pin"), [("2.13.0+cpu", "torch==2.13.*"), ("2.15.1.post2", "torch==2.15.*")])
+@pytest.mark.parametrize("state", ["wheel", "editable", "metadata_wheel", "metadata_editable"])
+def test_a_wheel_asks_for_the_minor_version_of_torch_that_it_was_built_for(backend, monkeypatch, version, pin, state):
+    monkeypatch.setattr(backend, "probe", lambda interpreter: {"version": version, "root": "/t"})
+    provider = backend.TorchPin()
+    provider.build_state(state)
+    assert provider.dynamic_metadata({}, {}) == {"dependencies": [pin]}
+    assert provider.dynamic_wheel({}) == {"dependencies": True}
+
+
+def test_a_source_distribution_keeps_the_range_and_needs_no_torch(backend, monkeypatch):
+    monkeypatch.setattr(backend, "probe", lambda interpreter: {"error": "No module named 'torch'"})
+    provider = backend.TorchPin()
+    provider.build_state("sdist")
+    assert provider.dynamic_metadata({}, {}) == {"dependencies": []}
+    provider.build_state("metadata_wheel")
+    with pytest.raises(SystemExit, match="builds against torch<2.16,>=2.11, but .* No module named 'torch'"):
+        provider.dynamic_metadata({}, {})
+
+
+@needs_native
+def test_the_installed_metadata_ask_for_the_torch_of_the_ops():
+    asked = [line for line in importlib.metadata.requires("janus-ext") if line.startswith("torch==")]
+    assert asked == [f"torch=={_native._minor(_native.build_info()['torch'])}.*"]
 
 
 def test_cmake_is_told_the_running_torch(backend, tmp_path):

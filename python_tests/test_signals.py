@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ from janus_ext.methods.janus import Janus
 from janus_ext.runs import checkpoint
 from janus_ext.training.keeping import Keeping
 from janus_ext.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """SIGINT is heeded here, as in a terminal, and by the processes that a test starts: shells have those that they
+    start in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
