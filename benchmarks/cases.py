@@ -36,7 +36,7 @@ class Case:
     against: str
     build: Build
     targets: dict[str, float] = field(default_factory=dict)
-    """Ratio to reach, by device."""
+    """Ratio to reach, by device; "narrow cpu" where one without AVX-512 has another."""
     tolerance: float = 1e-4
     """Largest relative difference of the two results."""
     repeats: int = 15
@@ -270,8 +270,8 @@ def _task(device: str) -> tuple[Run, Run]:
 KERNELS = [
     Case("gram-768", "C.mul_(d).addmm_(X.T, X), N = 12608", _gram(12608, 768), {"cpu": 1.4, "cuda": 1.3}),
     Case("gram-384", "C.mul_(d).addmm_(X.T, X), N = 6304", _gram(6304, 384), {"cpu": 1.4}),
-    _bf16("gram-bf16-768", 12608, 768, {"cpu": 2.0, "cuda": 1.3}),
-    _bf16("gram-bf16-384", 6304, 384, {"cpu": 2.0}),
+    _bf16("gram-bf16-768", 12608, 768, {"cpu": 2.0, "narrow cpu": 1.4, "cuda": 1.3}),
+    _bf16("gram-bf16-384", 6304, 384, {"cpu": 2.0, "narrow cpu": 1.4}),
     Case("rectify", "plain-torch reference, layer by layer", _rectify, {"cpu": 2.0, "cuda": 10.0}),
     Case("lora-linear", "plain LoRA layer under autograd", _lora_linear, {"cpu": 1.0, "cuda": 1.0}),
     Case("lora-qkv", "two plain LoRA layers beside a fused qkv", _lora_qkv, {"cpu": 1.0, "cuda": 1.0}),

@@ -3,6 +3,9 @@
 //
 //   R = P C^p P,  eigenvalues l_1 >= l_2 >= ...;  smallest q with  tr(V^T C^p V) + l_1 + ... + l_q >= energy * tr(C^p)
 //   V <- [V, orth(P [u_1 .. u_q])];  eigenvalues that are rounding of C, or of its factor, are no candidates
+//
+// R is 0 on V, so a Gram matrix is taken apart in the complement W of V: W^T C^p W, [n - k, n - k], z its eigenvectors,
+// u = W z. The more is protected, the less there is to do.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -53,11 +56,26 @@ inline Tensor orthonormal(const Tensor& V) {
   return V.size(1) == 0 ? V.to(at::kDouble) : std::get<0>(at::linalg_qr(V.to(at::kDouble)));
 }
 
-// [V, orth(P u)] for u [n, q] that lies outside V but for rounding, P the projector off the orthonormal W of the same
-// span. V itself does not move, nor do the signs of u.
-inline Tensor grown(const Tensor& V, const Tensor& W, const Tensor& u) {
+// V as above, and W [n, n - k] so that [V, W] is orthogonal; without a V there is no W, which is everything then.
+inline std::pair<Tensor, OptionalTensor> with_complement(const Tensor& V) {
+  const int64_t n = V.size(0), k = V.size(1);
+  if (k == 0) return {V.to(at::kDouble), std::nullopt};
+  const Tensor Q = std::get<0>(at::linalg_qr(V.to(at::kDouble), "complete"));
+  return {Q.narrow(1, 0, k), Q.narrow(1, k, n - k)};
+}
+
+// S^T C^p S for symmetric C and S [n, s], the identity where it is left out; C^2 is not formed.
+inline Tensor within(const Tensor& C, const OptionalTensor& S, int64_t energy_power) {
+  const Tensor CS = S ? at::matmul(C, *S) : C;
+  const Tensor inner = energy_power == 2 ? at::matmul(CS.mT(), CS) : S ? at::matmul(S->mT(), CS) : CS;
+  return (inner + inner.mT()) / 2;
+}
+
+// [V, orth(P u)] for u [n, q] that lies outside V but for rounding, P the projector off the orthonormal `span` of V. V
+// itself does not move, nor do the signs of u.
+inline Tensor grown(const Tensor& V, const Tensor& span, const Tensor& u) {
   if (u.size(1) == 0) return V.clone(at::MemoryFormat::Contiguous);
-  const auto [Q, R] = at::linalg_qr(project(u.mT(), W).mT());
+  const auto [Q, R] = at::linalg_qr(project(u.mT(), span).mT());
   const Tensor diagonal = R.diagonal(), ones = at::ones_like(diagonal);
   const Tensor same_signs = Q.mul_(at::where(diagonal < 0, -ones, ones));
   return at::cat({V, same_signs.to(V.scalar_type())}, 1).contiguous();
@@ -78,18 +96,17 @@ inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energ
   TORCH_CHECK_VALUE(trace > 0, "extend_basis: gram must have a positive trace, got ", trace);
 
   C = C / trace;  // energy shares do not change; C^2 cannot overflow
-  if (energy_power == 2) C = at::matmul(C, C);
-  const Tensor V = orthonormal(basis);
-  const Tensor rest = project(project(C, V).mT(), V);
-  const auto [ascending, vectors] = at::linalg_eigh((rest + rest.mT()) / 2);
-  const Tensor values = ascending.flip(0), inside = at::matmul(V.mT(), at::matmul(C, V));
+  const auto [V, W] = with_complement(basis);
   const int64_t n = V.size(0), k = V.size(1);
+  const Tensor total = energy_power == 2 ? C.square().sum() : C.trace(), inside = within(C, V, energy_power);
+  const auto [ascending, vectors] = at::linalg_eigh(within(C, W, energy_power));
+  const Tensor values = ascending.flip(0);
   const double inner = k > 0 ? at::linalg_eigvalsh(inside)[k - 1].item<double>() : 0;
-  const double largest = std::max(values[0].item<double>(), inner);
+  const double largest = std::max(k < n ? values[0].item<double>() : 0, inner);
   const auto candidates = count_above(values, static_cast<double>(n) * epsilon(gram.scalar_type()) * largest);
-  const auto added = directions_needed(values.slice(0, 0, candidates), inside.trace(), C.trace(), energy, max_rank - k);
-  const Tensor leading = vectors.slice(1, n - added, n).flip(1);
-  return grown(basis, V, leading);
+  const auto added = directions_needed(values.slice(0, 0, candidates), inside.trace(), total, energy, max_rank - k);
+  const Tensor leading = vectors.slice(1, n - k - added, n - k).flip(1);
+  return grown(basis, V, W ? at::matmul(*W, leading) : leading);
 }
 
 // The same from C = U diag(S^2) U^T, which is not formed, and the trace that C had before it was truncated.

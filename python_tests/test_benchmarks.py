@@ -270,3 +270,18 @@ def test_a_finished_cell_is_told_by_its_configuration(module) -> None:
     del line["config"]["clip_norm"]  # as if the option had come later
     assert cells.is_done(line, "janus", config(), "a")
     assert not cells.is_done(line, "janus", config(clip_norm=1.0), "a")
+
+
+def test_the_shares_of_a_step_leave_no_time_out(module) -> None:
+    program, shares = module("program"), module("shares")
+    stepper = program.Stepper("cpu", "emoji", 4, "janus", protected=96, old_classes=5, observe=True)
+    stepper.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        stepper.step()
+    times: dict[str, float] = {}
+    for event in profiler.events():
+        name = shares.part(event, (3 * 192, 192))
+        times[name] = times.get(name, 0.0) + event.self_cpu_time_total
+    assert set(times) == {name for _, name in shares.PARTS} | {shares.FROZEN, shares.REST}
+    assert all(time > 0 for time in times.values())
+    assert times[shares.FROZEN] > times["margin loss"]
