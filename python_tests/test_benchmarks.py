@@ -56,7 +56,9 @@ def test_the_documents_have_all_tables() -> None:
         "benchmarks/run.py table benchmarks/results/program.json",
         "benchmarks/estimators.py --table benchmarks/results/estimators.json",
         "benchmarks/families.py --table benchmarks/results/families.json",
+        "benchmarks/full_size.py dry --table benchmarks/results/dry-cpu.json",
         "benchmarks/loader.py --table benchmarks/results/loader.json",
+        "benchmarks/shares.py table benchmarks/results/shares.json",
         "benchmarks/sweep.py table methods",
     }
 
