@@ -8,6 +8,8 @@
 
 What else stands behind `run` or `dry` goes to janus_ext.train as it is: --device, --amp, --weights, --split, --seed ...
 A row is one call of `--preset paper` with its five seeds; rows that fail are named at the end, the others go on.
+"Janus-LoRA" is the paper's method, "Janus-LoRA, exact" has this project's rectification. In the table a run says what
+it was called with beyond its row, if that touches the result.
 
 The dry run needs neither data nor weights: a ViT-B/16 with random ones learns two tasks of 69 classes from made-up JPEG
 files in DomainNet's layout, with batches of 128, through everything that a run does. From the seconds of its epochs it
@@ -20,20 +22,27 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from published import REPORTED, ROWS, TRAINED, Setting
+from published import OURS, REPORTED, ROWS, TRAINED, Setting
 
 METRICS = ("acc", "maa", "bwt")
 SEEDS = 5
 CLASSES, TASKS, PER_CLASS, EPOCHS = 69, 2, 6, 3  # of the dry run; 69 as in DomainNet's tasks
 BENCHMARKS = list(dict.fromkeys(benchmark for benchmark, _ in REPORTED))
+# What is the user's own in every call: where things lie, and how fast they go.
+MACHINE = {
+    *("data_dir", "split_files", "output", "resume", "save_every", "seed", "plots", "tensorboard", "check_data"),
+    *("device", "workers", "cache_images", "compile", "checkpointing", "class_list"),
+}
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 # the grid -------------------------------------------------------------------------------------------------------------
@@ -56,7 +65,7 @@ def calls(arguments: argparse.Namespace, others: list[str]) -> Iterator[tuple[st
     """(name, call) of every row that is wanted of a benchmark."""
     for setting, reported in REPORTED.items():
         if setting[0] == arguments.benchmark:
-            for row in arguments.rows or reported:
+            for row in arguments.rows or [*reported, *OURS]:
                 name = f"{setting[0]}, {setting[1]} tasks, {row}"
                 yield name, call(setting, row, arguments.output, arguments.data_dir, others)
 
@@ -66,13 +75,23 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
     failed = []
     for name, words in calls(arguments, others):
         print(f"\n=== {name}\n{shlex.join(words)}", flush=True)
-        status = subprocess.run([sys.executable, "-m", *words], check=False).returncode
-        if status == 130:
-            raise SystemExit(130)
+        status = ended([sys.executable, "-m", *words])
+        if status in STOPPED:
+            raise SystemExit(status)
         if status:
             failed.append(f"{name} (exit status {status})")
     if failed:
         raise SystemExit(f"failed: {'; '.join(failed)}")
+
+
+def ended(words: Sequence[str]) -> int:
+    """The exit status of a call. Ctrl-C reaches it, too: it keeps its state and ends, and is waited for."""
+    process = subprocess.Popen(words)
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # the table ------------------------------------------------------------------------------------------------------------
@@ -80,6 +99,19 @@ def results_of(folder: Path) -> list[dict[str, Any]]:
     """The results of a row's finished seeds."""
     paths = [*folder.glob("results.json"), *folder.glob("seed-*/results.json")]
     return [json.loads(path.read_text()) for path in sorted(paths)]
+
+
+def otherwise(folder: Path, setting: Setting, row: str) -> str:
+    """What the row's finished seeds were called with that the grid does not say."""
+    from janus_ext.config import command_line
+
+    _, *words = call(setting, row, folder, None, [])
+    wanted = {name: value for name, value in command_line.parse(words).resolved().to_json().items()}
+    found = {}
+    for path in sorted(folder.rglob("config.json")):
+        stored = json.loads(path.read_text())
+        found |= {k: stored[k] for k in wanted.keys() & stored.keys() - MACHINE if stored[k] != wanted[k]}
+    return ", ".join(f"{name} {value}" for name, value in sorted(found.items()))
 
 
 def shown(results: list[dict[str, Any]], metric: str) -> str:
@@ -99,8 +131,10 @@ def table(output: Path) -> str:
     ]
     for setting, reported in REPORTED.items():
         for row in ROWS:
-            if results := results_of(folder_of(output, setting, row)):
-                cells = [*map(str, setting), row, f"{len(results)} of {SEEDS}"]
+            folder = folder_of(output, setting, row)
+            if results := results_of(folder):
+                changed = otherwise(folder, setting, row)
+                cells = [*map(str, setting), f"{row} ({changed})" if changed else row, f"{len(results)} of {SEEDS}"]
                 for metric, value in zip(METRICS, reported.get(row, (None,) * 3), strict=True):
                     cells += [shown(results, metric), "" if value is None else f"{value:.2f}"]
                 lines.append(f"| {' | '.join(cells)} |")
@@ -142,7 +176,12 @@ def dry(arguments: argparse.Namespace, others: list[str]) -> dict[str, Any]:
         made_up(root)
         words = f"--benchmark domainnet --domains real --preset paper --tasks {TASKS} --epochs {EPOCHS} --seed 0"
         words += f" --weights none --no-plots --device {arguments.device}"
-        config = command_line.parse([*words.split(), "--data-dir", name, "--output", str(root / "run"), *others])
+        words = [*words.split(), "--data-dir", name, "--output", str(root / "run")]
+        config = command_line.parse([*words, *others])
+        own = command_line.parse(words)
+        for field in ("benchmark", "preset", "tasks", "epochs", "seed", "domains", "limit_per_class", "output"):
+            if getattr(config, field) != getattr(own, field):
+                raise SystemExit(f"--{field.replace('_', '-')} is the dry run's own: it has {getattr(own, field)}")
         reset_peak()
         results = train(config)[0]
         epochs = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -174,7 +213,7 @@ def dry_table(measured: dict[str, Any]) -> str:
     """The documents' table of a dry run."""
     rows = {
         "a step": f"{measured['step_seconds']:.3g} s",
-        "a step that observes": f"{measured['observing_step_seconds']:.3g} s",
+        "a step of the last epoch, in which `janus` observes": f"{measured['observing_step_seconds']:.3g} s",
         f"a task: {measured['images']} images, {EPOCHS} epochs, all around them": f"{measured['task_seconds']:.3g} s",
         "peak of memory": f"{measured['peak_mb'] / 1000:.1f} GB",
     }

@@ -207,7 +207,7 @@ def table(cases: list[dict[str, Any]]) -> str:
 def columns(names: list[Path]) -> str:
     """The ratios of several files side by side, a column for each processor, number of threads and instructions.
 
-    One that misses its target there says so.
+    One that misses its target there says so, and one that has another target than the first file's.
     """
     files = [json.loads(name.read_text()) for name in names]
     rows = [{row["case"]: row for row in file["cases"]} for file in files]
@@ -217,16 +217,17 @@ def columns(names: list[Path]) -> str:
         heads.append(", ".join(filter(None, [about["device"], threads, about.get("instructions")])))
     lines = ["| case | " + " | ".join(heads) + " | target |", "|" + "---|" * (len(files) + 2)]
     for row in files[0]["cases"]:
-        cells = [beside_target(of[row["case"]]) if row["case"] in of else "-" for of in rows]
+        cells = [beside_target(of[row["case"]], row["target"]) if row["case"] in of else "-" for of in rows]
         aim = "-" if row["target"] is None else f"{row['target']:.3g}"
         lines.append(f"| `{row['case']}` | {' | '.join(cells)} | {aim} |")
     return "\n".join(lines)
 
 
-def beside_target(row: dict[str, Any]) -> str:
-    """The ratio of a case, and its target where it is missed."""
-    missed = row["target"] is not None and row["ratio"] < row["target"]
-    return f"{row['ratio']:.2f}" + (f" (wanted {row['target']:.3g})" if missed else "")
+def beside_target(row: dict[str, Any], common: float | None) -> str:
+    """The ratio of a case, with its own target where that is missed or is not the ``common`` one."""
+    own = row["target"]
+    worth_saying = own is not None and (own != common or row["ratio"] < own)
+    return f"{row['ratio']:.2f}" + (f" (wanted {own:.3g})" if worth_saying else "")
 
 
 def compare(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> bool:

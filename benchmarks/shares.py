@@ -43,11 +43,11 @@ PARTS = (
         re.compile("scaled_dot_product|ScaledDotProduct|aten::bmm|BmmBackward|aten::_softmax|SoftmaxBackward"),
         "attention",
     ),
-    (re.compile("aten::linear|AddmmBackward|MmBackward|aten::conv2d"), "frozen MLP and output projections"),
+    (re.compile("aten::linear|AddmmBackward|MmBackward|aten::conv2d"), "frozen MLP and output projections, heads"),
     (re.compile("gelu|Gelu|layer_norm|LayerNorm|aten::add$|AddBackward"), "GELU, layer norms, residual sums"),
     (re.compile("Optimizer"), "optimizer"),
 )
-REST = "casts, copies, heads, everything else"
+REST = "casts, copies, everything else"
 
 
 def part(event: FunctionEvent, frozen: tuple[int, int]) -> str:

@@ -113,9 +113,9 @@ def build_editable(wheel_directory, config_settings=None, metadata_directory=Non
 
 
 class TorchPin:
-    """What a wheel's metadata add to the range of pyproject.toml: the minor version of torch that its ops are built for.
+    """What a wheel's metadata add to the range of pyproject.toml: the minor version of torch that it is built for.
 
-    A provider of ``[[tool.dynamic-metadata]]``. A source distribution keeps the range, and says that a wheel may differ.
+    A provider of ``[[tool.dynamic-metadata]]``. A source distribution keeps the range and says that wheels may differ.
     """
 
     def build_state(self, build_state: str) -> None:

@@ -4,13 +4,14 @@
 //   R = P C^p P,  eigenvalues l_1 >= l_2 >= ...;  smallest q with  tr(V^T C^p V) + l_1 + ... + l_q >= energy * tr(C^p)
 //   V <- [V, orth(P [u_1 .. u_q])];  eigenvalues that are rounding of C, or of its factor, are no candidates
 //
-// R is 0 on V, so a Gram matrix is taken apart in the complement W of V: W^T C^p W, [n - k, n - k], z its eigenvectors,
-// u = W z. The more is protected, the less there is to do.
+// R is 0 on V, so a Gram matrix is taken apart in the complement of V: with V = Q R as k reflectors, which are applied
+// and not written out, C becomes Q^T C Q, whose last n - k rows hold all that is needed, and u = Q [0; z].
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/cumsum.h>
+#include <ATen/ops/geqrf.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/linalg_eigh.h>
 #include <ATen/ops/linalg_eigvalsh.h>
@@ -18,9 +19,12 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones_like.h>
+#include <ATen/ops/ormqr.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include <limits>
+#include <tuple>
 
 #include "checks.h"
 #include "factor.h"
@@ -56,20 +60,27 @@ inline Tensor orthonormal(const Tensor& V) {
   return V.size(1) == 0 ? V.to(at::kDouble) : std::get<0>(at::linalg_qr(V.to(at::kDouble)));
 }
 
-// V as above, and W [n, n - k] so that [V, W] is orthogonal; without a V there is no W, which is everything then.
-inline std::pair<Tensor, OptionalTensor> with_complement(const Tensor& V) {
-  const int64_t n = V.size(0), k = V.size(1);
-  if (k == 0) return {V.to(at::kDouble), std::nullopt};
-  const Tensor Q = std::get<0>(at::linalg_qr(V.to(at::kDouble), "complete"));
-  return {Q.narrow(1, 0, k), Q.narrow(1, k, n - k)};
-}
+// The orthogonal Q [n, n] whose first k columns span V, as LAPACK keeps it: k reflectors.
+struct Frame {
+  Tensor householder, tau;
 
-// S^T C^p S for symmetric C and S [n, s], the identity where it is left out; C^2 is not formed.
-inline Tensor within(const Tensor& C, const OptionalTensor& S, int64_t energy_power) {
-  const Tensor CS = S ? at::matmul(C, *S) : C;
-  const Tensor inner = energy_power == 2 ? at::matmul(CS.mT(), CS) : S ? at::matmul(S->mT(), CS) : CS;
-  return (inner + inner.mT()) / 2;
-}
+  explicit Frame(const Tensor& V) { std::tie(householder, tau) = at::geqrf(V); }
+  bool is_identity() const { return tau.numel() == 0; }
+
+  // Q^T C Q
+  Tensor seen(const Tensor& C) const {
+    if (is_identity()) return C;
+    const Tensor rows = at::ormqr(householder, tau, C, /*left=*/true, /*transpose=*/true);
+    return at::ormqr(householder, tau, rows, /*left=*/false, /*transpose=*/false);
+  }
+
+  // Q [0; z] for z [n - k, q]
+  Tensor outside(const Tensor& z) const {
+    if (is_identity()) return z;
+    const Tensor padded = at::cat({at::zeros({tau.size(0), z.size(1)}, z.options()), z});
+    return at::ormqr(householder, tau, padded, /*left=*/true, /*transpose=*/false);
+  }
+};
 
 // [V, orth(P u)] for u [n, q] that lies outside V but for rounding, P the projector off the orthonormal `span` of V. V
 // itself does not move, nor do the signs of u.
@@ -95,18 +106,23 @@ inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energ
   const double trace = C.trace().item<double>();
   TORCH_CHECK_VALUE(trace > 0, "extend_basis: gram must have a positive trace, got ", trace);
 
-  C = C / trace;  // energy shares do not change; C^2 cannot overflow
-  const auto [V, W] = with_complement(basis);
-  const int64_t n = V.size(0), k = V.size(1);
-  const Tensor total = energy_power == 2 ? C.square().sum() : C.trace(), inside = within(C, V, energy_power);
-  const auto [ascending, vectors] = at::linalg_eigh(within(C, W, energy_power));
+  C = (C + C.mT()) / (2 * trace);  // energy shares do not change; C^2 cannot overflow
+  const int64_t n = basis.size(0), k = basis.size(1);
+  const Frame frame(basis.to(at::kDouble));
+  const Tensor D = frame.seen(C);
+  const auto block = [&](int64_t begin, int64_t end) {  // of Q^T C^p Q
+    const Tensor rows = D.slice(0, begin, end);
+    return energy_power == 2 ? at::matmul(rows, rows.mT()) : rows.slice(1, begin, end);
+  };
+  const Tensor total = energy_power == 2 ? C.square().sum() : C.trace(), inside = block(0, k);
+  const auto [ascending, vectors] = at::linalg_eigh(block(k, n));
   const Tensor values = ascending.flip(0);
   const double inner = k > 0 ? at::linalg_eigvalsh(inside)[k - 1].item<double>() : 0;
   const double largest = std::max(k < n ? values[0].item<double>() : 0, inner);
   const auto candidates = count_above(values, static_cast<double>(n) * epsilon(gram.scalar_type()) * largest);
   const auto added = directions_needed(values.slice(0, 0, candidates), inside.trace(), total, energy, max_rank - k);
   const Tensor leading = vectors.slice(1, n - k - added, n - k).flip(1);
-  return grown(basis, V, W ? at::matmul(*W, leading) : leading);
+  return grown(basis, orthonormal(basis), frame.outside(leading));
 }
 
 // The same from C = U diag(S^2) U^T, which is not formed, and the trace that C had before it was truncated.

@@ -30,7 +30,10 @@ def pick_device(name: str) -> torch.device:
         ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count()
-        raise ArgumentError(f"--device {name}: wanted is a GPU that is there, PyTorch {torch.__version__} sees {seen}")
+        raise ArgumentError(
+            f"--device {name}: no such device; cpu, cuda, cuda:1, ... or auto, "
+            f"and PyTorch {torch.__version__} sees {seen} GPUs"
+        )
     if device.type not in ("cpu", "cuda"):
         raise ArgumentError(f"--device {name}: only cpu and cuda devices are supported")
     return device

@@ -194,6 +194,12 @@ class LoRALayer(Adapter):
         """A_s [..., r, n]: A P for "exact", A otherwise."""
         return ops.project(self.A, self.basis) if self._is_exact() else self.A.detach()
 
+    @torch.no_grad()
+    def effective_A64(self) -> Tensor:
+        """A_s as `merge` takes it: projected in float64."""
+        A = self.A.double()
+        return ops.project(A, self.basis.double()) if self._is_exact() else A
+
     def forward_A(self) -> Tensor:
         """`effective_A` as the last forward pass with gradients has computed it.
 
@@ -214,9 +220,7 @@ class LoRALayer(Adapter):
 
     @torch.no_grad()
     def _delta64(self) -> Tensor:
-        A = self.A.double()
-        A = ops.project(A, self.basis.double()) if self._is_exact() else A
-        return self.scale * self.B.double() @ A
+        return self.scale * self.B.double() @ self.effective_A64()
 
     def _project_A(self) -> None:
         """A <- A P with the rows' norms kept, so that "exact" starts with A V = 0."""

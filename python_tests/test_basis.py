@@ -128,11 +128,18 @@ def test_compiled_agrees_with_reference(device: str) -> None:
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("protected", [0, 1, 17, 29, 30])
 def test_the_complement_agrees_with_the_projected_whole(device: str, protected: int, power: int) -> None:
-    """The op takes C apart in the complement of V, the reference as a whole: the same space, up to all of it."""
+    """The op takes C apart in the complement of V, the reference as a whole: the same space, up to all of it; of a C
+    that is not symmetric both take the symmetric part."""
     x = torch.randn(60, 30, dtype=torch.float64, device=device)
-    V = orthonormal(30, protected, device=device)
-    for energy, room in ((0.0, 30), (0.9, 30), (1.0, 30), (1.0, protected)):
-        got = ops.extend_basis(V, x.mT @ x, energy, room, power)
-        want = reference.extend_basis(V, x.mT @ x, energy, room, power)
+    V, skew = orthonormal(30, protected, device=device), torch.randn(30, 30, dtype=torch.float64, device=device)
+    gram = x.mT @ x
+    for energy, room, given in (
+        (0.0, 30, gram),
+        (0.9, 30, gram),
+        (0.9, 30, gram + skew - skew.mT),
+        (1.0, protected, gram),
+    ):
+        got = ops.extend_basis(V, given, energy, room, power)
+        want = reference.extend_basis(V, gram, energy, room, power)
         assert got.shape == want.shape and torch.equal(got[:, :protected], V)
         assert_close(subspace(got), subspace(want), torch.float64, 10)

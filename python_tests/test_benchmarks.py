@@ -274,7 +274,7 @@ def test_a_finished_cell_is_told_by_its_configuration(module) -> None:
     assert not cells.is_done(line, "janus", config(clip_norm=1.0), "a")
 
 
-def test_the_shares_of_a_step_leave_no_time_out(module) -> None:
+def test_every_part_of_a_step_has_its_share(module) -> None:
     program, shares = module("program"), module("shares")
     stepper = program.Stepper("cpu", "emoji", 4, "janus", protected=96, old_classes=5, observe=True)
     stepper.step()
@@ -287,3 +287,21 @@ def test_the_shares_of_a_step_leave_no_time_out(module) -> None:
     assert set(times) == {name for _, name in shares.PARTS} | {shares.FROZEN, shares.REST}
     assert all(time > 0 for time in times.values())
     assert times[shares.FROZEN] > times["margin loss"]
+
+
+def test_a_ratio_says_its_own_target_where_that_is_missed_or_another(module) -> None:
+    run = module("run")
+    said = [
+        run.beside_target({"ratio": ratio, "target": own}, 2.0)
+        for ratio, own in ((2.5, 2.0), (1.5, 2.0), (1.5, 1.4), (1.5, None))
+    ]
+    assert said == ["2.50", "1.50 (wanted 2)", "1.50 (wanted 1.4)", "1.50"]
+
+
+def test_a_processor_without_wide_registers_has_its_own_target(module, monkeypatch) -> None:
+    run, cases = module("run"), module("cases")
+    case = cases.Case("gram", "itself", lambda device: None, {"cpu": 2.0, "narrow cpu": 1.4, "cuda": 1.3})
+    for capability, wanted in (("AVX512", 2.0), ("AVX2", 1.4)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert run.target(case, "cpu") == wanted and run.target(case, "cuda") == 1.3
+    assert run.target(cases.Case("a", "b", lambda device: None, {"cpu": 3.0}), "cpu") == 3.0

@@ -105,18 +105,33 @@ def test_exact_rectification_on_the_embedded_benchmark(tmp_path):
     assert max(results["violation"][1:]) <= 1e-5
 
 
-def test_the_factors_of_the_tasks_add_up_to_the_final_weights(patterns, weights, tmp_path):
-    trainer = make_trainer(patterns, weights, tmp_path / "run", scale=2.0)
+@pytest.mark.parametrize(
+    "changes",
+    [*({"method": method} for method in METHODS if method != "joint"), {"scale": 2.0, "merge_scale": 0.5}],
+    ids=str,
+)
+def test_backbone_and_factors_give_the_final_weights_bit_for_bit(patterns, weights, tmp_path, changes):
+    trainer = make_trainer(patterns, weights, tmp_path / "run", **changes)
     name = "blocks.1.attn.qkv"
-    start = trainer.learner.model.state_dict()[f"backbone.{name}.linear.weight"].clone()
+    weight = trainer.learner.model.state_dict()[f"backbone.{name}.linear.weight"].clone()
+    start = weight.clone()
     trainer.run()
-    update = torch.zeros(2, 32, 32, dtype=torch.float64)
     for task in range(3):
         factors, metadata = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / f"factors-{task}.safetensors")
-        update += float(metadata["scale"]) * factors[f"{name}.B"].double() @ factors[f"{name}.A"].double()
+        update = update_of(factors, name, float(metadata["scale"])).reshape(64, 32)
+        weight[32:] = (weight[32:].double() + update).float()
     final = trainer.learner.model.state_dict()[f"backbone.{name}.linear.weight"]
-    assert torch.equal(final[:32], start[:32])  # q is not adapted
-    assert torch.allclose((final - start)[32:].double(), update.reshape(64, 32), atol=1e-6)
+    assert torch.equal(final, weight)
+    assert torch.equal(final[:32], start[:32]) and not torch.equal(final, start)  # q is not adapted
+
+
+def update_of(factors: dict[str, Tensor], name: str, scale: float) -> Tensor:
+    """s B A [2, m, n]; of BiLoRA s Re(IFFT2(F)), computed in its own dtype."""
+    if f"{name}.B" in factors:
+        return scale * factors[f"{name}.B"].double() @ factors[f"{name}.A"]
+    places, coefficients = factors[f"{name}.positions"], factors[f"{name}.coefficients"]
+    spectrum = coefficients.new_zeros(2, 32 * 32).index_copy(1, places, coefficients)
+    return (scale * torch.fft.ifft2(spectrum.view(2, 32, 32)).real).double()
 
 
 def test_class_names_stand_beside_the_ids_whatever_bytes_they_are(patterns, weights, tmp_path):

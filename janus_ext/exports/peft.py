@@ -58,13 +58,13 @@ def pair(update: Update, name: str, targets: tuple[str, ...]) -> tuple[Tensor, T
     """A [r, n] and B [m, r] of layer ``name``; as one, those of g ``targets`` of a fused qkv: [g r, n], [3 m, g r]."""
     A, B = update.tensors[f"{name}.A"], update.tensors[f"{name}.B"]
     if not targets:
-        return A, B
+        return A.to(B), B
     _, width, rank = B.shape
     whole = B.new_zeros(3 * width, len(targets) * rank)
     for index, target in enumerate(targets):
         row = ops.TARGETS.index(target) * width
         whole[row : row + width, index * rank : (index + 1) * rank] = B[index]
-    return A.flatten(0, 1), whole
+    return A.flatten(0, 1).to(B), whole
 
 
 def _targets(contents: Contents) -> dict[str, tuple[str, ...]]:

@@ -115,10 +115,11 @@ class SequentialLoRA(Method):
     def _factors(self) -> dict[str, Tensor]:
         """Copies of the effective A and B and the basis [n, k] in force, of every layer.
 
-        A is [r, n] and B [m, r], of a fused qkv [g, r, n] and [g, m, r].
+        A is [r, n] and B [m, r], of a fused qkv [g, r, n] and [g, m, r]. A is float64: the merge takes it so, and with
+        it W can be computed again to the same bits.
         """
         factors = {}
         for name, layer in self.layers.items():
-            tensors = {"A": layer.effective_A(), "B": layer.B, "basis": self.guarded(name)}
+            tensors = {"A": layer.effective_A64(), "B": layer.B, "basis": self.guarded(name)}
             factors |= {f"{name}.{key}": tensor.detach().clone() for key, tensor in tensors.items()}
         return factors

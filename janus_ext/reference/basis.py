@@ -45,7 +45,7 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
     trace = C.trace()
     require(bool(trace > 0), f"{op}: gram must have a positive trace, got {float(trace):g}")
 
-    C = C / trace  # energy shares do not change; C^2 cannot overflow
+    C = (C + C.mT) / (2 * trace)  # energy shares do not change; C^2 cannot overflow
     C = C @ C if energy_power == 2 else C
     V = orthonormal(basis)
     rest = project(project(C, V).mT, V)  # P C^p P
