@@ -89,10 +89,11 @@ def test_ctrl_c_waits_for_what_the_call_still_keeps(tmp_path):
     parent = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import full_size\n"
     parent += f"sys.exit(full_size.ended([sys.executable, '-c', {child!r}]))"
     heed = "import signal, os; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whatever the shell has
-    run = subprocess.Popen([sys.executable, "-c", heed + parent], stdout=subprocess.PIPE, start_new_session=True)
-    assert run.stdout.readline() == b"ready\n"
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    assert run.wait(timeout=60) == 130
+    words = [sys.executable, "-c", heed + parent]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True) as run:
+        assert run.stdout.readline() == b"ready\n"
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        assert run.wait(timeout=60) == 130
 
 
 def test_a_dry_run_needs_neither_data_nor_weights(full_size, monkeypatch, capsys, tmp_path):
