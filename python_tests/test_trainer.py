@@ -107,7 +107,11 @@ def test_exact_rectification_on_the_embedded_benchmark(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [*({"method": method} for method in METHODS if method != "joint"), {"scale": 2.0, "merge_scale": 0.5}],
+    [
+        *({"method": method} for method in METHODS if method not in ("joint", "bilora")),
+        {"method": "bilora", "frequencies": 100},
+        {"scale": 2.0, "merge_scale": 0.5},
+    ],
     ids=str,
 )
 def test_backbone_and_factors_give_the_final_weights_bit_for_bit(patterns, weights, tmp_path, changes):
