@@ -1,12 +1,13 @@
 """The published grid, benchmark by method by seed, for whoever has a GPU and the data; and a trial for who has neither.
 
-    python benchmarks/full_size.py list imagenet-r                             # the calls; nothing is run
+    python benchmarks/full_size.py list imagenet-r --data-dir DATA/imagenet-r  # the calls; nothing is run
     python benchmarks/full_size.py run imagenet-r --data-dir DATA/imagenet-r   # goes on where it was cut off
     python benchmarks/full_size.py run domainnet --data-dir DATA/DomainNet --rows Janus-LoRA InfLoRA
     python benchmarks/full_size.py table                                       # reproduced against reported
     python benchmarks/full_size.py dry --device cuda                           # time and memory of a step
 
-What else stands behind `run` or `dry` goes to janus_ext.train as it is: --device, --amp, --weights, --split, --seed ...
+What else stands behind `list`, `run` or `dry` goes to janus_ext.train as it is: --device, --amp, --weights, --split ...
+imagenet-100 needs --class-list.
 A row is one call of `--preset paper` with its five seeds; rows that fail are named at the end, the others go on.
 "Janus-LoRA" is the paper's method, "Janus-LoRA, exact" has this project's rectification. In the table a run says what
 it was called with beyond its row, if that touches the result.
@@ -32,16 +33,19 @@ from pathlib import Path
 from typing import Any
 
 from published import OURS, REPORTED, ROWS, TRAINED, Setting
+from run import about, new_file
 
 METRICS = ("acc", "maa", "bwt")
 SEEDS = 5
 CLASSES, TASKS, PER_CLASS, EPOCHS = 69, 2, 6, 3  # of the dry run; 69 as in DomainNet's tasks
+PASSED_ON = "Other flags go to janus_ext.train as they are."
 BENCHMARKS = list(dict.fromkeys(benchmark for benchmark, _ in REPORTED))
 # What is the user's own in every call: where things lie, and how fast they go.
 MACHINE = {
     *("data_dir", "split_files", "output", "resume", "save_every", "seed", "plots", "tensorboard", "check_data"),
     *("device", "workers", "cache_images", "compile", "checkpointing", "class_list"),
 }
+OWN = ("benchmark", "preset", "tasks", "epochs", "seed", "domains", "limit_per_class", "data_dir", "output")
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -66,7 +70,7 @@ def calls(arguments: argparse.Namespace, others: list[str]) -> Iterator[tuple[st
     for setting, reported in REPORTED.items():
         if setting[0] == arguments.benchmark:
             for row in arguments.rows or [*reported, *OURS]:
-                name = f"{setting[0]}, {setting[1]} tasks, {row}"
+                name = f"{row} ({setting[0]}, {setting[1]} tasks)"
                 yield name, call(setting, row, arguments.output, arguments.data_dir, others)
 
 
@@ -79,7 +83,7 @@ def run(arguments: argparse.Namespace, others: list[str]) -> None:
         if status in STOPPED:
             raise SystemExit(status)
         if status:
-            failed.append(f"{name} (exit status {status})")
+            failed.append(f"{name}: exit status {status}")
     if failed:
         raise SystemExit(f"failed: {'; '.join(failed)}")
 
@@ -166,9 +170,9 @@ def dry(arguments: argparse.Namespace, others: list[str]) -> dict[str, Any]:
     """Trains, and says what the last task's epochs took: the first warms up, the last one observes."""
     import torch
     from memory import peak_mb, reset_peak
-    from run import about
 
     from janus_ext.config import command_line
+    from janus_ext.errors import ArgumentError
     from janus_ext.train import train
 
     with tempfile.TemporaryDirectory() as name:
@@ -179,9 +183,9 @@ def dry(arguments: argparse.Namespace, others: list[str]) -> dict[str, Any]:
         words = [*words.split(), "--data-dir", name, "--output", str(root / "run")]
         config = command_line.parse([*words, *others])
         own = command_line.parse(words)
-        for field in ("benchmark", "preset", "tasks", "epochs", "seed", "domains", "limit_per_class", "output"):
+        for field in OWN:
             if getattr(config, field) != getattr(own, field):
-                raise SystemExit(f"--{field.replace('_', '-')} is the dry run's own: it has {getattr(own, field)}")
+                raise ArgumentError(f"--{field.replace('_', '-')} is the dry run's own and cannot be chosen")
         reset_peak()
         results = train(config)[0]
         epochs = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -192,6 +196,7 @@ def dry(arguments: argparse.Namespace, others: list[str]) -> dict[str, Any]:
     return {
         "about": about("cuda" if on_gpu else "cpu"),
         "method": settings["method"],
+        "backbone": settings["backbone"],
         "batch_size": settings["batch_size"],
         "amp": settings["amp"],
         "images": images,
@@ -211,7 +216,9 @@ def hours(measured: dict[str, Any], benchmark: str) -> float:
 
 def dry_table(measured: dict[str, Any]) -> str:
     """The documents' table of a dry run."""
+    batch = f"batch {measured['batch_size']}, amp {measured['amp']}"
     rows = {
+        "what was trained": f"{measured['method']} on {measured['backbone']}, {batch}",
         "a step": f"{measured['step_seconds']:.3g} s",
         "a step of the last epoch, in which `janus` observes": f"{measured['observing_step_seconds']:.3g} s",
         f"a task: {measured['images']} images, {EPOCHS} epochs, all around them": f"{measured['task_seconds']:.3g} s",
@@ -221,20 +228,42 @@ def dry_table(measured: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
+def dry_figures(name: str) -> dict[str, Any]:
+    """What `dry --json` wrote into the file."""
+    try:
+        figures = json.loads(Path(name).read_text())
+        dry_table(figures)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"{name} is no result of `dry --json`: {error}") from error
+    return figures
+
+
+def dry_or_line(arguments: argparse.Namespace, others: list[str]) -> dict[str, Any]:
+    """`dry`; what the user can mend ends it with a line and status 2."""
+    from janus_ext.errors import JanusError
+
+    try:
+        return dry(arguments, others)
+    except JanusError as error:
+        print(f"full_size.py dry: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
 def parsed() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("list", "run"):
-        grid = commands.add_parser(name, allow_abbrev=False)
+    for name, help_text in (("list", "print the calls of a benchmark"), ("run", "run them, or go on")):
+        grid = commands.add_parser(name, allow_abbrev=False, help=help_text, description=PASSED_ON)
         grid.add_argument("benchmark", choices=BENCHMARKS)
-        grid.add_argument("--data-dir", type=Path, required=name == "run")
+        grid.add_argument("--data-dir", type=Path, required=True, help="where its images lie, see docs/benchmarks.md")
         grid.add_argument("--rows", nargs="+", choices=list(ROWS), help="those that are wanted; all reported ones")
         grid.add_argument("--output", type=Path, default=Path("runs/full-size"))
-    commands.add_parser("table").add_argument("--output", type=Path, default=Path("runs/full-size"))
-    trial = commands.add_parser("dry", allow_abbrev=False)
-    trial.add_argument("--device", default="cpu")
-    trial.add_argument("--json", type=Path, help="where the figures go")
-    trial.add_argument("--table", type=Path, help="only print the figures of such a file as Markdown")
+    shown = commands.add_parser("table", help="reproduced against reported")
+    shown.add_argument("--output", type=Path, default=Path("runs/full-size"))
+    trial = commands.add_parser("dry", allow_abbrev=False, help="time and memory of a step", description=PASSED_ON)
+    trial.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    trial.add_argument("--json", type=new_file, help="where the figures go")
+    trial.add_argument("--table", type=dry_figures, help="only print the figures of such a file as Markdown")
     arguments, others = parser.parse_known_args()
     if others and (arguments.command == "table" or getattr(arguments, "table", None)):
         parser.error(f"unrecognized arguments: {shlex.join(others)}")
@@ -250,9 +279,9 @@ def main() -> None:
     elif arguments.command == "table":
         print(table(arguments.output))
     elif arguments.table is not None:
-        print(dry_table(json.loads(arguments.table.read_text())))
+        print(dry_table(arguments.table))
     else:
-        measured = dry(arguments, others)
+        measured = dry_or_line(arguments, others)
         print(dry_table(measured))
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(measured, indent=1) + "\n")

@@ -74,7 +74,7 @@ def test_the_table_has_means_of_finished_seeds_beside_what_is_reported(full_size
 def test_a_row_that_fails_is_named_and_the_others_go_on(full_size, monkeypatch, tmp_path, capsys):
     called, ends = [], iter([2, 0, 143])
     monkeypatch.setattr(full_size, "ended", lambda words: called.append(words) or next(ends))
-    with pytest.raises(SystemExit, match=r"^failed: domainnet, 5 tasks, InfLoRA \(exit status 2\)$"):
+    with pytest.raises(SystemExit, match=r"^failed: InfLoRA \(domainnet, 5 tasks\): exit status 2$"):
         words = f"run domainnet --data-dir D --rows InfLoRA Janus-LoRA --output {tmp_path} --device cuda:1 --amp bf16"
         printed(full_size, monkeypatch, capsys, words)
     assert len(called) == 2 and all(words[-4:] == ["--device", "cuda:1", "--amp", "bf16"] for words in called)
@@ -104,8 +104,18 @@ def test_a_dry_run_needs_neither_data_nor_weights(full_size, monkeypatch, capsys
     measured = json.loads((tmp_path / "dry.json").read_text())
     assert (measured["method"], measured["images"], measured["batch_size"]) == ("janus", 24, 8)
     assert 0 < 3 * measured["observing_step_seconds"] < measured["task_seconds"] and measured["peak_mb"] > 100
-    with pytest.raises(SystemExit, match="^--tasks is the dry run's own: it has 2$"):
-        printed(full_size, monkeypatch, capsys, f"dry --tasks 3 {small}")
+    for wrong, said in (
+        ("--tasks 3", "--tasks is the dry run's own and cannot be chosen"),
+        ("--batch-size 0", "--batch-size must lie in"),
+        ("--device cup", "--device cup: no such device"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            printed(full_size, monkeypatch, capsys, f"dry {small} {wrong}")
+        message = capsys.readouterr().err
+        assert ended.value.code == 2 and said in message and message.count("\n") == 1
+    with pytest.raises(SystemExit):
+        printed(full_size, monkeypatch, capsys, f"dry --table {BENCHMARKS / 'results' / 'cpu.json'}")
+    assert "is no result of `dry --json`" in capsys.readouterr().err
     measured |= {"step_seconds": 3.0, "observing_step_seconds": 4.0}
     (tmp_path / "dry.json").write_text(json.dumps(measured))
     table = printed(full_size, monkeypatch, capsys, f"dry --table {tmp_path / 'dry.json'}")
