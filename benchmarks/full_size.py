@@ -52,7 +52,11 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # the grid -------------------------------------------------------------------------------------------------------------
 def folder_of(output: Path, setting: Setting, row: str) -> Path:
     """Where the seeds of a row lie."""
-    return output / f"{setting[0]}-{setting[1]}" / row.replace(": ", " ").replace(" + ", "+").replace(" ", "-")
+    return (
+        output
+        / f"{setting[0]}-{setting[1]}"
+        / row.replace(": ", " ").replace(", ", " ").replace(" + ", "+").replace(" ", "-")
+    )
 
 
 def call(setting: Setting, row: str, output: Path, data: Path | None, others: list[str]) -> list[str]:
@@ -99,10 +103,14 @@ def ended(words: Sequence[str]) -> int:
 
 
 # the table ------------------------------------------------------------------------------------------------------------
+def finished(folder: Path) -> list[Path]:
+    """The results of a row's finished seeds; a call with one seed has no folder for it."""
+    return sorted([*folder.glob("results.json"), *folder.glob("seed-*/results.json")])
+
+
 def results_of(folder: Path) -> list[dict[str, Any]]:
     """The results of a row's finished seeds."""
-    paths = [*folder.glob("results.json"), *folder.glob("seed-*/results.json")]
-    return [json.loads(path.read_text()) for path in sorted(paths)]
+    return [json.loads(path.read_text()) for path in finished(folder)]
 
 
 def otherwise(folder: Path, setting: Setting, row: str) -> str:
@@ -110,10 +118,10 @@ def otherwise(folder: Path, setting: Setting, row: str) -> str:
     from janus_ext.config import command_line
 
     _, *words = call(setting, row, folder, None, [])
-    wanted = {name: value for name, value in command_line.parse(words).resolved().to_json().items()}
+    wanted = command_line.parse(words).resolved().to_json()
     found = {}
-    for path in sorted(folder.rglob("config.json")):
-        stored = json.loads(path.read_text())
+    for path in finished(folder):
+        stored = json.loads((path.parent / "config.json").read_text())
         found |= {k: stored[k] for k in wanted.keys() & stored.keys() - MACHINE if stored[k] != wanted[k]}
     return ", ".join(f"{name} {value}" for name, value in sorted(found.items()))
 
