@@ -43,19 +43,36 @@ inline Tensor damped_inverse(const Tensor& S, const Tensor& mean, double damping
   return at::cholesky_inverse(L);
 }
 
+// The r x r matrices [..., r, r] of the closest update from g_A P and g_B, but for the factor 1/s^2 when not balanced:
+//
+//   dA = safe_A (g_A P) + A A,   dB = g_B grad_B + B B
+struct Combination {
+  Tensor safe_A, A, grad_B, B;
+};
+
+// From A A^T, B^T B and B^T g_B.
+inline Combination closest_combination(const Tensor& gram_A, const Tensor& gram_B, const Tensor& cross,
+                                       const Rectification& options) {
+  const Tensor mean_A = mean_eigenvalue(gram_A), mean_B = mean_eigenvalue(gram_B);
+  const Tensor inverse_A = damped_inverse(gram_A, mean_A, options.damping);
+  const Tensor inverse_B = damped_inverse(gram_B, mean_B, options.damping);
+  const Tensor common = at::matmul(at::matmul(inverse_B, cross), inverse_A);  // s B^+ G_safe A^+
+  const Combination plain{inverse_B, -options.share * common, inverse_A, (options.share - 1) * common};
+  if (!options.balance) return plain;
+  return {plain.safe_A * mean_B, plain.A * mean_B, plain.grad_B * mean_A, plain.B * mean_A};
+}
+
+inline double gain(const Rectification& options) {
+  return options.balance ? 1 : 1 / (options.scale * options.scale);
+}
+
 // From s B^T G P and s G P A^T, A [..., r, n], B [..., m, r]; see the formula above and reference.rectified.
 inline std::pair<Tensor, Tensor> closest_update(const Tensor& A, const Tensor& B, const Tensor& safe_A,
                                                 const Tensor& grad_B, const Rectification& options) {
-  const Tensor gram_A = at::matmul(A, A.mT()), gram_B = at::matmul(B.mT(), B);
-  const Tensor mean_A = mean_eigenvalue(gram_A), mean_B = mean_eigenvalue(gram_B);
-  const Tensor inverse_B = damped_inverse(gram_B, mean_B, options.damping);
-  const Tensor right = at::matmul(grad_B, damped_inverse(gram_A, mean_A, options.damping));  // s G_safe A^+
-  const Tensor common = at::matmul(inverse_B, at::matmul(B.mT(), right));                    // s B^+ G_safe A^+
-  const Tensor dA = at::matmul(inverse_B, safe_A) - options.share * at::matmul(common, A);
-  const Tensor dB = right - (1 - options.share) * at::matmul(B, common);
-  if (options.balance) return {dA * mean_B, dB * mean_A};
-  const double square = options.scale * options.scale;
-  return {dA / square, dB / square};
+  const Combination by =
+      closest_combination(at::matmul(A, A.mT()), at::matmul(B.mT(), B), at::matmul(B.mT(), grad_B), options);
+  return {gain(options) * (at::matmul(by.safe_A, safe_A) + at::matmul(by.A, A)),
+          gain(options) * (at::matmul(grad_B, by.grad_B) + at::matmul(B, by.B))};
 }
 
 inline std::pair<Tensor, Tensor> rectified(const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,

@@ -1,5 +1,7 @@
 """rectify_: the batched form of Gradient Rectification (docs/method.md, properties 2, 4, 8 and 9)."""
 
+import re
+
 import pytest
 import torch
 from conftest import assert_close, orthonormal
@@ -88,6 +90,49 @@ def test_many_layers_of_any_rank_and_basis(device: str, mode: str) -> None:
     for a, b, (dA, dB) in zip(gA, gB, want, strict=True):
         assert_close(a, dA, torch.float32, 10)
         assert_close(b, dB, torch.float32, 10)
+
+
+def layers_on_one_basis(device: str) -> list[list[torch.Tensor]]:
+    """Layers and stacks of targets of several shapes and dtypes, half of them on some of the others' directions."""
+    wide = orthonormal(16, 8)
+    rows = []
+    for dtype in (torch.float64, torch.float32):
+        V = wide.to(device, dtype)
+        for targets, r, m in ((), 3, 8), ((2,), 4, 12), ((), 3, 30), ((3,), 1, 8):
+            for basis in (V, V[:, :5]):
+                A = ops.project(torch.randn(*targets, r, 16, dtype=torch.float64), wide).to(device, dtype)
+                like = {"dtype": dtype, "device": device}
+                B, gB = (torch.randn(*targets, m, r, **like) for _ in "Bg")
+                rows.append([A, B, torch.randn(*targets, r, 16, **like), gB, basis])
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("mode", ["project", "exact"])
+def test_layers_of_any_shape_may_share_a_basis(device: str, mode: str) -> None:
+    A, B, gA, gB, V = layers_on_one_basis(device)
+    scales = [0.5 + i for i in range(len(A))]
+    options = {"rectify": mode, "damping": 0.05, "share": 0.3, "balance": False}
+    want = [
+        reference.rectified(*(t.double().cpu() for t in row), scale=s, **options)
+        for *row, s in zip(A, B, gA, gB, V, scales, strict=True)
+    ]
+    ops.rectify_(A, B, gA, gB, V, scales, **options)
+    for a, b, (dA, dB) in zip(gA, gB, want, strict=True):
+        assert_close(a, dA, a.dtype, 10)
+        assert_close(b, dB, b.dtype, 10)
+
+
+@pytest.mark.parametrize("wrong", [5, 9])
+def test_of_layers_on_one_basis_the_wrong_one_is_named(wrong: int) -> None:
+    A, B, gA, gB, V = layers_on_one_basis("cpu")
+    before = [g.clone() for g in gA + gB]
+    A[wrong] = torch.randn_like(A[wrong])
+    with pytest.raises(ValueError, match=rf"layer {wrong}: ") as error:
+        ops.rectify_(A, B, gA, gB, V)
+    inside, whole = (float(text) for text in re.findall(r" = (\d+\.\d+)", str(error.value)))
+    assert inside == pytest.approx(float((A[wrong] @ V[wrong]).norm()), rel=1e-4)
+    assert whole == pytest.approx(float(A[wrong].norm()), rel=1e-4)
+    assert all(torch.equal(g, b) for g, b in zip(gA + gB, before, strict=True))
 
 
 def test_wrong_layer_is_named_and_nothing_is_written(device: str) -> None:
