@@ -4,6 +4,7 @@
     python benchmarks/study.py run glyphs --data-dir DATA/glyphs  # built by benchmarks/glyphs/build.py
     python benchmarks/study.py run fashion-mnist --data-dir DATA/fashion-mnist
     python benchmarks/study.py table emoji                        # methods x heads on the reported seeds, as Markdown
+    python benchmarks/study.py details emoji                      # what was chosen for each, and more of what came out
     python benchmarks/study.py paired emoji                       # how far each is behind janus, with intervals
     python benchmarks/study.py hypotheses emoji                   # what was expected, and what came out
     python benchmarks/study.py ablation emoji                     # what each part of Janus-LoRA brings
@@ -25,10 +26,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from study_cells import Cell, identity, is_done, read_lines, run_cells
 from study_rows import ALIGNED, DATA, HEADS, METHODS, SEEDS, SELECTION_SEEDS, VALIDATION, ablation, candidates, located
-from study_tables import best_head, draw, hypotheses, paired
-from sweep_cells import Cell, cell_config, fingerprint, is_done, read_lines, run_cells
-from sweep_tables import spread
+from study_tables import best_head, draw, hypotheses, paired, spread
 
 from janus_ext.terminal import until_closed
 
@@ -43,30 +43,27 @@ class Study:
         self.data = data
         self.path = RESULTS / f"study-{data}.jsonl"
         self.where = located(data, folder)
+        self.finished: Lines = read_lines(self.path)
 
     def trial(self, change: dict[str, Any]) -> dict[str, Any]:
         """A candidate as it is tried: on held-out training images."""
         return change | {"validation": VALIDATION[self.data]}
 
-    def line(self, row: str, change: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    def line(self, change: dict[str, Any], seed: int) -> dict[str, Any] | None:
         """The finished run, if it is there."""
-        config = cell_config(change, seed)
-        return next((x for x in self.lines() if is_done(x, row, config, fingerprint(change))), None)
+        wanted = identity(change, seed)
+        return next((x for x in self.finished if is_done(x, wanted)), None)
 
-    def lines(self) -> Lines:
-        """All finished runs."""
-        return read_lines(self.path)
-
-    def accuracy(self, row: str, change: dict[str, Any], head: str, seeds: tuple[int, ...]) -> float | None:
+    def accuracy(self, change: dict[str, Any], head: str, seeds: tuple[int, ...]) -> float | None:
         """Mean ACC of a candidate's trials with a head; None where one is missing, or the head was not measured."""
-        found = [self.line(row, self.trial(change), seed) for seed in seeds]
+        found = [self.line(self.trial(change), seed) for seed in seeds]
         values = [x["heads"].get(head, {}).get("acc") for x in found if x is not None]
         return statistics.fmean(values) if len(values) == len(seeds) and None not in values else None
 
     def ranked(self, method: str, head: str, rows: list[str], seeds: tuple[int, ...]) -> list[str]:
         """Those of `rows` that were tried on all of `seeds`, best first."""
         known = candidates(self.data, method)
-        scores = {row: self.accuracy(row, known[row], head, seeds) for row in rows}
+        scores = {row: self.accuracy(known[row], head, seeds) for row in rows}
         return sorted((row for row in rows if scores[row] is not None), key=lambda row: -scores[row])
 
     def finalists(self, method: str, head: str) -> list[str]:
@@ -93,6 +90,7 @@ class Study:
 
     def _run(self, cells: list[Cell], jobs: int) -> None:
         run_cells(cells, jobs, 1, self.path, self.where)
+        self.finished = read_lines(self.path)
 
     # what came out ----------------------------------------------------------------------------------------------------
     def pick(self, method: str, head: str) -> tuple[str, dict[str, Any]] | None:
@@ -108,7 +106,7 @@ class Study:
     def reported(self, method: str, head: str) -> Lines:
         """The finished runs of what was chosen, on the reported seeds."""
         picked = self.pick(method, head)
-        found = [self.line(*picked, seed) for seed in SEEDS] if picked else []
+        found = [self.line(picked[1], seed) for seed in SEEDS] if picked else []
         return [x for x in found if x is not None]
 
     def ablation(self) -> dict[str, dict[str, Any]]:
@@ -121,26 +119,31 @@ class Study:
         """ACC of every row by head, and BWT and plasticity with linear heads."""
         text = [f"| row | setting | {' | '.join(HEADS)} | BWT, linear | plasticity, linear |", "|" + "---|" * 8]
         for row, change in self.ablation().items():
-            lines = [x for seed in SEEDS if (x := self.line(row, change, seed)) is not None]
+            lines = [x for seed in SEEDS if (x := self.line(change, seed)) is not None]
             if lines:
                 _, setting, name = row.split(" | ")
-                cells = [spread([x["heads"][head]["acc"] for x in lines], "{:.2f}") for head in HEADS]
-                cells += [spread([x["heads"]["linear"][m] for x in lines], "{:.2f}") for m in ("bwt", "plasticity")]
+                cells = [spread([x["heads"][head]["acc"] for x in lines]) for head in HEADS]
+                cells += [spread([x["heads"]["linear"][m] for x in lines]) for m in ("bwt", "plasticity")]
                 text.append(f"| {name} | {setting} | {' | '.join(cells)} |")
         return "\n".join(text)
 
     def table(self) -> str:
-        """Methods times heads: ACC, mean and deviation; below it MAA, BWT and what was chosen."""
+        """ACC of methods times heads, mean and deviation."""
         heads = (*HEADS, "aligned")
         text = [f"| ACC | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
         text += [f"| {m} | {' | '.join(self._cell(m, head, 'acc') for head in heads)} |" for m in METHODS]
-        text += ["", "| method, head | chosen | ACC | MAA | BWT | plasticity | seeds |", "|" + "---|" * 7]
+        return "\n".join(text)
+
+    def details(self) -> str:
+        """What was chosen for every method and head, and all metrics that a head has."""
+        metrics = ("acc", "maa", "bwt", "plasticity")
+        text = ["| method, head | chosen | ACC | MAA | BWT | plasticity | seeds |", "|" + "---|" * 7]
         for method in METHODS:
-            for head in heads:
+            for head in (*HEADS, "aligned"):
                 lines = self.reported(method, head)
                 if lines:
-                    setting = self.pick(method, head)[0].partition(" | ")[2]
-                    cells = [self._cell(method, head, metric) for metric in ("acc", "maa", "bwt", "plasticity")]
+                    setting = self.pick(method, head)[0].split(" | ")[1]
+                    cells = [self._cell(method, head, metric) for metric in metrics]
                     text.append(f"| {method}, {head} | {setting} | {' | '.join(cells)} | {len(lines)} |")
         return "\n".join(text)
 
@@ -150,7 +153,7 @@ class Study:
         for method in METHODS:
             for row, change in candidates(self.data, method).items():
                 for seed in SELECTION_SEEDS:
-                    found = self.line(row, self.trial(change), seed)
+                    found = self.line(self.trial(change), seed)
                     if found:
                         shares = [f"{found['heads'][h]['acc']:.2f}" if h in found["heads"] else "–" for h in HEADS]
                         moved = "–" if found["movement"] is None else f"{found['movement']:.3f}"
@@ -159,13 +162,13 @@ class Study:
 
     def _cell(self, method: str, head: str, metric: str) -> str:
         lines = [x for x in self.reported(method, head) if head in x["heads"]]
-        return spread([x["heads"][head][metric] for x in lines], "{:.2f}") if lines else "–"
+        return spread([x["heads"][head][metric] for x in lines]) if lines else "–"
 
 
 @until_closed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    actions = ["run", "table", "paired", "hypotheses", "ablation", "trials", "curves"]
+    actions = ["run", "table", "details", "paired", "hypotheses", "ablation", "trials", "curves"]
     parser.add_argument("action", choices=actions)
     parser.add_argument("data", choices=list(DATA))
     parser.add_argument("--data-dir", type=Path, help="where the images of glyphs or fashion-mnist lie")
@@ -181,7 +184,8 @@ def main() -> None:
     elif arguments.action in ("paired", "hypotheses"):
         print({"paired": paired, "hypotheses": hypotheses}[arguments.action](study, arguments.against))
     else:
-        print({"table": study.table, "ablation": study.ablation_table, "trials": study.trials}[arguments.action]())
+        shown = {"table": study.table, "details": study.details, "ablation": study.ablation_table}
+        print((shown | {"trials": study.trials})[arguments.action]())
 
 
 if __name__ == "__main__":

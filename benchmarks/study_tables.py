@@ -27,6 +27,15 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(half)
 
 
+def spread(values: list[float | None], form: str = "{:.2f}") -> str:
+    """'mean ± deviation' of the values; a dash where there is none."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return "–"
+    mean = form.format(statistics.fmean(known))
+    return mean if len(known) == 1 else f"{mean} ± {form.format(statistics.stdev(known))}"
+
+
 def shown(values: list[float]) -> str:
     """A paired difference in Markdown, in bold where its interval excludes zero."""
     if not values:
@@ -64,7 +73,7 @@ def best_head(study: Study, method: str) -> str | None:
     for head in CLOSED:
         row = study.chosen(method, head)
         if row is not None:
-            scores[head] = study.accuracy(row, candidates(study.data, method)[row], head, SELECTION_SEEDS)
+            scores[head] = study.accuracy(candidates(study.data, method)[row], head, SELECTION_SEEDS)
     return max(scores, key=scores.__getitem__) if scores else None
 
 
@@ -95,8 +104,8 @@ def _closed(study: Study, method: str, head: str) -> str:
 def curve(study: Study, method: str, head: str) -> list[tuple[float, float]]:
     """(plasticity, forgetting) of every candidate on the first selection seed, by plasticity."""
     points = []
-    for row, change in candidates(study.data, method).items():
-        line = study.line(row, study.trial(change), SELECTION_SEEDS[0])
+    for change in candidates(study.data, method).values():
+        line = study.line(study.trial(change), SELECTION_SEEDS[0])
         if line is not None and head in line["heads"] and line["heads"][head]["bwt"] is not None:
             points.append((line["heads"][head]["plasticity"], -line["heads"][head]["bwt"]))
     return sorted(points)
@@ -115,7 +124,7 @@ def least_forgetting(points: list[tuple[float, float]], plasticity: float) -> fl
 def _forgetting(study: Study, method: str) -> str:
     """At the plasticity of InfLoRA's choice, linear heads."""
     row = study.chosen("inflora", "linear")
-    line = study.line(row, study.trial(candidates(study.data, "inflora")[row]), SELECTION_SEEDS[0]) if row else None
+    line = study.line(study.trial(candidates(study.data, "inflora")[row]), SELECTION_SEEDS[0]) if row else None
     if line is None:
         return "– (trials are missing)"
     theirs = line["heads"]["linear"]

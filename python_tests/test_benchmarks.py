@@ -59,7 +59,7 @@ def test_the_documents_have_all_tables() -> None:
         "benchmarks/full_size.py dry --table benchmarks/results/dry-cpu.json",
         "benchmarks/loader.py --table benchmarks/results/loader.json",
         "benchmarks/shares.py table benchmarks/results/shares.json",
-        "benchmarks/sweep.py table methods",
+        "benchmarks/study.py table emoji",
     }
 
 
@@ -199,8 +199,8 @@ def test_float32_sums_cut_off_pass_and_a_bfloat16_result_does_not(module) -> Non
         cases._check_accumulation(sums.bfloat16().float(), x)
 
 
-def test_a_sweep_goes_on_beside_a_cell_that_fails(module, monkeypatch, tmp_path, capsys) -> None:
-    cells = module("sweep_cells")
+def test_a_study_goes_on_beside_a_cell_that_fails(module, monkeypatch, tmp_path, capsys) -> None:
+    cells = module("study_cells")
 
     class Pool:
         def __init__(self, *_: Any, **__: Any) -> None:
@@ -247,31 +247,29 @@ def test_unknown_names_are_refused() -> None:
     assert done.returncode != 0 and "no such case: nothing" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("methods --rows nothing", "no such rows: nothing"),
-        ("methods --seeds 0 100", "--seeds 100: methods are tuned on them"),
-    ],
-)
-def test_a_sweep_refuses_what_it_cannot_report(arguments: str, said: str) -> None:
-    done = call(f"python benchmarks/sweep.py {arguments}")
-    assert done.returncode == 2 and said in done.stderr
+def test_a_finished_cell_is_told_by_what_its_result_depends_on(module) -> None:
+    cells = module("study_cells")
 
+    def wanted(seed: int = 0, **changes: Any) -> dict[str, Any]:
+        return cells.identity({"method": "janus"} | changes, seed)
 
-def test_a_finished_cell_is_told_by_its_configuration(module) -> None:
-    cells = module("sweep_cells")
-
-    def config(seed: int = 0, **changes: Any) -> dict[str, Any]:
-        return cells.cell_config({"method": "janus"} | changes, seed)
-
-    line = {"row": "janus", "seed": 0, "assets": "a", "config": config()}
-    assert cells.is_done(line, "janus", config(), "a")
-    others = [("lora", config(), "a"), ("janus", config(seed=1), "a"), ("janus", config(), "b")]
-    assert not any(cells.is_done(line, *other) for other in [*others, ("janus", config(lr=1e-3), "a")])
+    line = {"row": "janus"} | wanted()
+    assert cells.is_done(line, wanted()), "whatever row asks for it"
+    others = [wanted(method="lora"), wanted(seed=1), wanted(lr=1e-3), wanted(preconditioned=True)]
+    assert not any(cells.is_done(line, other) for other in [*others, wanted() | {"assets": "b"}])
+    assert cells.is_done({"row": "janus"} | others[-1], others[-1])
     del line["config"]["clip_norm"]  # as if the option had come later
-    assert cells.is_done(line, "janus", config(), "a")
-    assert not cells.is_done(line, "janus", config(clip_norm=1.0), "a")
+    assert cells.is_done(line, wanted())
+    assert not cells.is_done(line, wanted(clip_norm=1.0))
+
+
+def test_what_two_rows_ask_for_is_run_once(module) -> None:
+    cells = module("study_cells")
+    both = [(row, {"method": "lora", "epochs": 6}, 0) for row in ("lora", "nothing")]
+    other = ("janus", {"method": "janus", "epochs": 6}, 0)
+    assert cells.missing([*both, other], []) == [both[0], other]
+    finished = [{"row": "nothing"} | cells.identity(*both[1][1:])]
+    assert cells.missing([*both, other], finished) == [other]
 
 
 def test_every_part_of_a_step_has_its_share(module) -> None:

@@ -23,8 +23,11 @@ def study(monkeypatch, tmp_path):
     class Finished(module.Study):
         accuracy_of: Callable[[str, int, str], float]
 
-        def line(self, row: str, change: dict[str, Any], seed: int) -> dict[str, Any]:
-            heads = (*SHARES, "aligned") if row.endswith("aligned") else SHARES
+        def line(self, change: dict[str, Any], seed: int) -> dict[str, Any]:
+            heads = (*SHARES, "aligned") if change.get("head") == "aligned" else SHARES
+            known = {row: c for m in module.METHODS for row, c in module.candidates("emoji", m).items()}
+            alike = [row for row, c in known.items() if c.items() <= change.items()]
+            row = max(alike, key=lambda row: len(known[row]), default="janus | of the ablation")
             shown = {h: {"acc": self.accuracy_of(row, seed, h), "maa": 60.0, "bwt": -9.0} for h in heads}
             shown = {h: of | {"plasticity": self.accuracy_of(row, seed, h) + 9} for h, of in shown.items()}
             return {"row": row, "seed": seed, "heads": shown, "movement": None}
@@ -59,7 +62,7 @@ def test_aligned_runs_follow_the_linear_choice_without_the_guard(study):
 
 def test_the_ablation_has_rows_that_can_run(study):
     """At both settings of janus, which are one here; the program knows every key but the benchmark's own."""
-    from sweep_cells import cell_config
+    from study_cells import cell_config
 
     rows = study(plain).ablation()
     assert len(rows) == 10 and all(row.startswith("janus | lr 0.004") for row in rows)

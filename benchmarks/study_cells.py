@@ -1,4 +1,4 @@
-"""Cells of a sweep, one row at one seed: trained, written as a line of JSON, and told apart."""
+"""Cells of a study, one row at one seed: trained, written as a line of JSON, and told apart."""
 
 import hashlib
 import json
@@ -65,8 +65,7 @@ def run_cell(cell: tuple[str, dict[str, Any], int, int, dict[str, Any]]) -> dict
         own = {"seed": (seed,), "shuffle_classes": True, "plots": False, "output": Path(folder) / "run"}
         with preconditioned(change.get("preconditioned", False)):
             results = train(TrainConfig(**of_program(change), **where, **own))[0]
-    line = {"row": row, "seed": seed, "config": cell_config(change, seed), "assets": fingerprint(change)}
-    line |= {"preconditioned": True} if change.get("preconditioned") else {}
+    line = {"row": row} | identity(change, seed)
     line |= {metric: total_of(metric, results[metric]) for metric in METRICS}
     shown = ("acc", "maa", "bwt", "plasticity")
     return line | {
@@ -100,17 +99,34 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def is_done(line: dict[str, Any], row: str, config: dict[str, Any], assets: str) -> bool:
-    """Whether a finished cell is this one, under this configuration and these assets.
+def identity(change: dict[str, Any], seed: int) -> dict[str, Any]:
+    """All that a cell's result depends on, whatever row asks for it."""
+    preconditioned = {"preconditioned": True} if change.get("preconditioned") else {}
+    return {"seed": seed, "config": cell_config(change, seed), "assets": fingerprint(change)} | preconditioned
+
+
+def is_done(line: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a finished cell is the one of this identity.
 
     Settings that came into the program after the cell had run must stand at their defaults.
     """
-    if line["row"] != row or line["assets"] != assets or line["seed"] != config["seed"][0]:
+    if any(line.get(name) != wanted.get(name) for name in ("seed", "assets", "preconditioned")):
         return False
+    config = wanted["config"]
     if all(config.get(name) == value for name, value in line["config"].items() if name in config):
         defaults = resolved({"method": config["method"]}, line["seed"]).to_json()
         return all(value == defaults[name] for name, value in config.items() if name not in line["config"])
     return False
+
+
+def missing(cells: list[Cell], finished: list[dict[str, Any]]) -> list[Cell]:
+    """Those that are not finished; of several rows with one identity the first."""
+    by_identity: dict[str, Cell] = {}
+    for cell in cells:
+        wanted = identity(*cell[1:])
+        if not any(is_done(line, wanted) for line in finished):
+            by_identity.setdefault(json.dumps(wanted), cell)
+    return list(by_identity.values())
 
 
 def run_cells(cells: list[Cell], jobs: int, threads: int, path: Path, where: dict[str, Any] | None = None) -> None:
@@ -119,12 +135,7 @@ def run_cells(cells: list[Cell], jobs: int, threads: int, path: Path, where: dic
     `where` is what a configuration says of the place of the images.
     """
     path.parent.mkdir(exist_ok=True)
-    finished = read_lines(path)
-    wanted = [
-        (row, change, seed)
-        for row, change, seed in cells
-        if not any(is_done(line, row, cell_config(change, seed), fingerprint(change)) for line in finished)
-    ]
+    wanted = missing(cells, read_lines(path))
     print(f"{path.stem}: {len(wanted)} of {len(cells)} cells to run, {jobs} at a time")
     failed = []
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
