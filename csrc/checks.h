@@ -321,6 +321,8 @@ inline void check_margin_loss(const Tensor& features, const Tensor& prototypes, 
 inline void check_pair(int64_t layer, const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,
                        const Tensor& basis, std::string_view rectify) {
   const std::string where = "rectify_: layer " + std::to_string(layer);
+  TORCH_CHECK_VALUE(A.dim() == B.dim(), where, ": A and B must be [r, n] and [m, r], or [g, r, n] and [g, m, r], got ",
+                    list_text(A.sizes()), " and ", list_text(B.sizes()));
   check_factors(where, A.dim() == 2 ? A.unsqueeze(0) : A, B.dim() == 2 ? B.unsqueeze(0) : B, basis);
   check_dtype(where, "grad_A", grad_A, {A.scalar_type()});
   check_shape(where, "grad_A", grad_A, A.sizes());

@@ -62,17 +62,16 @@ inline Combination closest_combination(const Tensor& gram_A, const Tensor& gram_
   return {plain.safe_A * mean_B, plain.A * mean_B, plain.grad_B * mean_A, plain.B * mean_A};
 }
 
-inline double gain(const Rectification& options) {
-  return options.balance ? 1 : 1 / (options.scale * options.scale);
-}
-
 // From s B^T G P and s G P A^T, A [..., r, n], B [..., m, r]; see the formula above and reference.rectified.
 inline std::pair<Tensor, Tensor> closest_update(const Tensor& A, const Tensor& B, const Tensor& safe_A,
                                                 const Tensor& grad_B, const Rectification& options) {
   const Combination by =
       closest_combination(at::matmul(A, A.mT()), at::matmul(B.mT(), B), at::matmul(B.mT(), grad_B), options);
-  return {gain(options) * (at::matmul(by.safe_A, safe_A) + at::matmul(by.A, A)),
-          gain(options) * (at::matmul(grad_B, by.grad_B) + at::matmul(B, by.B))};
+  const Tensor dA = at::matmul(by.safe_A, safe_A) + at::matmul(by.A, A);
+  const Tensor dB = at::matmul(grad_B, by.grad_B) + at::matmul(B, by.B);
+  if (options.balance) return {dA, dB};
+  const double square = options.scale * options.scale;
+  return {dA / square, dB / square};
 }
 
 inline std::pair<Tensor, Tensor> rectified(const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,

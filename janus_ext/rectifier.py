@@ -315,8 +315,20 @@ class GradientRectifier:
         self.estimators = self._make_estimators()  # layers that shared one may have had two when the state was taken
         for name, estimator in self.estimators.items():
             estimator.load_state_dict(state[name])
+        _hold_once(list(self.estimators.values()))
         for entry in self._entries:
             entry.resume(self.estimators[entry.name].basis)
+
+
+def _hold_once(estimators: list[OnlineEstimator]) -> None:
+    """Equal bases become one tensor, as estimators that were shared had it: rectified together, to the same bits."""
+    kept: list[Tensor] = []
+    for estimator in estimators:
+        same = next((basis for basis in kept if torch.equal(basis, estimator.basis)), None)
+        if same is None:
+            kept.append(estimator.basis)
+        else:
+            estimator.basis = same
 
 
 def _extended(estimators: dict[int, OnlineEstimator], share: float, rooms: dict[int, int]) -> dict[int, Tensor]:

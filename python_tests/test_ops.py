@@ -307,6 +307,12 @@ BAD = [
         ValueError,
         r"layer 0: grad_A must be \[3, 12\], got \[1, 1\]",
     ),
+    (
+        "rectify_",
+        {"A": [torch.zeros(1, 3, 12, dtype=torch.float64)]},
+        ValueError,
+        r"layer 0: A and B must be \[r, n\] and \[m, r\], or .*, got \[1, 3, 12\] and \[8, 3\]",
+    ),
     ("margin_loss", {"features": torch.zeros(3)}, ValueError, r"features must be \[N, d\], got \[3\]"),
     (
         "margin_loss",

@@ -144,6 +144,37 @@ def test_wrong_layer_is_named_and_nothing_is_written(device: str) -> None:
     assert all(torch.equal(g, b) for g, b in zip(gA, before, strict=True))
 
 
+def test_of_several_wrong_layers_the_first_is_named() -> None:
+    A, B, gA, gB, V = layers_on_one_basis("cpu")
+    for i in (5, 8, 3):
+        A[i] = torch.randn_like(A[i])
+    with pytest.raises(ValueError, match="layer 3: "):
+        ops.rectify_(A, B, gA, gB, V)
+
+
+def test_a_tiny_scale_passes_through(device: str) -> None:
+    """Its square's reciprocal is no float32, but what it multiplies may be small."""
+    A, B, gA, gB, V = layers_of(torch.float32, device, "exact")
+    tiny = [[g * 1e-30 for g in gs] for gs in (gA, gB)]
+    ops.rectify_(A, B, gA, gB, V, rectify="exact", balance=False)
+    ops.rectify_(A, B, *tiny, V, [1e-20] * len(A), rectify="exact", balance=False)
+    for got, want in zip(tiny[0] + tiny[1], gA + gB, strict=True):
+        assert_close(got / 1e10, want, torch.float32, 10)
+
+
+@pytest.mark.parametrize("mode", ["project", "tangent", "exact"])
+def test_writing_counts_as_a_change(device: str, mode: str) -> None:
+    """Autograd must see that what it saved is another tensor now; so must whoever watches versions."""
+    A, B, gA, gB, V = layers_of(torch.float64, device, mode)
+    weights = torch.ones_like(gA[0], requires_grad=True)
+    loss = (weights * gA[0]).sum()
+    before = [g._version for g in gA + (gB if mode != "project" else [])]
+    ops.rectify_(A, B, gA, gB, V, rectify=mode)
+    assert all(g._version > b for g, b in zip(gA + (gB if mode != "project" else []), before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_batched_tangent_with_a_basis_raises() -> None:
     A, B, gA, gB, V = layers_of(torch.float64, "cpu", "exact")
     with pytest.raises(ValueError, match="layer 0: rectify='tangent' with a basis needs G V"):

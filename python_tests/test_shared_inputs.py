@@ -56,6 +56,40 @@ def test_layers_share_from_the_state_of_others_on() -> None:
     assert short(other) == short(rectifier)
 
 
+def test_a_loaded_rectifier_goes_on_with_the_same_bits() -> None:
+    """Layers that shared an estimator are rectified together, also behind `load_state_dict`, which knows it no more."""
+    layers = [nn.Linear(64, 64) for _ in range(3)]
+
+    def factors() -> dict[str, tuple[Any, ...]]:
+        random = torch.Generator().manual_seed(3)
+        return {
+            f"{i}": (torch.randn(3, 64, generator=random), torch.randn(64, 3, generator=random) * 0, 1.0, layer)
+            for i, layer in enumerate(layers)
+        }
+
+    def rectified(rectifier: GradientRectifier, pairs: dict[str, tuple[Any, ...]]) -> list[Tensor]:
+        random = torch.Generator().manual_seed(4)
+        for A, B, *_ in pairs.values():
+            A.grad, B.grad = (torch.randn(M.shape, generator=random) for M in (A, B))
+        rectifier.rectify()
+        return [M.grad for A, B, *_ in pairs.values() for M in (A, B)]
+
+    first, second = factors(), factors()
+    rectifier, other = GradientRectifier(first, energy=0.9), GradientRectifier(second)
+    x = torch.randn(40, 64) * torch.logspace(0, -2, 64)
+    with rectifier.observe():
+        for layer in layers:
+            layer(x)
+    rectifier.commit()
+    assert 10 < rectifier.estimators["0"].basis.shape[1] < 40
+    for before, after in zip(first.values(), second.values(), strict=True):
+        after[0].copy_(before[0])
+    other.load_state_dict(rectifier.state_dict())
+    assert len({e.basis.data_ptr() for e in other.estimators.values()}) == 1
+    for got, want in zip(rectified(other, second), rectified(rectifier, first), strict=True):
+        assert torch.equal(got, want)
+
+
 class Crossing(nn.Module):
     """Attention of one sequence to itself, or to another one."""
 

@@ -70,7 +70,7 @@ void append_targets(std::vector<kernels::Layer>& batch, const Layers& layers, in
         .rank = static_cast<int>(A.size(-2)),
         .k = static_cast<int>(V.size(-1)),
         .index = static_cast<int>(i),
-        .gain = static_cast<float>(1 / (layers.scale[i] * layers.scale[i])),
+        .inverse_scale = static_cast<float>(1 / layers.scale[i]),
     });
   }
 }

@@ -31,7 +31,8 @@ def rectify_(
     Args:
         A, B: lists, one entry a layer, [r, n] and [m, r] ([g, r, n] and [g, m, r] for layers with several targets).
         grad_A, grad_B: lists of the same shapes, float32 or float64 like A; rewritten.
-        basis: list of V [n, k]; None or k = 0 protects nothing.
+        basis: list of V [n, k]; None or k = 0 protects nothing. On the CPU layers with the very same V share a product
+            with it, so that copies of V give other last bits.
         scale: a number, or one a layer.
         rectify: a `Rectification`, or the name of one. "exact" presumes A V = 0 (checked: |A V| <= 1e-3 |A|);
             "tangent" with a basis raises, since factor gradients do not hold G V: use it in the backward. On a GPU the

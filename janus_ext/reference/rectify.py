@@ -109,6 +109,11 @@ def check_pair(
 ) -> None:
     """One layer of `rectify_`; the message names its index."""
     where = f"{op}: layer {i}"
+    require(
+        A.dim() == B.dim(),
+        f"{where}: A and B must be [r, n] and [m, r], or [g, r, n] and [g, m, r], "
+        f"got {list(A.shape)} and {list(B.shape)}",
+    )
     check_factors(where, A[None] if A.dim() == 2 else A, B[None] if B.dim() == 2 else B, basis)
     for name, grad, like in (("grad_A", grad_A, A), ("grad_B", grad_B, B)):
         require_dtype(where, name, grad, (A.dtype,))

@@ -174,8 +174,9 @@ __global__ void __launch_bounds__(kThreads) algebra_kernel(const __grid_constant
   }
 }
 
-// grad_v <- gain (X grad_v - weight C factor_v), X the inverse, for kTile vectors: so for a column of A, while a row of
-// B is multiplied from the other side and takes X^T and C^T. Four blocks at a time on a multiprocessor.
+// grad_v <- gain (X grad_v - weight C factor_v), X the inverse, gain 1/s^2 or the mean, for kTile vectors: so for a
+// column of A, while a row of B is multiplied from the other side and takes X^T and C^T. Four blocks at a time on a
+// multiprocessor.
 __global__ void __launch_bounds__(kThreads, 4) apply_kernel(const __grid_constant__ Batch batch, float* workspace) {
   extern __shared__ float shared[];
   const Layer& layer = batch.layers[blockIdx.y];
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 4) apply_kernel(const __grid_constan
   const int r = layer.rank, row = is_A ? r : 1, column = is_A ? 1 : r;  // strides of X or X^T
   const float* inverse = is_A ? algebra.inverse_B : algebra.inverse_A;
   const float weight = is_A ? options.share : 1 - options.share;
-  const float gain = !options.balance ? layer.gain : is_A ? algebra.mean_B : algebra.mean_A;
+  const float mean = is_A ? algebra.mean_B : algebra.mean_A, once = layer.inverse_scale;
   float *grads = shared, *factors = shared + r * kPitch;  // the block reads all of its gradients before it writes any
   load_tile(grad, begin, count, r, grads);
   load_tile(factor, begin, count, r, factors);
@@ -203,7 +204,8 @@ __global__ void __launch_bounds__(kThreads, 4) apply_kernel(const __grid_constan
       own += inverse[c * row + l * column] * grads[l * kPitch + v];
       common += algebra.common[c * row + l * column] * factors[l * kPitch + v];
     }
-    at(grad, begin + v, c) = algebra.unsafe ? 0.f : gain * (own - weight * common);
+    const float update = own - weight * common;
+    at(grad, begin + v, c) = algebra.unsafe ? 0.f : options.balance ? mean * update : once * update * once;
   }
 }
 

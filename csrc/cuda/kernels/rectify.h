@@ -24,10 +24,10 @@ struct Layer {
   Vectors<float> grad_A, grad_B;  // in: s B^T G and s G P A^T; out: rectified
   Vectors<const float> basis;
   int64_t n, m;
-  int rank;    // from 1 to kMaxRank
-  int k;       // 0: no basis
-  int index;   // for the finding that A V is not zero
-  float gain;  // 1 / s^2, of both factors unless they are balanced
+  int rank;             // from 1 to kMaxRank
+  int k;                // 0: no basis
+  int index;            // for the finding that A V is not zero
+  float inverse_scale;  // 1 / s, twice on both factors unless they are balanced: 1 / s^2 may be no float
 };
 
 // A layer whose A V is not zero, in memory that host and device share: what the host reads there is from calls before.
