@@ -85,8 +85,8 @@ class Study:
         self._run([(row, self.trial(c), second) for row, c in again.items()], jobs)
         best = {row: known[m][row] for m in methods for head in HEADS if (row := self.chosen(m, head))}
         aligned = dict(cell for m in methods if m in ALIGNED and (cell := self.pick(m, "aligned")))
-        rows = best | aligned | (self.ablation() if "janus" in methods else {})
-        self._run([(row, c, seed) for seed in SEEDS for row, c in rows.items()], jobs)
+        for rows in (best | aligned, self.ablation() if "janus" in methods else {}):
+            self._run([(row, c, seed) for seed in SEEDS for row, c in rows.items()], jobs)
 
     def _run(self, cells: list[Cell], jobs: int) -> None:
         run_cells(cells, jobs, 1, self.path, self.where)
