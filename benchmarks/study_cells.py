@@ -100,7 +100,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def identity(change: dict[str, Any], seed: int) -> dict[str, Any]:
-    """All that a cell's result depends on, whatever row asks for it."""
+    """What tells a cell from others of its data set, whatever row asks for it; not the images, nor the code."""
     preconditioned = {"preconditioned": True} if change.get("preconditioned") else {}
     return {"seed": seed, "config": cell_config(change, seed), "assets": fingerprint(change)} | preconditioned
 

@@ -27,13 +27,13 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), float(half)
 
 
-def spread(values: list[float | None], form: str = "{:.2f}") -> str:
+def spread(values: list[float | None]) -> str:
     """'mean ± deviation' of the values; a dash where there is none."""
     known = [v for v in values if v is not None]
     if not known:
         return "–"
-    mean = form.format(statistics.fmean(known))
-    return mean if len(known) == 1 else f"{mean} ± {form.format(statistics.stdev(known))}"
+    mean = f"{statistics.fmean(known):.2f}"
+    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.2f}"
 
 
 def shown(values: list[float]) -> str:

@@ -70,8 +70,7 @@ inline std::pair<Tensor, Tensor> closest_update(const Tensor& A, const Tensor& B
   const Tensor dA = at::matmul(by.safe_A, safe_A) + at::matmul(by.A, A);
   const Tensor dB = at::matmul(grad_B, by.grad_B) + at::matmul(B, by.B);
   if (options.balance) return {dA, dB};
-  const double square = options.scale * options.scale;
-  return {dA / square, dB / square};
+  return {dA / options.scale / options.scale, dB / options.scale / options.scale};  // s^2 may be no float
 }
 
 inline std::pair<Tensor, Tensor> rectified(const Tensor& A, const Tensor& B, const Tensor& grad_A, const Tensor& grad_B,

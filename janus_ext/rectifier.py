@@ -154,7 +154,7 @@ class GradientRectifier:
         share = self.energy if energy is None else energy
         estimators = {id(e): e for e in self.estimators.values()}
         rooms = {key: e.dim - self._rank_on(e, entries) for key, e in estimators.items()}
-        bases = _extended(estimators, share, rooms)
+        bases = _held_once(_extended(estimators, share, rooms))
         self._warn_of_unrectified()
         for key, basis in bases.items():  # all were looked at before any is changed
             estimators[key].adopt(basis)
@@ -315,20 +315,24 @@ class GradientRectifier:
         self.estimators = self._make_estimators()  # layers that shared one may have had two when the state was taken
         for name, estimator in self.estimators.items():
             estimator.load_state_dict(state[name])
-        _hold_once(list(self.estimators.values()))
+        bases = _held_once({name: estimator.basis for name, estimator in self.estimators.items()})
+        for name, estimator in self.estimators.items():
+            estimator.basis = bases[name]
         for entry in self._entries:
             entry.resume(self.estimators[entry.name].basis)
 
 
-def _hold_once(estimators: list[OnlineEstimator]) -> None:
-    """Equal bases become one tensor, as estimators that were shared had it: rectified together, to the same bits."""
-    kept: list[Tensor] = []
-    for estimator in estimators:
-        same = next((basis for basis in kept if torch.equal(basis, estimator.basis)), None)
+def _held_once(bases: dict[Any, Tensor]) -> dict[Any, Tensor]:
+    """Equal bases as one tensor, so that layers are rectified together, to the same bits, whatever way they came."""
+    alike: dict[Any, list[Tensor]] = {}
+    held = {}
+    for key, basis in bases.items():
+        kept = alike.setdefault((basis.device, basis.dtype, basis.shape), [])
+        same = next((other for other in kept if torch.equal(other, basis)), None)
         if same is None:
-            kept.append(estimator.basis)
-        else:
-            estimator.basis = same
+            kept.append(basis)
+        held[key] = basis if same is None else same
+    return held
 
 
 def _extended(estimators: dict[int, OnlineEstimator], share: float, rooms: dict[int, int]) -> dict[int, Tensor]:

@@ -33,7 +33,8 @@ def results(path: Path, **ratios: float) -> Path:
 
 def generated_blocks() -> list[tuple[str, str]]:
     """(command, text) of every generated block of the documents, each once."""
-    texts = [path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+    pages = (ROOT / "README.md", ROOT / "REPRODUCIBILITY.md", *sorted((ROOT / "docs").glob("*.md")))
+    texts = [path.read_text() for path in pages]
     parts = [part for text in texts for part in text.split("<!-- end -->")[:-1]]
     blocks = [part.rpartition("<!-- ")[2].partition(" -->\n") for part in parts]
     return list(dict.fromkeys((head.partition(": ")[2], text.strip()) for head, _, text in blocks))
@@ -60,6 +61,10 @@ def test_the_documents_have_all_tables() -> None:
         "benchmarks/loader.py --table benchmarks/results/loader.json",
         "benchmarks/shares.py table benchmarks/results/shares.json",
         "benchmarks/study.py table emoji",
+        "benchmarks/study.py details emoji",
+        "benchmarks/study.py paired emoji",
+        "benchmarks/study.py hypotheses emoji",
+        "benchmarks/study.py ablation emoji",
     }
 
 

@@ -1,6 +1,7 @@
 """rectify_: the batched form of Gradient Rectification (docs/method.md, properties 2, 4, 8 and 9)."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -93,12 +94,15 @@ def test_many_layers_of_any_rank_and_basis(device: str, mode: str) -> None:
 
 
 def layers_on_one_basis(device: str) -> list[list[torch.Tensor]]:
-    """Layers and stacks of targets of several shapes and dtypes, half of them on some of the others' directions."""
+    """Layers and stacks of targets of several shapes and dtypes, half of them on some of the others' directions.
+
+    More rows than one product takes, more targets than are solved together.
+    """
     wide = orthonormal(16, 8)
     rows = []
     for dtype in (torch.float64, torch.float32):
         V = wide.to(device, dtype)
-        for targets, r, m in ((), 3, 8), ((2,), 4, 12), ((), 3, 30), ((3,), 1, 8):
+        for targets, r, m in ((), 3, 8), ((2,), 4, 12), ((), 3, 30), ((3,), 1, 8), ((5,), 8, 8):
             for basis in (V, V[:, :5]):
                 A = ops.project(torch.randn(*targets, r, 16, dtype=torch.float64), wide).to(device, dtype)
                 like = {"dtype": dtype, "device": device}
@@ -152,14 +156,20 @@ def test_of_several_wrong_layers_the_first_is_named() -> None:
         ops.rectify_(A, B, gA, gB, V)
 
 
-def test_a_tiny_scale_passes_through(device: str) -> None:
-    """Its square's reciprocal is no float32, but what it multiplies may be small."""
-    A, B, gA, gB, V = layers_of(torch.float32, device, "exact")
-    tiny = [[g * 1e-30 for g in gs] for gs in (gA, gB)]
-    ops.rectify_(A, B, gA, gB, V, rectify="exact", balance=False)
-    ops.rectify_(A, B, *tiny, V, [1e-20] * len(A), rectify="exact", balance=False)
-    for got, want in zip(tiny[0] + tiny[1], gA + gB, strict=True):
-        assert_close(got / 1e10, want, torch.float32, 10)
+@pytest.mark.parametrize("function", [ops.rectify_, reference.rectify_])
+@pytest.mark.parametrize("rank", [3, 65])
+@pytest.mark.parametrize("scale", [1e-20, 1e-25])
+def test_a_tiny_scale_passes_through(device: str, scale: float, rank: int, function: Callable[..., None]) -> None:
+    """Its square, or that's reciprocal, is no float32, but what it multiplies may be small."""
+    shapes = [(rank, 80), (80, rank), (rank, 80), (80, rank)]
+    A, B, gA, gB = ([torch.randn(shape, device=device)] for shape in shapes)
+    V = [torch.zeros(80, 0, device=device)]
+    small = [[g * 1e-30 for g in gs] for gs in (gA, gB)]
+    options = {"rectify": "exact", "damping": 0.1, "balance": False}
+    ops.rectify_(A, B, gA, gB, V, [1.0], **options)
+    function(A, B, *small, V, [scale], **options)
+    for got, want in zip(small[0] + small[1], gA + gB, strict=True):
+        assert_close(got.double() * scale**2 * 1e30, want, torch.float32, 20)
 
 
 @pytest.mark.parametrize("mode", ["project", "tangent", "exact"])

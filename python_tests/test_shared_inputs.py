@@ -56,16 +56,24 @@ def test_layers_share_from_the_state_of_others_on() -> None:
     assert short(other) == short(rectifier)
 
 
-def test_a_loaded_rectifier_goes_on_with_the_same_bits() -> None:
-    """Layers that shared an estimator are rectified together, also behind `load_state_dict`, which knows it no more."""
+@pytest.mark.parametrize("when", ["between tasks", "within a task"])
+@pytest.mark.parametrize("share_inputs", [True, False])
+def test_a_loaded_rectifier_goes_on_with_the_same_bits(share_inputs: bool, when: str) -> None:
+    """Layers on equal bases are rectified together, also behind `load_state_dict`, which knows of no sharing."""
     layers = [nn.Linear(64, 64) for _ in range(3)]
 
     def factors() -> dict[str, tuple[Any, ...]]:
         random = torch.Generator().manual_seed(3)
         return {
-            f"{i}": (torch.randn(3, 64, generator=random), torch.randn(64, 3, generator=random) * 0, 1.0, layer)
+            f"{i}": (torch.randn(3, 64, generator=random), torch.zeros(64, 3), 1.0, layer)
             for i, layer in enumerate(layers)
         }
+
+    def observe(rectifier: GradientRectifier) -> None:
+        x = torch.randn(40, 64, generator=torch.Generator().manual_seed(5)) * torch.logspace(0, -2, 64)
+        with rectifier.observe():
+            for layer in layers:
+                layer(x)
 
     def rectified(rectifier: GradientRectifier, pairs: dict[str, tuple[Any, ...]]) -> list[Tensor]:
         random = torch.Generator().manual_seed(4)
@@ -75,19 +83,34 @@ def test_a_loaded_rectifier_goes_on_with_the_same_bits() -> None:
         return [M.grad for A, B, *_ in pairs.values() for M in (A, B)]
 
     first, second = factors(), factors()
-    rectifier, other = GradientRectifier(first, energy=0.9), GradientRectifier(second)
-    x = torch.randn(40, 64) * torch.logspace(0, -2, 64)
-    with rectifier.observe():
-        for layer in layers:
-            layer(x)
-    rectifier.commit()
-    assert 10 < rectifier.estimators["0"].basis.shape[1] < 40
+    rectifier, other = (GradientRectifier(pairs, energy=0.9, share_inputs=share_inputs) for pairs in (first, second))
+    observe(rectifier)
+    if when == "between tasks":
+        rectifier.commit()
     for before, after in zip(first.values(), second.values(), strict=True):
         after[0].copy_(before[0])
     other.load_state_dict(rectifier.state_dict())
+    if when == "within a task":
+        rectifier.commit()
+        other.commit()
+    assert 10 < other.estimators["0"].basis.shape[1] < 40
     assert len({e.basis.data_ptr() for e in other.estimators.values()}) == 1
     for got, want in zip(rectified(other, second), rectified(rectifier, first), strict=True):
         assert torch.equal(got, want)
+
+
+def test_bases_of_other_dtypes_are_not_held_as_one() -> None:
+    pairs = {
+        str(dtype): (torch.randn(3, 64, dtype=dtype), torch.zeros(64, 3, dtype=dtype), 1.0, nn.Linear(64, 64))
+        for dtype in (torch.float32, torch.float64)
+    }
+    rectifier = GradientRectifier(pairs)
+    rectifier.load_state_dict(rectifier.state_dict())
+    for A, B, *_ in pairs.values():
+        A.grad, B.grad = torch.randn_like(A), torch.randn_like(B)
+    before = {name: estimator.basis.dtype for name, estimator in rectifier.estimators.items()}
+    assert len({id(e.basis) for e in rectifier.estimators.values()}) == 2, before
+    rectifier.rectify()
 
 
 class Crossing(nn.Module):

@@ -9,7 +9,6 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <map>
 #include <numeric>
 #include <tuple>
@@ -134,8 +133,8 @@ void solve(std::vector<Target>& targets, const Rectification& options) {
     of.dA.addmm_(by_A[t], of.A);
     at::mm_out(of.dB, both[t], by_both[t]);
     if (options.balance || of.scale == 1) continue;
-    of.dA.div_(of.scale * of.scale);
-    of.dB.div_(of.scale * of.scale);
+    of.dA.div_(of.scale).div_(of.scale);  // s^2 may be no float
+    of.dB.div_(of.scale).div_(of.scale);
   }
 }
 

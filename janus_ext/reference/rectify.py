@@ -68,7 +68,7 @@ def rectified(
     dB = right - (1 - how.share) * B @ common
     if how.balance:
         return dA * mean_eigenvalue(gram_B)[..., None, None], dB * mean_eigenvalue(gram_A)[..., None, None]
-    return dA / scale**2, dB / scale**2
+    return dA / scale / scale, dB / scale / scale  # s^2 may be no float32
 
 
 def rectify_(
