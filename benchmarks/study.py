@@ -116,15 +116,19 @@ class Study:
         return {f"{row} | {name}": c for row, change in chosen.items() for name, c in ablation(change).items()}
 
     def ablation_table(self) -> str:
-        """ACC of every row by head, and BWT and plasticity with linear heads."""
-        text = [f"| row | setting | {' | '.join(HEADS)} | BWT, linear | plasticity, linear |", "|" + "---|" * 8]
-        for row, change in self.ablation().items():
-            lines = [x for seed in SEEDS if (x := self.line(change, seed)) is not None]
-            if lines:
-                _, setting, name = row.split(" | ")
-                cells = [spread([x["heads"][head]["acc"] for x in lines]) for head in HEADS]
-                cells += [spread([x["heads"]["linear"][m] for x in lines]) for m in ("bwt", "plasticity")]
-                text.append(f"| {name} | {setting} | {' | '.join(cells)} |")
+        """ACC of every row by head, BWT and plasticity with linear heads, and the mean violation, on the same seeds."""
+        text = [f"| row | setting | {' | '.join(HEADS)} | BWT, linear | plasticity, linear | violation | seeds |"]
+        text.append("|" + "---|" * 10)
+        runs = {row: {seed: self.line(change, seed) for seed in SEEDS} for row, change in self.ablation().items()}
+        seeds = [seed for seed in SEEDS if all(of[seed] for of in runs.values())]
+        for row, of in runs.items() if seeds else ():
+            _, setting, name = row.split(" | ")
+            lines = [of[seed] for seed in seeds]
+            cells = [spread([x["heads"][head]["acc"] for x in lines]) for head in HEADS]
+            cells += [spread([x["heads"]["linear"][m] for x in lines]) for m in ("bwt", "plasticity")]
+            violations = [x["violation"] for x in lines if x["violation"] is not None]
+            cells.append(f"{statistics.fmean(violations):.1e}" if violations else "–")
+            text.append(f"| {name} | {setting} | {' | '.join(cells)} | {len(lines)} |")
         return "\n".join(text)
 
     def table(self) -> str:

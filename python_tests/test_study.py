@@ -30,7 +30,7 @@ def study(monkeypatch, tmp_path):
             row = max(alike, key=lambda row: len(known[row]), default="janus | of the ablation")
             shown = {h: {"acc": self.accuracy_of(row, seed, h), "maa": 60.0, "bwt": -9.0} for h in heads}
             shown = {h: of | {"plasticity": self.accuracy_of(row, seed, h) + 9} for h, of in shown.items()}
-            return {"row": row, "seed": seed, "heads": shown, "movement": None}
+            return {"row": row, "seed": seed, "heads": shown, "movement": None, "violation": None}
 
     def make(accuracy: Callable[[str, int, str], float]) -> Any:
         made = Finished("emoji")

@@ -14,7 +14,8 @@ from janus_ext.errors import ArgumentError
 
 VIT_B16 = "vit_base_patch16_224.augreg_in21k"  # ImageNet-21k; the fine-tuned ..._in21k_ft_in1k gives other numbers
 
-# Tuned on the embedded images, for Janus-LoRA: `python benchmarks/sweep.py methods` chose rate and energies.
+# Tuned on the embedded images, for Janus-LoRA with linear heads; `python benchmarks/study.py details emoji` chooses rate
+# and energies alike.
 EMBEDDED: dict[str, Any] = {
     "backbone": "emoji",
     "rank": 8,
@@ -89,7 +90,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "bilora": {"rectify": "none", "estimator": "none", "margin_weight": 0.0, "scale": 300.0},
     "joint": {"rectify": "none", "estimator": "none", "margin_weight": 0.0, "tasks": 1},
 }
-# What a method takes on one benchmark alone; on the embedded images what the same sweep chose (REPRODUCIBILITY.md).
+# What a method takes on one benchmark alone; on the embedded images what earlier trials chose (REPRODUCIBILITY.md).
 SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
     ("lora", "emoji"): {"lr": 1.5e-3},
     ("lora-gpm", "emoji"): {"lr": 8e-3, "energy_start": 0.99, "energy_end": 0.999},
