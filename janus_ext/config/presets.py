@@ -14,8 +14,8 @@ from janus_ext.errors import ArgumentError
 
 VIT_B16 = "vit_base_patch16_224.augreg_in21k"  # ImageNet-21k; the fine-tuned ..._in21k_ft_in1k gives other numbers
 
-# Tuned on the embedded images, for Janus-LoRA with linear heads; `python benchmarks/study.py details emoji` chooses rate
-# and energies alike.
+# Tuned on the embedded images, for Janus-LoRA with linear heads; `python benchmarks/study.py details emoji` shows that
+# held-out images choose the same rate and energies.
 EMBEDDED: dict[str, Any] = {
     "backbone": "emoji",
     "rank": 8,
