@@ -4,6 +4,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
@@ -23,6 +24,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 inline constexpr auto kWorking = {at::kFloat, at::kDouble};
+inline constexpr int64_t kTooMany = int64_t{1} << 40;  // of an expanded tensor; products of such sizes would overflow
 inline constexpr auto kInputs = {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf};
 
 inline std::string dtype_name(at::ScalarType type) {
@@ -53,13 +55,22 @@ inline std::string list_text(at::IntArrayRef values) {
   return text.str();
 }
 
+// What is written through a raw pointer: autograd is to notice where it had saved the tensor, as after any op in place.
+inline void bump_version(const Tensor& written) {
+  if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+}
+
 inline bool is_empty(const OptionalTensor& basis) {
   return !basis || basis->size(-1) == 0;
 }
 
 inline void check_dtype(const std::string& op, const char* name, const Tensor& tensor,
                         std::initializer_list<at::ScalarType> allowed) {
-  if (std::find(allowed.begin(), allowed.end(), tensor.scalar_type()) != allowed.end()) return;
+  if (std::find(allowed.begin(), allowed.end(), tensor.scalar_type()) != allowed.end()) {
+    TORCH_CHECK_VALUE(tensor.numel() < kTooMany, op, ": ", name, " must have fewer than 2^40 elements, got ",
+                      list_text(tensor.sizes()));
+    return;
+  }
   std::string wanted;
   for (auto type : allowed) wanted += (wanted.empty() ? "" : ", ") + dtype_name(type);
   const std::string found = tensor.defined() ? dtype_name(tensor.scalar_type()) : "None";
@@ -83,6 +94,8 @@ inline void check_last(const std::string& op, const char* name, const Tensor& te
 
 // What is rewritten in place must hold each element once; expanded tensors and sliding windows do not.
 inline void check_writable(const std::string& op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(!(tensor.requires_grad() && at::GradMode::is_enabled()), op, ": ", name,
+                    " is rewritten in place: it must not require a gradient, unless under torch.no_grad()");
   std::vector<std::pair<int64_t, int64_t>> steps;  // stride, size
   for (int64_t i = 0; i < tensor.dim(); ++i) steps.emplace_back(tensor.stride(i), tensor.size(i));
   std::sort(steps.begin(), steps.end());
@@ -163,7 +176,8 @@ inline void check_linear(const std::string& op, const Tensor& x, const Tensor& w
   check_dtype(op, "x", x, kInputs);
   check_last(op, "x", x, A.size(-1));
   check_dtype(op, "weight", weight, {x.scalar_type()});
-  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": weight must be [m, n], got ", list_text(weight.sizes()));
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == A.size(-1), op, ": weight must be [m, ", A.size(-1),
+                    "], got ", list_text(weight.sizes()));
   if (bias) {
     check_dtype(op, "bias", *bias, {x.scalar_type()});
     check_shape(op, "bias", *bias, {weight.size(0)});

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -16,9 +15,6 @@ from janus_ext.errors import ArgumentError
 
 MOST_BITS = 256  # of an integer that is written out
 WIDEST = 2**20  # a width or a number of classes beyond it is a slip, for which no memory is asked
-
-# Also what turns the direction of a text.
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def check_number(name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> None:
@@ -137,13 +133,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def first_of(names: Sequence[str]) -> str:
     """The first of one or more names, and how many more there are: "blocks.0.attn.qkv and 11 more"."""
     return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
-
-
-def on_one_line(name: str) -> str:
-    """``name`` with its control characters, line feeds among them, written as escapes."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
-
-
-def visible(text: str) -> str:
-    """A text of one or more lines with all other control characters, which a terminal would obey, as escapes."""
-    return "\n".join(map(on_one_line, text.split("\n")))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from janus_ext.arguments import nearest, on_one_line
+from janus_ext.arguments import nearest
 from janus_ext.arguments import shown as shown_value
 from janus_ext.backbone import adopt, attach, load_backbone, probe, rebuild, recompute_blocks
 from janus_ext.classifier import ContinualClassifier
@@ -119,9 +119,7 @@ def _consent(method: str | type[Method] | None, own: Any) -> None:
         return
     name = method_name(method)
     if name != own:
-        raise ArgumentError(
-            f"--method {on_one_line(name)} is not that of the run, which is {own}: it cannot be changed"
-        )
+        raise ArgumentError(f"--method {name} is not that of the run, which is {own}: it cannot be changed")
     find_method(name)
 
 
@@ -139,8 +137,8 @@ def network_of(settings: Mapping[str, Any], backbone: nn.Module | None = None) -
         return rebuild(network)
     if network is not None:
         raise ArgumentError(
-            f"this learner was made of a {settings['backbone']} that timm does not make by a name: pass backbone= a "
-            "model of the same architecture"
+            f"backbone must be a model of the same architecture, got None: this learner was made of a "
+            f"{settings['backbone']} that timm does not make by a name"
         )
     weights = settings["weights"]  # of a run before networks were described
     return load_backbone(settings["backbone"], "none" if weights == "pretrained" else weights, settings["image_size"])

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from janus_ext.arguments import on_one_line
 from janus_ext.errors import ArgumentError
 
 LOG = logging.getLogger("janus_ext")
@@ -25,9 +24,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ArgumentError(
-            f"--device {on_one_line(str(name))}: no such device; cpu, cuda, cuda:1, ... or auto"
-        ) from error
+        raise ArgumentError(f"--device {name}: no such device; cpu, cuda, cuda:1, ... or auto") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         seen = torch.cuda.device_count()
         raise ArgumentError(

@@ -3,9 +3,27 @@
 The ops themselves (``janus_ext.ops``) raise ``ValueError`` and ``TypeError``, as PyTorch's own operators do.
 """
 
+import re
+
+# Also what turns the direction of a text.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def on_one_line(name: str) -> str:
+    """``name`` with its control characters, line feeds among them, written as escapes."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), name)
+
+
+def visible(text: str) -> str:
+    """A text of one or more lines with all other control characters, which a terminal would obey, as escapes."""
+    return "\n".join(map(on_one_line, text.split("\n")))
+
 
 class JanusError(Exception):
-    """Base class of the errors below."""
+    """Base class of the errors below. Their texts are one line, whatever the names in them hold."""
+
+    def __str__(self) -> str:
+        return on_one_line(super().__str__())
 
 
 class ArgumentError(JanusError, ValueError):
@@ -13,7 +31,10 @@ class ArgumentError(JanusError, ValueError):
 
 
 class NativeError(JanusError, ImportError):
-    """The compiled library is missing, was built for another PyTorch, or cannot be loaded."""
+    """The compiled library is missing, was built for another PyTorch, or cannot be loaded; or so its loader says."""
+
+    def __str__(self) -> str:
+        return visible(ImportError.__str__(self))
 
 
 class StatisticsError(JanusError, ValueError):
@@ -25,7 +46,10 @@ class TaskBoundaryError(JanusError, RuntimeError):
 
 
 class DataError(JanusError):
-    """A data set is missing, incomplete or unlike its description."""
+    """A data set is missing, incomplete or unlike its description, which stands on the lines behind the first."""
+
+    def __str__(self) -> str:
+        return visible(Exception.__str__(self))
 
 
 class CheckpointError(JanusError):

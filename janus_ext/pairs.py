@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from janus_ext.arguments import check_tensor, shown
+from janus_ext.arguments import WIDEST, check_tensor, shown
 from janus_ext.errors import ArgumentError
 from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_scale
 from janus_ext.ops import WORKING_DTYPES
@@ -69,8 +69,8 @@ def _check_shapes(name: str, A: Tensor, B: Tensor) -> None:
     shapes = f"{list(A.shape)} and {list(B.shape)}"
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
         raise ArgumentError(f"{name}: A and B must be [r, n] and [m, r], got {shapes}")
-    if not 1 <= A.shape[0] <= A.shape[1]:
-        raise ArgumentError(f"{name}: A and B must be [r, n] and [m, r] with r from 1 to n, got {shapes}")
+    if not 1 <= A.shape[0] <= A.shape[1] <= WIDEST:
+        raise ArgumentError(f"{name}: A and B must be [r, n] and [m, r] with r from 1 to n <= {WIDEST}, got {shapes}")
     if A.dtype != B.dtype or A.device != B.device:
         found = f"{_short(A.dtype)} on {A.device} and {_short(B.dtype)} on {B.device}"
         raise ArgumentError(f"{name}: A and B must be of one dtype on one device, got {found}")

@@ -12,10 +12,9 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from janus_ext.arguments import on_one_line
 from janus_ext.config import OneHead, flag
 from janus_ext.data.collect import find_images, readable, unlabelled
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, on_one_line
 from janus_ext.learner import ContinualLearner
 from janus_ext.plugins import typed
 from janus_ext.terminal import command

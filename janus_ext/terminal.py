@@ -19,8 +19,7 @@ from typing import ParamSpec, TextIO, TypeVar
 from tqdm import tqdm
 
 from janus_ext import processes
-from janus_ext.arguments import visible
-from janus_ext.errors import CheckpointError, Interrupted, JanusError
+from janus_ext.errors import CheckpointError, Interrupted, JanusError, visible
 
 LOG = logging.getLogger("janus_ext")
 P, T = ParamSpec("P"), TypeVar("T")

@@ -7,6 +7,7 @@ that the package exports and that take an argument; each is in RIGHT, or in ELSE
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -94,15 +95,54 @@ VALUES: dict[str, Callable[[dict[str, Any], Any], list[Tensor]]] = {
 
 
 # the list -------------------------------------------------------------------------------------------------------------
-def _op(op: str, raw: bool) -> Right:
-    sample = dict(sample_inputs(op, "cpu")[0])
+SAMPLES = {"rectify_": 2, "lora_linear": 3, "lora_qkv": 3, "lora_backward": 3}  # of each the exact rectification
+
+
+def _op(op: str, raw: bool, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Right:
+    sample = dict(sample_inputs(op, device, dtype)[SAMPLES.get(op, 0)])
     written = {"gram_update_": ("gram",), "rectify_": ("grad_A", "grad_B")}.get(op, ())
-    if raw:
-        raw, plain = getattr(torch.ops.janus_ext, op), getattr(reference, op)
-        return Right(raw, sample, None, written, (op,), VALUES.get(op), plain)
-    if op == "lora_qkv":
+    call, plain = (getattr(torch.ops.janus_ext, op), getattr(reference, op)) if raw else (getattr(ops, op), None)
+    if op == "rectify_" and device == "cuda":
+        call, plain = _settled(call), plain and _zero_where_unsafe(plain)
+    if op == "lora_qkv" and not raw:
         sample["targets"] = ["k", "v"]
-    return Right(getattr(ops, op), sample, None, written, (op,), VALUES.get(op))
+    return Right(call, sample, None, written, (op,), VALUES.get(op), plain)
+
+
+def _settled(call: Callable[..., None]) -> Callable[..., None]:
+    """rectify_ on a GPU says at its next call which factors it found unsafe: here there is one at once."""
+
+    def rectify_(**arguments: Any) -> None:
+        call(**arguments)
+        torch.cuda.synchronize()
+        with suppress_of(ValueError, "found in an earlier call"):
+            ops.rectify_(**sample_inputs("rectify_", "cuda", torch.float32)[2])
+
+    return rectify_
+
+
+def _zero_where_unsafe(call: Callable[..., None]) -> Callable[..., None]:
+    """What rectify_ on a GPU does to gradients of a layer whose A V is not zero."""
+
+    def rectify_(**arguments: Any) -> None:
+        with suppress_of(ValueError, "presumes A V = 0") as refused:
+            call(**arguments)
+        for gradient in arguments["grad_A"] + arguments["grad_B"] if refused else ():
+            gradient.zero_()
+
+    return rectify_
+
+
+@contextmanager
+def suppress_of(kind: type[Exception], text: str) -> Iterator[list[Exception]]:
+    """Passes over an error of this kind that says this; it is in the list then."""
+    passed_over: list[Exception] = []
+    try:
+        yield passed_over
+    except kind as error:
+        if text not in str(error):
+            raise
+        passed_over.append(error)
 
 
 def _features() -> dict[str, Any]:
@@ -185,8 +225,10 @@ def _of_lora(kind: type) -> dict[str, Callable[[], Right]]:
     }
 
 
-def _method(owner: Any, name: str, *who: str, names: tuple[str, ...] = (), **arguments: Any) -> Right:
-    return Right(getattr(owner, name), arguments, owner, who=who or (type(owner).__name__,), names=names)
+def _method(
+    owner: Any, name: str, *who: str, names: tuple[str, ...] = (), written: tuple[str, ...] = (), **arguments: Any
+) -> Right:
+    return Right(getattr(owner, name), arguments, owner, written, who or (type(owner).__name__,), names=names)
 
 
 def _metric(name: str, **arguments: Any) -> Callable[[], Right]:
@@ -252,12 +294,13 @@ RIGHT: dict[str, Callable[[], Right]] = {
         GradientRectifier,
         {"layers": _pairs(), "energy": 0.5, "adapter": None, "rectify": "exact", "estimator": "isvd",
          "estimator_rank": 5, "energy_power": 1, "share_inputs": True, "distributed": True, "damping": 0.1},
-        who=("GradientRectifier", "one", "two", "layer", "other", "OnlineEstimator"), names=("layers", "rank"),
+        who=("GradientRectifier", "one", "two", "layer", "other", "OnlineEstimator"),
+        names=("layers", "A", "B", "rank"),
     ),
     "GradientRectifier.attach": _optimizer,
     "GradientRectifier.commit": lambda: _method(
         _rectifier(), "commit", "commit", "GradientRectifier", "one", "two", "layer", "other",
-        energy=0.5, layers=_pairs(), adapter=None,
+        names=("A", "B"), written=("layers",), energy=0.5, layers=_pairs(), adapter=None,
     ),
     "GradientRectifier.load_state_dict": lambda: _method(
         _rectifier(), "load_state_dict", "GradientRectifier", "one", "two", state=_rectifier().state_dict()
@@ -292,6 +335,13 @@ RIGHT: dict[str, Callable[[], Right]] = {
         metrics.Confusion(4, [2, 2]), "add", scores=torch.randn(6, 4), labels=torch.tensor([0, 1, 2, 3, 0, 1])
     ),
 }  # fmt: skip
+
+# What stands before the kernels of a GPU, which take float32.
+ON_GPU: dict[str, Callable[[], Right]] = {
+    f"{prefix}.{op}": partial(_op, op, prefix == "raw", "cuda", torch.float32)
+    for prefix, names in (("raw", ops.OPS), ("ops", [op for op in ops.OPS if op in ops.__all__]))
+    for op in names
+}
 
 BY_PROCESSES = "test_processes.py: they need torch.distributed"
 BY_THE_PROGRAM = "what layers, runs and exports hand to each other, checked where it came in"

@@ -51,6 +51,7 @@ def tiny_model() -> nn.Module:
 
 SETTINGS = {"rank": 2, "epochs": 1, "batch_size": 8, "lr": 1e-2, "energy_start": 0.5, "energy_end": 0.5}
 SETTINGS |= {"energy_power": 1, "workers": 0, "amp": "off", "device": "cpu"}
+A_PATH = "cannot be read"  # where images are one path, it is named in place of the argument
 OF_LEARNERS = ("image", "label", "labels", "class", "classes", "setting", "learner", "saved", "run")
 
 
@@ -68,7 +69,7 @@ def _learned() -> ContinualLearner:
 def _learning(name: str, **arguments: Any) -> Right:
     """A method of a copy of a learner of two classes."""
     made = copy.deepcopy(_learned())
-    return Right(getattr(made, name), arguments, made, who=("",), names=OF_LEARNERS)
+    return Right(getattr(made, name), arguments, made, who=("",), names=(*OF_LEARNERS, A_PATH))
 
 
 def _classifying() -> Right:

@@ -93,7 +93,7 @@ OF_TENSORS = (
     lambda t: t * 1e30,
     lambda t: torch.zeros(3, 7, 5, 2, dtype=t.dtype),
     lambda t: torch.nn.Parameter(t) if t.is_floating_point() else -t - 1,
-    lambda t: t.numpy() if not t.dtype.itemsize == 2 else None,
+    lambda t: t.cpu().numpy() if not t.dtype.itemsize == 2 else None,
 )
 
 
@@ -151,11 +151,11 @@ def stored(value: Any) -> list[Tensor]:
 
 def readable(value: Any) -> list[Tensor]:
     """The tensors in a value whose memory can be looked at."""
-    return [t.detach() for t in flat(value) if t.layout == torch.strided and t.device.type == "cpu"]
+    return [t.detach() for t in flat(value) if t.layout == torch.strided and not t.is_meta]
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def plain(value: Any) -> Any:

@@ -58,6 +58,7 @@ def test_the_documents_have_all_tables() -> None:
         "benchmarks/estimators.py --table benchmarks/results/estimators.json",
         "benchmarks/families.py --table benchmarks/results/families.json",
         "benchmarks/full_size.py dry --table benchmarks/results/dry-cpu.json",
+        "benchmarks/full_size.py dry --table benchmarks/results/dry-h100.json",
         "benchmarks/loader.py --table benchmarks/results/loader.json",
         "benchmarks/shares.py table benchmarks/results/shares.json",
         "benchmarks/study.py table emoji",

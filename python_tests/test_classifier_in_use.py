@@ -128,7 +128,7 @@ def test_a_network_that_its_name_does_not_tell_needs_the_model_again(options, ph
     model = timms(**options)
     learner = ContinualLearner.from_classifier(model, FIRST, **SETTINGS)
     learner.save(tmp_path / "saved")
-    with pytest.raises(ArgumentError, match="pass backbone= a model of the same architecture"):
+    with pytest.raises(ArgumentError, match="backbone must be a model of the same architecture"):
         ContinualLearner.load(tmp_path / "saved")
     other = timms()
     with pytest.raises(CheckpointError, match="computed something else than this one"):

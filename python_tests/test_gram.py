@@ -42,6 +42,27 @@ def test_many_rows(device: str, dtype: torch.dtype, rows: int, n: int) -> None:
     assert torch.equal(gram, gram.mT)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [0, 40])
+def test_writing_counts_as_a_change(device: str, dtype: torch.dtype, rows: int) -> None:
+    """Autograd must see that what it saved is another matrix now."""
+    gram, x = torch.eye(24, device=device), torch.randn(rows, 24).to(device, dtype)
+    weights = torch.ones_like(gram, requires_grad=True)
+    loss = (weights * gram).sum()
+    ops.gram_update_(gram, x, decay=0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inference_mode(device: str, dtype: torch.dtype) -> None:
+    """A matrix made there has no version to count, and is updated outside as well."""
+    with torch.inference_mode():
+        gram = torch.eye(24, device=device)
+    x = torch.randn(40, 24).to(dtype)
+    assert_close(ops.gram_update_(gram, x.to(device)), torch.eye(24) + x.double().mT @ x.double(), torch.float32)
+
+
 @needs_native
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_bfloat16_without_its_instructions(capability: str) -> None:

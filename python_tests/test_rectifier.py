@@ -169,7 +169,10 @@ def pair_with(**options: Any) -> GradientRectifier:
             lambda: pair_of(torch.zeros(2, 8), torch.zeros(8, 2), 1.0, "q"),
             "q: module must be a torch.nn.Module or None",
         ),
-        (lambda: pair_of(torch.zeros(9, 8), torch.zeros(8, 9)), r"with r from 1 to n, got \[9, 8\] and \[8, 9\]"),
+        (
+            lambda: pair_of(torch.zeros(9, 8), torch.zeros(8, 9)),
+            r"with r from 1 to n <= 1048576, got \[9, 8\] and \[8, 9\]",
+        ),
         (
             lambda: pair_of(torch.zeros(2, 8), torch.zeros(8, 2).double()),
             "of one dtype on one device, got float32 on cpu",

@@ -172,10 +172,11 @@ def test_a_tiny_scale_passes_through(device: str, scale: float, rank: int, funct
         assert_close(got.double() * scale**2 * 1e30, want, torch.float32, 20)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("mode", ["project", "tangent", "exact"])
-def test_writing_counts_as_a_change(device: str, mode: str) -> None:
+def test_writing_counts_as_a_change(device: str, mode: str, dtype: torch.dtype) -> None:
     """Autograd must see that what it saved is another tensor now; so must whoever watches versions."""
-    A, B, gA, gB, V = layers_of(torch.float64, device, mode)
+    A, B, gA, gB, V = layers_of(dtype, device, mode)
     weights = torch.ones_like(gA[0], requires_grad=True)
     loss = (weights * gA[0]).sum()
     before = [g._version for g in gA + (gB if mode != "project" else [])]

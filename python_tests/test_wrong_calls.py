@@ -21,7 +21,7 @@ import torch
 from conftest import TOLERANCE, relative_error
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
-from public_calls import ELSEWHERE, RIGHT, Right, public_names
+from public_calls import ELSEWHERE, ON_GPU, RIGHT, Right, public_names
 from strategies import calls, flat, plain, readable, stored
 from torch import Tensor
 
@@ -38,7 +38,8 @@ SETTINGS = settings(
     suppress_health_check=list(HealthCheck),
 )
 WANTED = (
-    r"must|needs?|presumes|belongs?|wanted|has no|no such|is no|is missing|(is|are) none|is a|name another|can't alloc"
+    r"must|needs?|presumes|belongs?|wanted|has no|no such|is no|is missing|(is|are) none|is a|name another"
+    "|cannot be read"
 )
 FINITE = 1e12  # of inputs beyond it, and of NaN, nothing is asked but that they crash nothing
 
@@ -52,21 +53,32 @@ def test_every_public_name_is_called() -> None:
 @pytest.mark.parametrize("name", RIGHT)
 def test_random_calls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where names of folders lead
+    _examine_random_calls(name, RIGHT[name])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ON_GPU)
+def test_random_calls_on_a_gpu(name: str) -> None:
+    _examine_random_calls(name, ON_GPU[name])
+    torch.cuda.synchronize()
+
+
+def _examine_random_calls(name: str, make: Callable[[], Right]) -> None:
     refused = accepted = 0
 
     @SETTINGS
     @given(st.data())
     def examine(data: st.DataObject) -> None:
         nonlocal refused, accepted
-        right = _seeded(RIGHT[name])
+        right = _seeded(make)
         arguments, strange = data.draw(calls(right.arguments))
         try:
-            was_refused = _examine(name, right, arguments)
+            was_refused = _examine(make, right, arguments)
         except Exception as error:
             raise AssertionError(f"{name}, {_described(arguments, strange)}: {error}") from error
         refused, accepted = refused + was_refused, accepted + (not was_refused)
 
-    right = _seeded(RIGHT[name])
+    right = _seeded(make)
     right.call(**right.arguments)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -80,7 +92,7 @@ def _seeded(make: Callable[[], Right]) -> Right:
     return make()
 
 
-def _examine(name: str, right: Right, arguments: dict[str, Any]) -> bool:
+def _examine(make: Callable[[], Right], right: Right, arguments: dict[str, Any]) -> bool:
     """Whether a call is refused; either way all that is asked of it holds."""
     held, copies = (arguments, right.owner), plain(arguments)
     before = [memory.clone() for memory in stored(held)]
@@ -92,12 +104,12 @@ def _examine(name: str, right: Right, arguments: dict[str, Any]) -> bool:
     except Exception as error:
         _assert_names_what_is_wrong(right, error)
         assert all(map(torch.equal, stored(held), before)), "an input or the object has changed"
-        _assert_still_right(name, right)
+        _assert_still_right(make, right)
         return True
     assert all(map(torch.equal, stored(read), read_before)), "an input has changed"
     _assert_written_within(right, arguments, copies, before)
     if _is_comparable(right, arguments):
-        _assert_as_on_plain_copies(name, right, arguments, copies, result)
+        _assert_as_on_plain_copies(make, right, arguments, copies, result)
     return False
 
 
@@ -115,10 +127,10 @@ def _assert_names_what_is_wrong(right: Right, error: Exception) -> None:
     assert re.search(WANTED, text), f"what was wanted is not said in {text}"
 
 
-def _assert_still_right(name: str, right: Right) -> None:
+def _assert_still_right(make: Callable[[], Right], right: Right) -> None:
     """A right call of the same object gives what it gives of a new one."""
     results = []
-    for used in (right, _seeded(RIGHT[name])):
+    for used in (right, _seeded(make)):
         torch.manual_seed(1)
         results.append(_outcome(right, used.arguments, used.call(**used.arguments), used.owner))
     assert all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(*results, strict=True)), "no longer right"
@@ -130,7 +142,8 @@ def _assert_written_within(right: Right, arguments: dict[str, Any], copies: Any,
     written = {id(tensor) for key in right.written for tensor in flat(arguments[key])}
     for tensor, old, memory in zip(readable(arguments), readable(copies), before, strict=False):
         if id(tensor) in written:
-            restored = torch.empty(0, dtype=tensor.dtype).set_(stored(tensor)[0].clone().untyped_storage())
+            memory_now = stored(tensor)[0].clone().untyped_storage()
+            restored = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(memory_now)
             restored.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(old)
             assert torch.equal(stored(restored)[0], memory), "memory around an argument has changed"
 
@@ -139,7 +152,7 @@ def _is_comparable(right: Right, arguments: dict[str, Any]) -> bool:
     """Whether what was made strange is numbers, all of them finite."""
     strange = [value for key, value in arguments.items() if value is not right.arguments[key]]
     tensors = [t for t in flat(strange) if t.numel()]
-    return all(map(_is_data, strange)) and all(t.device.type == "cpu" and _size(t) < FINITE for t in tensors)
+    return all(map(_is_data, strange)) and all(not t.is_meta and _size(t) < FINITE for t in tensors)
 
 
 def _size(tensor: Tensor) -> Tensor:
@@ -154,9 +167,11 @@ def _is_data(value: Any) -> bool:
     return value is None or isinstance(value, (Tensor, int, float, str))
 
 
-def _assert_as_on_plain_copies(name: str, right: Right, arguments: dict[str, Any], copies: Any, result: Any) -> None:
+def _assert_as_on_plain_copies(
+    make: Callable[[], Right], right: Right, arguments: dict[str, Any], copies: Any, result: Any
+) -> None:
     """The result is that of the reference, or of the same call, on copies that lie in memory element after element."""
-    fresh = _seeded(RIGHT[name])
+    fresh = _seeded(make)
     inputs = {k: fresh.arguments[k] if v is right.arguments[k] else copies[k] for k, v in arguments.items()}
     kinds = (Tensor, list)
     has_options = all(v is right.arguments[k] or isinstance(right.arguments[k], kinds) for k, v in arguments.items())

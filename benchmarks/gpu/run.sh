@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What there is to do on a machine with a GPU, from the root of a checkout; no network is needed. Usage:
 #   bash benchmarks/gpu/run.sh [stages]
-#   build info tests bench step train sanitize full loader: in this order if none is named; each has a time limit of its
-#   own, none stops the others.
+#   build info tests bench step train use dry sanitize full loader: those up to sanitize if none is named; each has a time
+#   limit of its own, none stops the others. `use` takes runs that `train` left.
 # GPU_SECONDS: what the whole call may take (450). GPU_WHEELS: a folder of wheels to install first (packages that the
 # machine lacks). For a rehearsal without a GPU: GPU_DEVICE=cpu, and GPU_PATIENCE=5 times the stages' limits.
 # Logs and results go to $OUT, a table of all stages comes last.
@@ -12,7 +12,7 @@ mkdir -p "$out" "$site" "$work"
 export PYTHONPATH=$site PATH=$site/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg TQDM_DISABLE=1
 export OMP_NUM_THREADS=2 JANUS_EXT_REQUIRE_NATIVE=1 HF_HUB_OFFLINE=1 TORCHINDUCTOR_CACHE_DIR=$work/inductor
 device=${GPU_DEVICE:-cuda} patience=${GPU_PATIENCE:-1}
-declare -A limit=([build]=180 [info]=40 [tests]=200 [sanitize]=170 [bench]=300 [step]=120 [train]=300 [full]=150 [loader]=120)
+declare -A limit=([build]=180 [info]=40 [tests]=200 [sanitize]=170 [bench]=300 [step]=120 [train]=300 [full]=150 [loader]=120 [use]=150 [dry]=120)
 
 need_gpu() { # the rehearsal goes on without one
   [[ $device == cpu ]] || python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo 'no GPU'; exit 77; }
@@ -118,11 +118,48 @@ stage_train() {
   { train cut & pid=$!
     for _ in {1..900}; do [[ -e $work/runs/cut/results.json || -e $work/runs/cut/checkpoints/method-1.safetensors ]] && break; sleep 0.2; done
     python3 "$here/same.py" --kill "$work/runs/cut"; wait "$pid"; train cut --resume; } & pids+=($!)
+  { train within & pid=$!
+    for _ in {1..4500}; do [[ -e $work/runs/within/results.json ]] || compgen -G "$work/runs/within/checkpoints/method-1*" > /dev/null &&
+      [[ -e $work/runs/within/checkpoints/within.safetensors ]] && break; sleep 0.02; done
+    python3 "$here/same.py" --kill "$work/runs/within"; wait "$pid"; train within --resume; } & pids+=($!)
   for pid in "${pids[@]}"; do wait "$pid" || status=1; done
   printf 'twice the same bits: '; same janus again || status=1
   printf 'cut off and resumed, the same bits: '; same janus cut || status=1
+  printf 'cut off within a task and resumed, the same bits: '; same janus within || status=1
   return $status
 }
+
+call() { # name, module, its arguments: its last line
+  local name=$1 code; shift
+  timeout --foreground -k 5 $((100 * patience)) python3 -m "$@" > "$work/$name.log" 2>&1
+  code=$?
+  { echo "== $name: $*"; tail -n 12 "$work/$name.log"; } >> "$out/use.log"
+  printf '%-22s status %3d  %s\n' "$name" "$code" "$(tail -n 1 "$work/$name.log" | cut -c 1-100)"
+  return $code
+}
+
+stage_use() { # what comes after training, with a run of the GPU; and processes of which there is no GPU for each
+  need_gpu
+  local pids=() status=0 pid run=$work/runs/janus format
+  rm -rf "$work/use"; mkdir -p "$work/use"
+  for where in "$device" cpu; do
+    call "evaluate-$where" janus_ext.evaluate "$run" --device "$where" --output "$work/use/$where" & pids+=($!)
+  done
+  call evaluate-lda janus_ext.evaluate "$run" --head lda --device "$device" --output "$work/use/lda" & pids+=($!)
+  for format in timm onnx pt2; do
+    call "export-$format" janus_ext.export "$run" --format "$format" --output "$work/use/$format" & pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || status=1; done
+  python3 "$here/exported.py" "$work/use" "$device" || status=1
+  small=${GPU_SMALL:---tasks 4 --epochs 3}
+  echo 'more processes than GPUs: an error is right'
+  call together torch.distributed.run --nproc-per-node 2 -m janus_ext.train --device "$device" --output "$work/use/together" --no-plots $small
+  [[ $device == cpu || $? != 0 ]] || status=1
+  call together-cpu torch.distributed.run --nproc-per-node 2 -m janus_ext.train --device cpu --output "$work/use/two" --no-plots $small || status=1
+  return $status
+}
+
+stage_dry() { need_gpu && python3 benchmarks/full_size.py dry --device "$device" --json "$out/dry.json"; }
 
 stage_full() { # the README's first run, with what it gave on a CPU beside it
   need_gpu

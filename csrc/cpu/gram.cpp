@@ -112,6 +112,7 @@ void gram_update_(const Tensor& gram, const Tensor& x, double decay) {
   check_gram_update(gram, x, decay);
   const int64_t n = gram.size(0);
   const Tensor rows = x.reshape({-1, n}), C = gram.contiguous();
+  bump_version(gram);
   add_product(C, rows.is_alias_of(gram) ? rows.clone() : rows, decay);
   AT_DISPATCH_FLOATING_TYPES(C.scalar_type(), "gram_update_", [&] { mirror_upper(C.mutable_data_ptr<scalar_t>(), n); });
   if (!gram.is_same(C)) gram.copy_(C);

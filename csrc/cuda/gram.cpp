@@ -55,6 +55,7 @@ void gram_update_(const Tensor& gram, const Tensor& x, double decay) {
   }
   const Tensor rows = rows_for(x, gram);
   const Tensor C = gram.contiguous();
+  bump_version(gram);
   const kernels::GramUpdate update{
       .x = rows.const_data_ptr(),
       .type = cuda_type(rows.scalar_type()),

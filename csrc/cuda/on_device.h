@@ -3,18 +3,21 @@
 
 #include <c10/core/DeviceGuard.h>
 
+#include <optional>
+
 #include "checks.h"
 
 namespace janus {
 
-// A guard for any device, since the checks that refuse tensors on different devices come after it.
+// A guard for any device, and for none, since the checks come after it: of tensors on different devices, and of None,
+// which the dispatcher lets pass for a tensor.
 template <auto function>
 struct OnDevice;
 
 template <typename Result, typename... Rest, Result (*function)(const Tensor&, Rest...)>
 struct OnDevice<function> {
   static Result call(const Tensor& first, Rest... rest) {
-    const c10::DeviceGuard guard(first.device());
+    const c10::OptionalDeviceGuard guard(first.defined() ? std::optional(first.device()) : std::nullopt);
     return function(first, rest...);
   }
 };

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from janus_ext.arguments import WIDEST, check_integer, check_text, on_one_line, shown
+from janus_ext.arguments import WIDEST, check_integer, check_text, shown
 from janus_ext.backbone.files import (
     WeightFile,
     as_timm_takes_it,
@@ -67,7 +67,7 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
     if image_size is not None:
         check_integer("load_backbone: image_size", image_size, lambda s: 1 <= s <= WIDEST, f"from 1 to {WIDEST} pixels")
     if weights not in ("pretrained", "none") and not os.path.isfile(weights):
-        raise CheckpointError(f"--weights {on_one_line(str(weights))}: no such file (or one of: pretrained, none)")
+        raise CheckpointError(f"--weights {weights}: no such file (or one of: pretrained, none)")
     prepare_torchvision()
     if name == "emoji":
         return _load_embedded(weights, image_size)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from janus_ext.arguments import shown
 from janus_ext.backbone.families import (
     PROJECTIONS,
     SEPARATE,
@@ -84,9 +85,10 @@ def places(model: nn.Module, targets: Sequence[str]) -> dict[str, Place]:
 
 def check_targets(targets: Sequence[str]) -> None:
     """ArgumentError unless these are one or more distinct names of what can be adapted."""
-    known = isinstance(targets, Sequence) and not isinstance(targets, str) and set(map(str, targets)) <= set(TARGETS)
+    listed = isinstance(targets, Sequence) and not isinstance(targets, str)
+    known = listed and all(isinstance(target, str) and target in TARGETS for target in targets)
     if not known or not targets or len(set(targets)) != len(targets):
-        raise ArgumentError(f"targets must be one or more distinct names of {', '.join(TARGETS)}, got {targets!r}")
+        raise ArgumentError(f"targets must be one or more distinct names of {', '.join(TARGETS)}, got {shown(targets)}")
 
 
 def _in_attention(model: nn.Module, wanted: str, find: Callable[[str, nn.Module], Iterator[Place]]) -> list[Place]:

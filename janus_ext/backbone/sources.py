@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import nn
 
-from janus_ext.arguments import on_one_line
 from janus_ext.backbone.files import WeightFile, first_line, misfit
 from janus_ext.backbone.torchvision_guard import prepare_torchvision
 from janus_ext.errors import ArgumentError, CheckpointError
@@ -214,7 +213,7 @@ def _unknown(name: str, removed: bool) -> ArgumentError:
     if re.fullmatch(r"[^/]+/[^/]*[a-zA-Z][^/]*", name):
         hint += f"; a repository of the hub is hf-hub:{name}, a folder local-dir:{name}"
     reason = "has removed that model" if removed else "has no such model"
-    return ArgumentError(f"--backbone {on_one_line(name)}: timm {timm.__version__} {reason}{hint}")
+    return ArgumentError(f"--backbone {name}: timm {timm.__version__} {reason}{hint}")
 
 
 def similar_names(name: str) -> list[str]:

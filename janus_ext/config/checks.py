@@ -144,7 +144,7 @@ def _check_targets(config: LearnConfig) -> None:
 def _check_energies(config: LearnConfig) -> None:
     if config.energy_end < config.energy_start:
         raise ArgumentError(
-            f"--energy-end {config.energy_end:g} is below --energy-start {config.energy_start:g}: "
+            f"--energy-end must be at least --energy-start {config.energy_start:g}, got {config.energy_end:g}: "
             "what one task protects cannot be given up by the next"
         )
     if config.estimator_rank is not None and config.estimator != "isvd":

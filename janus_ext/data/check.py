@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from janus_ext.arguments import on_one_line
 from janus_ext.data.images import Files
 from janus_ext.data.listing import Listing, Problem, files_below
 from janus_ext.data.names import ENDINGS, is_image, printable, to_bytes
 from janus_ext.devices import available_cores
-from janus_ext.errors import CheckpointError, DataError
+from janus_ext.errors import CheckpointError, DataError, on_one_line
 from janus_ext.runs.checkpoint import make_folder, read_tensors, write_tensors
 
 LOG = logging.getLogger("janus_ext")

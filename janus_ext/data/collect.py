@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
-from janus_ext.arguments import checked_path, on_one_line, shown
+from janus_ext.arguments import checked_path, shown
 from janus_ext.data import check
 from janus_ext.data.benchmark import Split
 from janus_ext.data.files import warn_of_unread
@@ -27,7 +27,7 @@ from janus_ext.data.items import MOST_NAMED, PATHS, Items, Label, is_pair, look_
 from janus_ext.data.layout import require_class_level, shorten
 from janus_ext.data.listing import Problem, class_samples, files_below, subfolders
 from janus_ext.data.names import ENDINGS, is_image, similar, to_bytes
-from janus_ext.errors import ArgumentError, DataError
+from janus_ext.errors import ArgumentError, DataError, on_one_line
 
 LABELLED = "a folder of class folders, a list of (path, label), or a map-style data set of (image, label)"
 UNLABELLED = "a folder, a pattern or path, a PIL image, a uint8 tensor, a list of these, or a map-style data set"

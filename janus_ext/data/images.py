@@ -26,7 +26,7 @@ from janus_ext.data.benchmark import Part, Split, whole
 from janus_ext.data.names import FORMATS
 from janus_ext.data.workers import Workers, sendable
 from janus_ext.devices import available_cores
-from janus_ext.errors import ArgumentError, DataError
+from janus_ext.errors import ArgumentError, DataError, on_one_line
 from janus_ext.processes import on_this_machine
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def read_image(path: str | Path, upright: bool = False) -> Image:
         with Image.open(path, formats=FORMATS) as image:
             return to_rgb(turned_upright(image) if upright else image)
     except Exception as error:  # Pillow's decoders raise what they meet: OSError, SyntaxError, struct.error, ...
-        raise DataError(f"{path} cannot be read: {_reason(path, error)}") from error
+        raise DataError(f"{on_one_line(str(path))} cannot be read: {_reason(path, error)}") from error
 
 
 def turned_upright(image: Image) -> Image:
@@ -109,7 +109,7 @@ def _reason(path: str | Path, error: Exception) -> str:
         return "no such file"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if os.path.getsize(path) == 0:
+    if os.path.isfile(path) and os.path.getsize(path) == 0:  # what no path can be has no size
         return "the file is empty (0 bytes)"
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -64,6 +64,9 @@ def _from_tensor(pixels: Tensor) -> Image:
         raise ArgumentError(f"{WANTED}, got a tensor without pixels: on meta, or sparse")
     if pixels.ndim != 3 or pixels.shape[0] not in (1, 3) or not pixels.numel():
         raise ArgumentError(f"{WANTED}, got {found}")
+    most = 2 * (Image.MAX_IMAGE_PIXELS or pixels.numel())  # as Pillow has it for files
+    if pixels[0].numel() > most:
+        raise ArgumentError(f"an image must have at most {most:,} pixels, got {found}")
     return Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy())
 
 

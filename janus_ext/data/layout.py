@@ -6,9 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from janus_ext.arguments import on_one_line
 from janus_ext.data.listing import subfolders
-from janus_ext.errors import DataError
+from janus_ext.errors import DataError, on_one_line
 
 LOG = logging.getLogger("janus_ext")
 TRAIN_NAMES = ("train", "training")

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from janus_ext.arguments import on_one_line
 from janus_ext.data.names import ENDINGS, is_clutter, is_image, is_other_image, to_bytes
-from janus_ext.errors import DataError
+from janus_ext.errors import DataError, on_one_line
 
 
 class Sample(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from PIL import features
 
-from janus_ext.arguments import on_one_line
+from janus_ext.errors import on_one_line
 
 AVIF = "avif" in features.modules and features.check("avif")  # not in every build of Pillow
 IMAGE_SUFFIXES = (

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from janus_ext import reference
 from janus_ext.ops.registry import define
@@ -54,6 +55,8 @@ def extend_basis_factor(
 
 
 def _fake(basis: Tensor, *_: Any, **__: Any) -> Tensor:
+    if not isinstance(basis, FakeTensor):
+        raise ValueError("extend_basis: basis must hold numbers, which decide on the new columns, got a meta tensor")
     return basis.new_empty(basis.shape[0], torch.library.get_ctx().new_dynamic_size())
 
 

@@ -79,7 +79,8 @@ def lora_qkv(
         [..., 3 m], x's dtype.
     """
     check_differentiation("lora_qkv", x, weight, bias, A, B)
-    unknown = [t for t in targets if t not in TARGETS] if isinstance(targets, Sequence) else [targets]
+    named = isinstance(targets, Sequence)
+    unknown = [t for t in targets if not isinstance(t, str) or t not in TARGETS] if named else [targets]
     if unknown:
         raise ValueError(f"lora_qkv: targets must be of q, k, v, got {', '.join(map(shown, unknown))}")
     how = Rectification.of("lora_qkv", rectify, options, balance=False)

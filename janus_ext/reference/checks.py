@@ -11,6 +11,7 @@ from janus_ext.rectification import Rectification
 
 WORKING_DTYPES = (torch.float32, torch.float64)
 INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TOO_MANY = 2**40  # elements of an expanded tensor; products of such sizes would overflow
 
 
 def require(condition: bool, message: str) -> None:
@@ -19,13 +20,15 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_dtype(op: str, name: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
-    """Of an allowed dtype, and dense: the compiled kernels get no other tensor, since none is registered for it."""
+    """Of an allowed dtype, smaller than a memory, and dense: the compiled kernels get no other, none is registered."""
     found = None if tensor is None else tensor.dtype  # the dispatcher lets None pass for a tensor
     if found not in allowed:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{op}: {name} must be {wanted}, got {str(found).removeprefix('torch.')}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got a sparse or packed one")
+    few = tensor.numel() < TOO_MANY
+    require(few, f"{op}: {name} must have fewer than 2^40 elements, got {list(tensor.shape)}")
 
 
 def require_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
@@ -47,6 +50,11 @@ def require_last(op: str, name: str, tensor: Tensor, n: int) -> None:
 
 def require_writable(op: str, name: str, tensor: Tensor) -> None:
     """What is rewritten in place must hold each element once; expanded tensors and sliding windows do not."""
+    recorded = tensor.requires_grad and torch.is_grad_enabled()
+    require(
+        not recorded,
+        f"{op}: {name} is rewritten in place: it must not require a gradient, unless under torch.no_grad()",
+    )
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

@@ -159,7 +159,8 @@ def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Ten
     require_dtype(op, "x", x, INPUT_DTYPES)
     require_last(op, "x", x, A.shape[-1])
     require_dtype(op, "weight", weight, (x.dtype,))
-    require(weight.dim() == 2, f"{op}: weight must be [m, n], got {list(weight.shape)}")
+    n = A.shape[-1]
+    require(weight.dim() == 2 and weight.shape[1] == n, f"{op}: weight must be [m, {n}], got {list(weight.shape)}")
     if bias is not None:
         require_dtype(op, "bias", bias, (x.dtype,))
         require_shape(op, "bias", bias, (weight.shape[0],))

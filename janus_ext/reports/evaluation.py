@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext.arguments import visible
+from janus_ext.errors import visible
 from janus_ext.reports.confusion import save_confusion
 from janus_ext.reports.table import ELLIPSIS, MOST_ROWS, thinned
 from janus_ext.runs.checkpoint import make_folder, replace_file, write_json

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from janus_ext.arguments import visible
+from janus_ext.errors import visible
 from janus_ext.runs.metrics import mean_and_std, measured_on, trajectory
 
 Results = dict[str, Any]
