@@ -19,7 +19,7 @@ from janus_ext.training.trainer import Trainer
 
 def trainer(device: str, classes: int, tasks: int, per_class: int, folder: Path, **settings: Any) -> Trainer:
     """A trainer on noise: `per_class` training images and one test image of each class."""
-    config = TrainConfig(device=device, **settings).resolved()
+    config = TrainConfig(device=device, head="linear", **settings).resolved()  # others are cases of their own
     learner = make_learner(config, 0, tasks)
 
     def split(images_per_class: int) -> MemorySplit:

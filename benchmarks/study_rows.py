@@ -9,6 +9,7 @@ SELECTION_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
 HEADS = ("linear", "ncm", "lda", "ridge")  # of every run
 
+TRAINED_BY = {"head": "linear"}  # heads of closed form are fitted beside them
 DATA: dict[str, dict[str, Any]] = {
     "emoji": {"benchmark": "emoji", "epochs": 6},
     "glyphs": {"benchmark": "folder", "backbone": "emoji", "epochs": 3, "cache_images": True, "workers": 0},
@@ -41,12 +42,12 @@ METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "lora-gpm": ({"method": "lora-gpm"}, _MEMORY),
     "inflora": ({"method": "inflora"}, _grid((1e-3, 4e-3, 1.6e-2), *_energies((0.95, 1), (0.98, 1), (0.999, 1)))),
     "lora-drs": (
-        {"method": "lora-drs"},
+        {"method": "lora-drs", "head": "ncm"},
         _grid((2.5e-4, 1e-3, 4e-3), *({"margin_weight": w} for w in (0.0, 0.05, 0.2))),
     ),
     "bilora": ({"method": "bilora"}, [{"lr": v} for v in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-2, 1e-1)]),
     "joint": ({"method": "joint"}, _RATES),
-    "frozen": ({"learn": "none", "head": "linear"}, [{}]),  # nothing to tune
+    "frozen": ({"learn": "none"}, [{}]),  # nothing to tune
 }
 OFF = {"drift_budget": 1e9}  # the guard, which --head aligned would bring along
 ALIGNED = {method: {"head": "aligned"} | OFF for method in ("janus", "lora", "inflora")}
@@ -81,7 +82,10 @@ def candidates(data: str, method: str) -> dict[str, dict[str, Any]]:
     """The configurations tried for `method` on a data set, by the name of their row."""
     fixed, changes = METHODS[method]
     return {
-        " | ".join([method, ", ".join(f"{k} {v:g}" for k, v in change.items())]): DATA[data] | fixed | change
+        " | ".join([method, ", ".join(f"{k} {v:g}" for k, v in change.items())]): TRAINED_BY
+        | DATA[data]
+        | fixed
+        | change
         for change in changes
     }
 

@@ -90,7 +90,7 @@ class Past:
         if len(names) == 1 and head == "linear":
             raise ArgumentError(
                 f"a task needs two classes at least, got {names[0]} alone, from which linear heads learn nothing; "
-                'wait for another, or use head="ncm" or another one'
+                'wait for another, or use head="lda" or another one'
             )
 
     def warn_of_unprotected(self, method: Method) -> None:

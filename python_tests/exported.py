@@ -18,7 +18,7 @@ from janus_ext.runs.checkpoint import write_json
 PACKAGES = {"timm": (), "pt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "peft": ("peft",)}
 EXPORTS = {"timm": timm.export, "onnx": onnx.export, "pt2": pt2.export, "peft": peft.export}
 METHODS = {
-    "janus": {"scale": 0.7},
+    "janus": {"scale": 0.7, "head": "linear"},
     "janus, ncm": {"head": "ncm"},
     "janus, lda": {"head": "lda"},
     "janus, ridge": {"head": "ridge"},

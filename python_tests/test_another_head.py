@@ -18,7 +18,7 @@ OLD_RUN = Path(__file__).parent / "old_run"
 @pytest.fixture
 def saved(weights, photos, tmp_path) -> Path:
     """A learner of three tasks with linear heads."""
-    learner = learner_of(weights)
+    learner = learner_of(weights, head="linear")
     for names in (FIRST, SECOND, THIRD):
         learner.learn(photos, names)
     learner.save(tmp_path / "linear")

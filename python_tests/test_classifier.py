@@ -81,4 +81,4 @@ def test_evaluation_follows_the_model(patterns, weights, tmp_path, monkeypatch):
     want = trainer.run()["accuracy_matrix"]
     trainer.learner.model.images_at_once = 3
     sizes = [len(images) for images, _ in trainer.learner.clean_batches(trainer.test_images[0])]
-    assert sizes == [3, 3, 2] and trainer._evaluate(2)["linear"][0] == want[-1]
+    assert sizes == [3, 3, 2] and trainer._evaluate(2)["lda"][0] == want[-1]

@@ -25,7 +25,8 @@ def place(weights, tmp_path_factory) -> Path:
     trees.folders(folder / "all", 6, 4, lambda c: f"class {c}")
     for name in ("class 4", "class 5"):
         shutil.copytree(folder / "all" / name, folder / "more" / name)
-    call = f"--benchmark folder --data-dir {folder}/photos --backbone emoji --weights {weights} --output {folder}/run"
+    call = f"--benchmark folder --data-dir {folder}/photos --backbone emoji --weights {weights} --head linear"
+    call += f" --output {folder}/run"
     assert train.main([*call.split(), *SETTINGS.split()]) == 0
     return folder
 
@@ -122,6 +123,7 @@ def test_a_run_that_goes_on_later_says_what_it_knows(place, tmp_path, monkeypatc
     monkeypatch.setattr(Trainer, "_learn", cut)
     call = checkpoint.read_json(place / "run" / "config.json")
     flags = f"--benchmark folder --data-dir {place}/photos --backbone emoji --weights {call['weights']} --resume"
+    flags += " --head linear"
     assert train.main([*flags.split(), *SETTINGS.split(), "--output", str(tmp_path / "half")]) == 130
     assert predict.main([str(tmp_path / "half"), str(place / "photos" / "class 1")]) == 0
     assert "half has finished 1 of 2 tasks and knows 2 of 4 classes; --resume goes on with it" in caplog.text

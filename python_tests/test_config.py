@@ -92,7 +92,7 @@ def test_every_field_is_explained_to_the_user():
         ({"temperature": 0.0}, "--temperature"),
         ({"margin_weight": -1.0}, "--margin-weight"),
         ({"clip_norm": 0.0}, "--clip-norm"),
-        ({"head_width": 100}, "--head-width belongs to --head ridge, got --head linear"),
+        ({"head_width": 100}, "--head-width belongs to --head ridge, got --head lda"),
         ({"head_width": 0, "head": "ridge"}, "--head-width"),
         ({"head_width": 9, "head": "ridge", "drift": "ridge"}, "--drift moves statistics of features"),
         ({"merge_scale": 1.1}, "--merge-scale"),
@@ -194,13 +194,15 @@ def test_what_a_preset_says_is_never_refused(method, preset):
 @pytest.mark.parametrize(
     ("asked", "budget"),
     [
-        ({}, None),
+        ({}, 0.1),
+        ({"head": "linear"}, None),
         ({"head": "ncm"}, None),
         ({"method": "lora-drs"}, None),
         ({"head": "lda"}, 0.1),
         ({"head": "aligned", "method": "lora"}, 0.1),
         ({"head": "ridge", "drift_budget": 1e9}, 1e9),
         ({"head": "lda", "benchmark": "imagenet-r", "preset": "paper"}, None),
+        ({"benchmark": "imagenet-r", "preset": "paper"}, None),
     ],
 )
 def test_fitted_heads_have_a_guard_that_no_paper_has(asked, budget):

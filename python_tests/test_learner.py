@@ -116,7 +116,7 @@ def broken(photos: Path) -> Path:
     ],
 )
 def test_mistakes_are_one_clear_error_and_change_nothing(weights, photos, images, classes, message):
-    learner = learner_of(weights)
+    learner = learner_of(weights, head="linear")
     learner.learn(photos, FIRST)
     before = state_of(learner)
     with pytest.raises(JanusError, match=message) as caught:

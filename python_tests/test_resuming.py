@@ -329,9 +329,9 @@ def test_other_versions_are_said(patterns, weights, tmp_path, monkeypatch, caplo
 
 def test_what_an_earlier_version_measured_goes_on(patterns, weights, tmp_path):
     """Its results lack what came later: one head was measured, and how far features moved is not known."""
-    results = make_trainer(patterns, weights, tmp_path / "run", epochs=1).run()
+    results = make_trainer(patterns, weights, tmp_path / "run", epochs=1, head="linear").run()
     earlier = {name: value for name, value in results.items() if name not in ("heads", "head", "movement", "merged")}
-    trainer = make_trainer(patterns, weights, tmp_path / "other", epochs=1)
+    trainer = make_trainer(patterns, weights, tmp_path / "other", epochs=1, head="linear")
     trainer._restore_results(earlier)
     assert trainer.heads == {"linear": results["accuracy_matrix"]} and trainer.matrix == results["accuracy_matrix"]
     assert trainer.results()["movement"] == trainer.results()["merged"] == [None] * 3

@@ -85,8 +85,8 @@ def test_a_tree_of_ones_own_in_the_tasks_of_a_list(tmp_path):
 def test_a_task_of_one_class_needs_a_head_that_learns_it(tmp_path, caplog):
     names = emoji.load(TrainConfig()).class_names
     path = written(tmp_path / "tasks.txt", names, (199, 1))
-    with pytest.raises(ArgumentError, match="--task-list .*: task 2 has one class, .*, or --head ncm"):
-        emoji.load(TrainConfig(task_list=path).resolved())
+    with pytest.raises(ArgumentError, match="--task-list .*: task 2 has one class, .*, or --head lda"):
+        emoji.load(TrainConfig(task_list=path, head="linear").resolved())
     assert len(emoji.load(TrainConfig(task_list=path, head="ncm").resolved()).tasks[1]) == 1
     assert "teach --head ncm alone" in caplog.text
 

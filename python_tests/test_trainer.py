@@ -152,10 +152,10 @@ def test_class_names_stand_beside_the_ids_whatever_bytes_they_are(patterns, weig
 
 
 def test_the_saved_model_is_the_evaluated_one(patterns, weights, tmp_path):
-    trainer = make_trainer(patterns, weights, tmp_path / "run")
+    trainer = make_trainer(patterns, weights, tmp_path / "run", head="linear")
     results = trainer.run()
     tensors, _ = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / "model.safetensors")
-    fresh = make_trainer(patterns, weights, tmp_path / "other")
+    fresh = make_trainer(patterns, weights, tmp_path / "other", head="linear")
     for classes in patterns.tasks:
         fresh.learner.model.add_task(len(classes))
     fresh.learner.model.load_state_dict(tensors)
@@ -209,7 +209,7 @@ def test_prototypes_know_the_models_outputs(patterns, weights, tmp_path):
 
 
 def test_accuracy_counts_all_seen_classes(patterns, weights, tmp_path):
-    trainer = make_trainer(patterns, weights, tmp_path / "run")
+    trainer = make_trainer(patterns, weights, tmp_path / "run", head="linear")
     trainer.run()
     logits = trainer.learner.model(patterns.test.images)
     right = logits.argmax(-1) == patterns.positions[patterns.test.labels]

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from janus_ext.config import TrainConfig
 
 LOG = logging.getLogger("janus_ext")
-LINEAR = ("auto", "linear")  # heads that learn a task by telling its classes apart
 
 
 def make_tasks(
@@ -74,7 +73,7 @@ def split_classes(order: Sequence[int], tasks: int, head: str = "linear") -> tup
         _take_single_classes(
             head,
             f"--tasks {tasks} of {len(order)} classes makes tasks of one class, from which linear heads learn nothing; "
-            f"--tasks 1 to {len(order) // 2} fit, or --head ncm",
+            f"--tasks 1 to {len(order) // 2} fit, or --head lda",
         )
     size, larger = divmod(len(order), tasks)
     starts = [t * size + min(t, larger) for t in range(tasks + 1)]
@@ -88,13 +87,13 @@ def require_several_classes(tasks: Sequence[Sequence[int]], whose: str, head: st
         _take_single_classes(
             head,
             f"{whose}: task {single[0]} has one class, from which linear heads learn nothing; name two or more, or "
-            "--head ncm",
+            "--head lda",
         )
 
 
 def _take_single_classes(head: str, complaint: str) -> None:
     """Raises ArgumentError with ``complaint`` unless ``head`` can learn a task of one class; then it is a warning."""
-    if head in LINEAR:
+    if head == "linear":
         raise ArgumentError(complaint)
     LOG.warning("tasks of one class teach --head %s alone: their cross entropy is 0, the backbone rests", head)
 
