@@ -13,47 +13,46 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from memory import peak_mb, reset_peak
 from run import about, new_file, write
 
-from janus_ext.backbone import load_backbone
-from janus_ext.classifier import ContinualClassifier
+from janus_ext.assembly import make_learner
 from janus_ext.config import TrainConfig
 from janus_ext.data import BENCHMARKS
-from janus_ext.methods import METHODS
+from janus_ext.data.benchmark import Selection
 from janus_ext.methods.base import Task
+from janus_ext.runs.run import Run
+from janus_ext.training.loop import Learner
 from janus_ext.training.trainer import Trainer
 
 
-class WatchedTrainer(Trainer):
-    """Notes what every epoch took."""
+class Watched:
+    """In the place of a learner's `_train_epoch`: notes what every epoch took."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, learner: Learner) -> None:
+        self.train, self.batch_size = learner._train_epoch, learner.config.batch_size
         self.epochs: list[dict[str, float]] = []
 
-    def _train_epoch(self, task: Task, epoch: int, *rest: Any) -> None:
+    def __call__(self, task: Task, epoch: int, images: Selection, *rest: Any) -> dict[str, Any]:
         reset_peak()
         started = time.perf_counter()
-        super()._train_epoch(task, epoch, *rest)
-        steps = -(-len(self.train_rows[task.index]) // self.config.batch_size)
-        seconds = (time.perf_counter() - started) / steps
+        record = self.train(task, epoch, images, *rest)
+        seconds = (time.perf_counter() - started) / -(-len(images) // self.batch_size)
         self.epochs.append({"task": task.index, "epoch": epoch, "step_seconds": seconds, "peak_mb": peak_mb()})
+        return record
 
 
 def measure(tasks: int) -> list[dict[str, float]]:
     """One row a task."""
-    config = TrainConfig(tasks=tasks, amp="off", device="cpu").resolved()
+    config = TrainConfig(tasks=tasks, head="linear", amp="off", device="cpu").resolved()
     benchmark = BENCHMARKS[config.benchmark](config)
-    torch.manual_seed(0)
-    model = ContinualClassifier(load_backbone(config.backbone, config.weights, config.image_size))
+    learner = make_learner(config, 0, tasks)
+    learner._train_epoch = watched = Watched(learner)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = WatchedTrainer(config, benchmark, model, METHODS[config.method](model, config), Path(folder))
-        trainer.run()
+        Trainer(config, benchmark, learner, Run(Path(folder))).run()
     rows = []
     for task in range(tasks):
-        plain = [row for row in trainer.epochs if row["task"] == task and row["epoch"] < config.epochs - 1]
+        plain = [row for row in watched.epochs if row["task"] == task and row["epoch"] < config.epochs - 1]
         step = statistics.median(row["step_seconds"] for row in plain)
         rows.append({"task": task + 1, "step_ms": 1e3 * step, "peak_mb": max(row["peak_mb"] for row in plain)})
     return rows

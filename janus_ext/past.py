@@ -92,6 +92,10 @@ class Past:
                 f"a task needs two classes at least, got {names[0]} alone, from which linear heads learn nothing; "
                 'wait for another, or use head="lda" or another one'
             )
+        if len(names) == 1:
+            warnings.warn(
+                f"one class teaches head {head} alone: its cross entropy is 0, the backbone rests", stacklevel=3
+            )
 
     def warn_of_unprotected(self, method: Method) -> None:
         """A warning to who lets ``method`` learn, where nothing protects old classes."""

@@ -312,7 +312,7 @@ def test_the_shared_flags_are_applied_to_what_a_function_gives(here):
         ({"benchmark": "others_here:nothing"}, "--benchmark others_here:nothing must give a Benchmark, got an object"),
         ({"benchmark": "others_here:mislabelled"}, "others_here:mislabelled: train has label 2, and there are 2 class"),
         ({"benchmark": "others_here:twice"}, "others_here:twice: tasks must have each of the class ids 0 .. 5 once"),
-        ({"benchmark": "others_here:single", "head": "linear"}, "others_here:single: task 1 has one class, from which linear heads"),
+        ({"benchmark": "others_here:single", "head": "linear"}, "others_here:single: task 1 has one class, from which"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(here, change, message):

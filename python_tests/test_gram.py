@@ -56,7 +56,7 @@ def test_writing_counts_as_a_change(device: str, dtype: torch.dtype, rows: int) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inference_mode(device: str, dtype: torch.dtype) -> None:
-    """A matrix made there has no version to count, and is updated outside as well."""
+    """A matrix made there, contiguous, has no version to count, and is updated outside as well."""
     with torch.inference_mode():
         gram = torch.eye(24, device=device)
     x = torch.randn(40, 24).to(dtype)

@@ -102,6 +102,15 @@ def broken(photos: Path) -> Path:
     return photos
 
 
+def test_one_class_is_learned_by_the_head_alone(weights, photos):
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    with pytest.warns(UserWarning, match="one class teaches head lda alone"):
+        learner.learn(photos, SECOND[:1])
+    assert learner.classes == (*FIRST, SECOND[0])
+    assert learner.predict(photos / SECOND[0], top=1)[0][0][0] in learner.classes
+
+
 @pytest.mark.parametrize(
     ("images", "classes", "message"),
     [

@@ -23,8 +23,10 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from public_calls import ELSEWHERE, ON_GPU, RIGHT, Right, public_names
 from strategies import calls, flat, plain, readable, stored
+from test_ops import sample_inputs
 from torch import Tensor
 
+from janus_ext import ops, reference
 from janus_ext.errors import JanusError
 
 CALLS = int(os.environ.get("JANUS_EXT_CALLS", "25"))
@@ -61,6 +63,24 @@ def test_random_calls(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_random_calls_on_a_gpu(name: str) -> None:
     _examine_random_calls(name, ON_GPU[name])
     torch.cuda.synchronize()
+
+
+def test_what_no_memory_holds_is_refused() -> None:
+    x = torch.zeros(1, 12).expand(2**38, 12)
+    for function in (torch.ops.janus_ext.gram_update_, reference.gram_update_):
+        with pytest.raises(
+            ValueError, match=r"^gram_update_: x must have fewer than 2\^40 elements, got \[27487790694"
+        ):
+            function(torch.eye(12), x)
+
+
+@pytest.mark.parametrize("op", [op for op in ops.OPS if op != "rectify_"])
+def test_none_for_the_first_tensor_is_refused(device: str, op: str) -> None:
+    """On a GPU, too, where that is the tensor whose device an op runs on."""
+    sample = sample_inputs(op, device)[0]
+    name = next(iter(sample))
+    with pytest.raises(TypeError, match=f"^{op}: {name} must be .*, got None$"):
+        getattr(torch.ops.janus_ext, op)(**{**sample, name: None})
 
 
 def _examine_random_calls(name: str, make: Callable[[], Right]) -> None:

@@ -117,11 +117,14 @@ stage_train() {
   train again & pids+=($!)
   { train cut & pid=$!
     for _ in {1..900}; do [[ -e $work/runs/cut/results.json || -e $work/runs/cut/checkpoints/method-1.safetensors ]] && break; sleep 0.2; done
-    python3 "$here/same.py" --kill "$work/runs/cut"; wait "$pid"; train cut --resume; } & pids+=($!)
+    python3 "$here/same.py" --kill "$work/runs/cut" && { wait "$pid"; train cut --resume; }; } & pids+=($!)
   { train within & pid=$!
-    for _ in {1..4500}; do [[ -e $work/runs/within/results.json ]] || compgen -G "$work/runs/within/checkpoints/method-1*" > /dev/null &&
-      [[ -e $work/runs/within/checkpoints/within.safetensors ]] && break; sleep 0.02; done
-    python3 "$here/same.py" --kill "$work/runs/within"; wait "$pid"; train within --resume; } & pids+=($!)
+    for _ in {1..4500}; do
+      [[ -e $work/runs/within/results.json ]] && break
+      [[ -e $work/runs/within/checkpoints/method-1.safetensors && -e $work/runs/within/checkpoints/within.safetensors ]] && break
+      sleep 0.02
+    done
+    python3 "$here/same.py" --kill "$work/runs/within" && { wait "$pid"; train within --resume; }; } & pids+=($!)
   for pid in "${pids[@]}"; do wait "$pid" || status=1; done
   printf 'twice the same bits: '; same janus again || status=1
   printf 'cut off and resumed, the same bits: '; same janus cut || status=1
@@ -142,10 +145,10 @@ stage_use() { # what comes after training, with a run of the GPU; and processes 
   need_gpu
   local pids=() status=0 pid run=$work/runs/janus format
   rm -rf "$work/use"; mkdir -p "$work/use"
-  for where in "$device" cpu; do
+  for where in $(printf '%s\n' "$device" cpu | sort -u); do
     call "evaluate-$where" janus_ext.evaluate "$run" --device "$where" --output "$work/use/$where" & pids+=($!)
   done
-  call evaluate-lda janus_ext.evaluate "$run" --head lda --device "$device" --output "$work/use/lda" & pids+=($!)
+  call evaluate-ridge janus_ext.evaluate "$run" --head ridge --device "$device" --output "$work/use/ridge" & pids+=($!)
   for format in timm onnx pt2; do
     call "export-$format" janus_ext.export "$run" --format "$format" --output "$work/use/$format" & pids+=($!)
   done
@@ -154,7 +157,7 @@ stage_use() { # what comes after training, with a run of the GPU; and processes 
   small=${GPU_SMALL:---tasks 4 --epochs 3}
   echo 'more processes than GPUs: an error is right'
   call together torch.distributed.run --nproc-per-node 2 -m janus_ext.train --device "$device" --output "$work/use/together" --no-plots $small
-  [[ $device == cpu || $? != 0 ]] || status=1
+  [[ $device == cpu ]] || grep -q 'sees 1 GPU' "$work/together.log" || status=1
   call together-cpu torch.distributed.run --nproc-per-node 2 -m janus_ext.train --device cpu --output "$work/use/two" --no-plots $small || status=1
   return $status
 }

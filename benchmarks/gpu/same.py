@@ -23,6 +23,7 @@ def end_those_writing_to(folder):
     done = sorted(Path(folder, "checkpoints").glob("factors-*"))
     finished = "there: too late" if Path(folder, "results.json").exists() else "missing"
     print(f"cut off with {len(done)} tasks finished, results.json {finished}")
+    return finished != "missing"
 
 
 if sys.argv[1] == "--kill":

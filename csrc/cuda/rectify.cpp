@@ -167,16 +167,17 @@ void rectify_layers(const Layers& layers, const Indices& indices, const Rectific
   std::vector<kernels::Layer> batch;
   Indices others;
   for (int64_t i : indices) {
-    if (!fits_kernel(layers.A[i])) {
+    if (fits_kernel(layers.A[i]))
+      append_targets(batch, layers, i);
+    else
       others.push_back(i);
-      continue;
-    }
-    append_targets(batch, layers, i);
-    bump_version(layers.grad_A[i]);
-    if (options.mode != "project") bump_version(layers.grad_B[i]);
   }
   if (!others.empty()) rectify_general(layers, others, options);
   if (batch.empty()) return;
+  for (int64_t i : indices) {  // of the others it has moved on
+    if (fits_kernel(layers.A[i])) bump_version(layers.grad_A[i]);
+    if (fits_kernel(layers.A[i]) && options.mode != "project") bump_version(layers.grad_B[i]);
+  }
   rectify_by_kernels(batch, layers.A[indices.front()].options(), options, Findings::of_current_device());
 }
 

@@ -151,7 +151,7 @@ class ModelConfig(Settings):
     rank: Maybe[int] = None
     """Rank of the LoRA factors on each of the --targets of every block; by default 8 for emoji, else 10 or 30."""
     head: Head = "auto"
-    """Classifier: the tasks' linear heads, ncm (nearest class mean), lda, ridge, or aligned; auto: the preset's."""
+    """Classifier: lda (the default), the tasks' linear heads (--preset paper), ncm (of lora-drs), ridge, or aligned."""
     head_width: Maybe[int] = None
     """Random ReLU features that --head ridge works on (RanPAC); by default it works on the features themselves."""
     normalize: Normalize = "auto"

@@ -2,8 +2,8 @@
 
 ``default`` is the published protocol where a benchmark has one, with the colours as the backbone wants them, linear
 discriminant analysis behind features that a guard keeps in place, heads that start small and one seed, and what was
-tuned here for the embedded images. ``paper`` is the published protocol to the letter: InfLoRA's line, which Janus-LoRA's
-paper follows, linear heads and quirks included.
+tuned here for the embedded images. ``paper`` is the published protocol to the letter: InfLoRA's line, which Janus-LoRA
+follows, linear heads and quirks included.
 """
 
 from __future__ import annotations
