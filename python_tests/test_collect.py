@@ -325,3 +325,16 @@ def test_files_are_decoded_once_and_then_remembered(tree, monkeypatch):
     labelled(tree)
     monkeypatch.setattr(check, "_decode_one", lambda files, name: pytest.fail(f"{name} is decoded again"))
     labelled(tree)
+
+
+@pytest.mark.parametrize("image", ["a\0b", "a\nb"])
+def test_a_path_that_there_cannot_be_is_one_line(image):
+    with pytest.raises(DataError, match="cannot be read: ") as caught:
+        to_image(image)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_without_end_is_refused():
+    """Its pixels would be 50 TB; Pillow refuses such a file, too."""
+    with pytest.raises(ArgumentError, match=r"an image must have at most [\d,]+ pixels, got a uint8 tensor \[3, 16, "):
+        to_image(torch.zeros(1, dtype=torch.uint8).expand(3, 16, 2**40))
