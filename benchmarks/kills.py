@@ -2,8 +2,8 @@
 
 python benchmarks/kills.py [--times 20]
 
-Each run is killed (SIGKILL) once, at a random moment of what a whole one takes from its first line to its last, and
-then taken up. Status 1 unless results, epochs and every saved tensor are always the same, bit by bit, and no more than
+Each run is killed (SIGKILL) once, at a random moment of what a whole one takes from its first line to its last, every
+other one within the first write of a file behind that moment, and then taken up. Status 1 unless results, epochs and every saved tensor are always the same, bit by bit, and no more than
 one epoch that was on record was computed a second time.
 """
 
@@ -45,15 +45,22 @@ def on_record(folder: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def kill(folder: Path, moment: float) -> bool:
-    """Kills a run at a moment; False if it had ended before."""
+def half_written(folder: Path) -> list[str]:
+    """The files that are being written: each is moved into place once it is whole."""
+    return sorted(path.name for path in folder.rglob(".*.tmp"))
+
+
+def kill(folder: Path, moment: float, within_write: bool) -> bool:
+    """Kills a run at a moment, or within a write behind it; False if it had ended before."""
     run = begin(folder)
     try:
         run.wait(moment)
     except subprocess.TimeoutExpired:
+        while within_write and run.poll() is None and not half_written(folder):
+            pass
         run.send_signal(signal.SIGKILL)
     run.communicate()
-    return run.returncode == -signal.SIGKILL
+    return run.returncode == -signal.SIGKILL and (not within_write or bool(half_written(folder)))
 
 
 def main() -> None:
@@ -68,15 +75,16 @@ def main() -> None:
         killed = good = 0
         while killed < arguments.times:
             moment, run = moments.uniform(0, seconds), Path(folder) / f"killed-{killed}"
-            if not kill(run, moment):
-                shutil.rmtree(run)  # it was faster than the first one: another moment
+            if not kill(run, moment, within_write=bool(killed % 2)):
+                shutil.rmtree(run)  # it was faster than the first one, or than this process: another moment
                 continue
+            half = "".join(f", within the write of {name}" for name in half_written(run))
             tasks = len(list((run / "checkpoints").glob("factors-*")))
             again = on_record(run) + finish(run)[1] - epochs
             found = differences(run, whole)
             killed, good = killed + 1, good + (not found and again <= 1)
             end = "not the same: " + ", ".join(found) if found else "the same in the end"
-            moment = f"killed after {moment:.2f} of {seconds:.2f} s, in task {tasks + 1}"
+            moment = f"killed after {moment:.2f} of {seconds:.2f} s, in task {tasks + 1}{half}"
             print(f"{killed}: {moment}; {again} epochs on record computed again; {end}", flush=True)
     print(f"bit-identical, at most an epoch lost: {good} of {arguments.times}")
     sys.exit(good < arguments.times)

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 RANKS = 2
-CALL = "--tasks 4 --limit-per-class 3 --epochs 2 --amp off --no-plots --margin-weight 0".split()
+TASKS = 4
+CALL = f"--tasks {TASKS} --amp off --no-plots --margin-weight 0 --drift-budget 0.1 --lr 0.05".split()
 KINDS = ("gradients", "statistics", "features")
 PROBED = 256  # images whose features are compared before and behind a task
 
@@ -44,15 +45,18 @@ class Shape:
     def steps(self) -> int:
         return self.epochs * math.ceil(self.images / self.batch)
 
-    def sent(self) -> dict[str, int]:
-        """Bytes a task by kind: gradients every step; Gram matrices once and behind every epoch; features of all."""
+    def sent(self, tries: float = 0) -> dict[str, int]:
+        """Bytes a task by kind: gradients every step; Gram matrices once and behind every epoch; features of all.
+
+        The guard may try some shares of the update (ten at most), and measures some features again for each.
+        """
         head = self.classes * (self.width + 1)
         marks = 2 * self.layers + 2  # one a tensor: whether it has a gradient at all
-        features = self.images + 2 * min(PROBED, self.images)
+        features = self.images + (2 + tries) * min(PROBED, self.images)
         return {
             "gradients": 4 * self.steps * (self.trained + head + marks),
             "statistics": 4 * self.layers * self.width**2 * (1 + self.epochs),
-            "features": 4 * self.width * features,
+            "features": round(4 * self.width * features),
         }
 
 
@@ -79,8 +83,9 @@ def counting(name: str, send: Callable[..., Any], counts: Counter[str]) -> Calla
     return counted
 
 
-def train_and_count(rank: int, folder: str) -> None:
+def train_and_count(rank: int, folder: str, flags: list[str]) -> None:
     """One of the two processes; the first writes down what it sent."""
+    from janus_ext.methods.base import Method
     from janus_ext.train import main
 
     torch.set_num_threads(1)
@@ -89,21 +94,31 @@ def train_and_count(rank: int, folder: str) -> None:
     counts: Counter[str] = Counter()
     for name in ("all_reduce", "reduce", "all_gather"):
         setattr(dist, name, counting(name, getattr(dist, name), counts))
-    if main([*CALL, "--output", f"{folder}/run"]):
+    look = Method._movement
+
+    def looking(self: Method, *arguments: Any) -> float:
+        counts["movements"] += 1
+        return look(self, *arguments)
+
+    Method._movement = looking
+    if main([*CALL, *flags, "--output", f"{folder}/run"]):
         raise SystemExit("the run failed")
     if rank == 0:
         Path(folder, "counts.json").write_text(json.dumps(counts))
     dist.destroy_process_group()
 
 
-def measure() -> int:
-    """The table of the count beside the model."""
+def measure(epochs: int = 2, limit: int = 3) -> int:
+    """The table of the count beside the model, of so many epochs of so many images a class."""
+    flags = ["--epochs", str(epochs), "--limit-per-class", str(limit)]
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(train_and_count, args=(folder,), nprocs=RANKS)
-        counts = json.loads(Path(folder, "counts.json").read_text())
-    shape = Shape(layers=6, width=192, trained=36_864, classes=50, images=150, batch=32, epochs=2)
-    wanted = {kind: 4 * size for kind, size in shape.sent().items()}
-    print("| sent by a process in four tasks | model, bytes | counted, bytes | transfers |\n|---|---|---|---|")
+        torch.multiprocessing.spawn(train_and_count, args=(folder, flags), nprocs=RANKS)
+        counts = Counter(json.loads(Path(folder, "counts.json").read_text()))
+    shape = Shape(layers=6, width=192, trained=36_864, classes=50, images=50 * limit, batch=32, epochs=epochs)
+    tries = counts["movements"] - TASKS  # of the guard: every task measures once what it has moved
+    wanted = {kind: TASKS * size for kind, size in shape.sent(tries / TASKS).items()}
+    print(f"The guard tried {tries} shares.\n")
+    print(f"| sent by a process in {TASKS} tasks | model, bytes | counted, bytes | transfers |\n|---|---|---|---|")
     for kind in KINDS:
         print(f"| {kind} | {wanted[kind]:,} | {counts[kind]:,} | {counts[f'{kind}, transfers']:,} |")
     print(f"| to agree | – | {counts['agreement']:,} | {counts['agreement, transfers']:,} |")

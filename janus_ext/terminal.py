@@ -38,17 +38,38 @@ class TerminalHandler(logging.Handler):
             self.handleError(record)
 
 
+class LogFile(logging.FileHandler):
+    """Writes log lines to a file; CheckpointError where that fails, as on a full disk, which keeps nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        with self._naming(path):
+            super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raises what `emit` has caught, which logging would print with a traceback."""
+        with self._naming(self.baseFilename):
+            raise  # noqa: PLE0704 - logging calls this within its except
+
+    def close(self) -> None:
+        with self._naming(self.baseFilename):
+            super().close()
+
+    @staticmethod
+    @contextmanager
+    def _naming(path: str | Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
 @contextmanager
 def logging_to(path: Path | None = None) -> Iterator[None]:
     """Sends the program's log to the terminal, around the progress bar, and to ``path``."""
     handlers: list[logging.Handler] = [TerminalHandler()]
     if path is not None:
-        try:
-            file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be written: {error}") from error
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        handlers.insert(0, file)  # first: it is whole wherever the terminal ends
+        handlers.insert(0, LogFile(path))  # first: it is whole wherever the terminal ends
     level = LOG.level
     LOG.setLevel(logging.INFO)
     for handler in handlers:

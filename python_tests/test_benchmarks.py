@@ -31,42 +31,55 @@ def results(path: Path, **ratios: float) -> Path:
     return path
 
 
-def generated_blocks() -> list[tuple[str, str]]:
-    """(command, text) of every generated block of the documents, each once."""
-    pages = (ROOT / "README.md", ROOT / "REPRODUCIBILITY.md", *sorted((ROOT / "docs").glob("*.md")))
-    texts = [path.read_text() for path in pages]
-    parts = [part for text in texts for part in text.split("<!-- end -->")[:-1]]
-    blocks = [part.rpartition("<!-- ")[2].partition(" -->\n") for part in parts]
-    return list(dict.fromkeys((head.partition(": ")[2], text.strip()) for head, _, text in blocks))
+TABLES = (
+    "run.py table benchmarks/results/cpu.json",
+    "run.py table benchmarks/results/gpu-h200.json",
+    "run.py columns "
+    + " ".join(f"benchmarks/results/cpu{name}.json" for name in ("", "-amd", "-amd-one-thread", "-amd-avx2")),
+    "run.py table benchmarks/results/heads.json",
+    "run.py table benchmarks/results/program.json",
+    "estimators.py --table benchmarks/results/estimators.json",
+    "families.py --table benchmarks/results/families.json",
+    "full_size.py dry --table benchmarks/results/dry-cpu.json",
+    "full_size.py dry --table benchmarks/results/dry-h100.json",
+    "loader.py --table benchmarks/results/loader.json",
+    "shares.py table benchmarks/results/shares.json",
+    *(f"study.py {table} emoji" for table in ("table", "details", "paired", "hypotheses", "ablation")),
+)
 
 
-@pytest.mark.parametrize(("command", "text"), generated_blocks(), ids=lambda value: value[:40])
-def test_tables_are_what_their_commands_print(command: str, text: str) -> None:
-    done = call(command)
-    assert done.returncode == 0, done.stderr
-    assert text == done.stdout.strip()
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A script of the benchmarks as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
 
 
-def test_the_documents_have_all_tables() -> None:
-    assert {command.partition(" ")[2] for command, _ in generated_blocks()} == {
-        "benchmarks/run.py table benchmarks/results/cpu.json",
-        "benchmarks/run.py table benchmarks/results/gpu-h200.json",
-        "benchmarks/run.py columns "
-        + " ".join(f"benchmarks/results/cpu{name}.json" for name in ("", "-amd", "-amd-one-thread", "-amd-avx2")),
-        "benchmarks/run.py table benchmarks/results/heads.json",
-        "benchmarks/run.py table benchmarks/results/program.json",
-        "benchmarks/estimators.py --table benchmarks/results/estimators.json",
-        "benchmarks/families.py --table benchmarks/results/families.json",
-        "benchmarks/full_size.py dry --table benchmarks/results/dry-cpu.json",
-        "benchmarks/full_size.py dry --table benchmarks/results/dry-h100.json",
-        "benchmarks/loader.py --table benchmarks/results/loader.json",
-        "benchmarks/shares.py table benchmarks/results/shares.json",
-        "benchmarks/study.py table emoji",
-        "benchmarks/study.py details emoji",
-        "benchmarks/study.py paired emoji",
-        "benchmarks/study.py hypotheses emoji",
-        "benchmarks/study.py ablation emoji",
-    }
+@pytest.fixture
+def shown(module) -> list[tuple[str, str]]:
+    """(command, text) of every table of the documents."""
+    documents = module("documents")
+    return [table for page in documents.pages() for table in documents.tables(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table[:40])
+def test_tables_are_what_their_commands_print(module, shown, table: str) -> None:
+    command = f"python benchmarks/{table}"
+    texts = {text for its_command, text in shown if its_command == command}
+    assert texts == {module("documents").printed(command)}
+
+
+def test_the_documents_have_all_tables(shown) -> None:
+    assert {command for command, _ in shown} == {f"python benchmarks/{table}" for table in TABLES}
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "REPRODUCIBILITY.md")]
+    pages += [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    assert len(shown) == sum(page.count("<!-- end -->") for page in pages)
+
+
+def test_a_table_is_refilled_and_nothing_else_is_touched(module) -> None:
+    documents = module("documents")
+    page = "a\n\n<!-- t: python x.py | 1 -->\n\n{}\n\n<!-- end -->\n\n| b |\n<!-- end -->\n"
+    assert documents.refilled(page.format("| 1 |\n\n| 2 |"), str.upper) == page.format("PYTHON X.PY | 1")
 
 
 def test_every_target_is_a_case_and_was_reached() -> None:
@@ -106,13 +119,6 @@ def test_a_case_runs_and_writes_json(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "a.json").read_text())["cases"]
     assert row["case"] == "margin" and row["ratio"] > 0 and row["difference"] < 1e-4
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A script of the benchmarks as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def test_a_case_that_fails_is_named_and_the_others_are_kept(module, monkeypatch, tmp_path, capsys) -> None:

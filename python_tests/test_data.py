@@ -5,10 +5,12 @@ import zipfile
 
 import pytest
 import torch
+from test_training_together import noisy
 
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji
-from janus_ext.data.benchmark import Benchmark, MemorySplit
+from janus_ext.data.benchmark import Benchmark, MemorySplit, Selection
+from janus_ext.data.images import Arrays, ImageSplit, View
 from janus_ext.data.tasks import class_order, default_tasks, split_classes, split_sha256
 from janus_ext.errors import ArgumentError, DataError
 
@@ -178,3 +180,29 @@ def test_a_damaged_archive_is_named(tmp_path):
         archive.writestr("noto/other.txt", "")
     with pytest.raises(DataError, match=r"lacks noto/1f600\.png"):
         emoji.load(TrainConfig(tasks=1), tmp_path)
+
+
+# of several processes ------------------------------------------------------------------------------------------
+class Own(MemorySplit):
+    """A split that knows of no parts."""
+
+    def stream(self, batches, generator=None, skip=0):
+        return super().stream(batches, generator, skip)
+
+
+@pytest.mark.parametrize("kind", [MemorySplit, Own, ImageSplit])
+def test_the_parts_of_a_batch_are_the_batch(patterns, kind) -> None:
+    """Whoever cuts them: as they are, augmented, in order."""
+    images = patterns.train.images
+    if kind is ImageSplit:
+        pixels = Arrays([image.permute(1, 2, 0).numpy() for image in images])
+        split = ImageSplit(pixels, range(len(images)), patterns.train.labels, patterns.train.samples, View(32))
+    else:
+        split = kind(images, patterns.train.labels, patterns.train.samples, noisy)
+    selection = Selection.all_of(split, range(6))
+    whole = list(selection.shuffled(10, seed=3, skip=1))
+    parts = [list(selection.shuffled(10, 3, 1, lambda rows, i=i: rows.tensor_split(3)[i])) for i in range(3)]
+    assert len(whole) == 4 and all(len(part) == 4 for part in parts)
+    for (batch, labels), *pieces in zip(whole, *parts, strict=True):
+        assert torch.equal(batch, torch.cat([piece for piece, _ in pieces]))
+        assert torch.equal(labels, torch.cat([piece for _, piece in pieces]))

@@ -1,9 +1,10 @@
-"""NaN anywhere in a task ends the run in a line that says where, and what was kept before is good: --resume ends with
-the bits of a run that never had one.
+"""NaN or infinity anywhere in a task ends the run in a line that says where, and what was kept before is good: --resume
+ends with the bits of a run that never had one.
 """
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -22,6 +23,7 @@ AMPS = ("off", "bf16", "fp16")
 LAYER = "blocks.1.attn.qkv"
 TASK = 6  # steps: 16 images in batches of 8, 3 epochs
 NAN = float("nan")
+bad = NAN  # what the cases put in the place of a number; a test may say infinity
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, before: Callable[[Learner], None]) -> None:
@@ -43,7 +45,7 @@ def spoil_loss(learner: Learner) -> None:
     def once(images: Tensor, targets: Tensor) -> Step:
         del learner.method.loss
         step = loss(images, targets)
-        return Step(step.loss * NAN, step.correct)
+        return Step(step.loss * bad, step.correct)
 
     learner.method.loss = once
 
@@ -51,7 +53,7 @@ def spoil_loss(learner: Learner) -> None:
 def spoil_input(learner: Learner) -> None:
     def once(module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         hook.remove()
-        return (args[0] * NAN,)
+        return (args[0] * bad,)
 
     hook = learner.method.layers[LAYER].register_forward_pre_hook(once)
 
@@ -63,7 +65,7 @@ def spoil_statistics(learner: Learner) -> None:
 
     def once(x: Tensor) -> None:
         del estimator.observe
-        observe(x * NAN)
+        observe(x * bad)
 
     estimator.observe = once
 
@@ -71,7 +73,7 @@ def spoil_statistics(learner: Learner) -> None:
 def spoil_gradient(learner: Learner) -> None:
     def once(gradient: Tensor) -> Tensor:
         hook.remove()
-        return gradient * NAN
+        return gradient * bad
 
     hook = learner.method.layers[LAYER].B.register_hook(once)
 
@@ -84,7 +86,7 @@ def spoil_gradient_and_stop(learner: Learner) -> None:
 
 def spoil_weight(learner: Learner) -> None:
     with torch.no_grad():
-        learner.method.layers[LAYER].linear.weight[-1, 0] = NAN
+        learner.method.layers[LAYER].linear.weight[-1, 0] = bad
 
 
 def spoil_features(learner: Learner) -> None:
@@ -93,21 +95,21 @@ def spoil_features(learner: Learner) -> None:
 
     def after(batches: Callable) -> tuple[Tensor, Tensor]:
         features, labels = take(batches)
-        return (features * NAN if learner.method.layers[LAYER].B.count_nonzero() == 0 else features), labels
+        return (features * bad if learner.method.layers[LAYER].B.count_nonzero() == 0 else features), labels
 
     learner.method._features = after
 
 
 WEIGHT = rf"backbone\.{LAYER}\.\S*"
-CASES = {  # (step of the second task, what happens, what is said)
-    "loss": (5, spoil_loss, r"the loss is nan in task 2, epoch 3, step 1"),
-    "input": (6, spoil_input, r"the loss is nan in task 2, epoch 3, step 2"),
-    "statistics": (5, spoil_statistics, rf"{LAYER}\.\S* is not finite in task 2, behind epoch 3 and step 0"),
-    "features": (6, spoil_features, r"task 2: the features of the task's 16 images are not finite"),
-    "gradient": (3, spoil_gradient, r"the loss is nan in task 2, epoch 2, step 2.*not finite by then: backbone\."),
-    "last gradient": (6, spoil_gradient, rf"{WEIGHT} is not finite in task 2, behind epoch 3 and step 0"),
-    "gradient, signal": (4, spoil_gradient_and_stop, rf"{WEIGHT} is not finite in task 2, behind epoch 1 and step 2"),
-    "weight": (4, spoil_weight, rf"the loss is nan in task 2, epoch 2, step 2.*not finite by then: {WEIGHT}"),
+CASES = {  # (step of a task, what happens, what is said: where T stands for the task)
+    "loss": (5, spoil_loss, r"the loss is (nan|inf) in task T, epoch 3, step 1"),
+    "input": (6, spoil_input, r"the loss is nan in task T, epoch 3, step 2"),
+    "statistics": (5, spoil_statistics, rf"{LAYER}\.\S* is not finite in task T, behind epoch 3 and step 0"),
+    "features": (6, spoil_features, r"task T: the features of the task's 16 images are not finite"),
+    "gradient": (3, spoil_gradient, r"the loss is nan in task T, epoch 2, step 2.*not finite by then: backbone\."),
+    "last gradient": (6, spoil_gradient, rf"{WEIGHT} is not finite in task T, behind epoch 3 and step 0"),
+    "gradient, signal": (4, spoil_gradient_and_stop, rf"{WEIGHT} is not finite in task T, behind epoch 1 and step 2"),
+    "weight": (4, spoil_weight, rf"the loss is nan in task T, epoch 2, step 2.*not finite by then: {WEIGHT}"),
 }
 
 
@@ -125,22 +127,26 @@ def whole(patterns, weights, tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize(("value", "task"), [(NAN, 2), (float("inf"), 1)])
 @pytest.mark.parametrize("amp", AMPS)
 @pytest.mark.parametrize("case", CASES)
-def test_it_ends_in_a_line_and_what_was_kept_is_good(patterns, weights, tmp_path, monkeypatch, whole, case, amp):
+def test_it_ends_in_a_line_and_what_was_kept_is_good(
+    patterns, weights, tmp_path, monkeypatch, whole, case, amp, value, task
+):
     step, spoil, said = CASES[case]
+    monkeypatch.setattr(sys.modules[__name__], "bad", value)
     if amp == "fp16" and "gradient" in case:
         pytest.skip("the scaler leaves such a step out: test_mixed_precision.py")
     with monkeypatch.context() as patched:
-        at_step(patched, TASK + step, spoil)
-        with pytest.raises(TrainingError, match=said if amp != "fp16" else said.partition(".*")[0]) as ended:
+        at_step(patched, (task - 1) * TASK + step, spoil)
+        with pytest.raises(TrainingError, match=said.replace("task T", f"task {task}")) as ended:
             make_trainer(patterns, weights, tmp_path / "run", amp=amp).run()
     assert "\n" not in str(ended.value)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         assert all(tensor.isfinite().all() for tensor in read_tensors(path)[0].values()), path
     again = make_trainer(patterns, weights, tmp_path / "run", amp=amp)
     again.restore()
-    assert len(again.matrix) == 1
+    assert len(again.matrix) == task - 1
     results, tensors, folder = whole(amp)
     assert without_time(again.run()) == results
     assert all(torch.equal(value, tensors[name]) for name, value in weights_of(again).items())

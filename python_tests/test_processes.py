@@ -12,7 +12,15 @@ import torch
 from conftest import assert_close, relative_error, subspace
 from torch import Tensor, nn
 
-from janus_ext import GradientRectifier, LoRALinear, LoRAPair, OnlineEstimator, StatisticsError, TaskBoundaryError
+from janus_ext import (
+    FeatureStatistics,
+    GradientRectifier,
+    LoRALinear,
+    LoRAPair,
+    OnlineEstimator,
+    StatisticsError,
+    TaskBoundaryError,
+)
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -158,6 +166,26 @@ def shared(rank: int) -> Outcome:
     return outcome
 
 
+MANY = 5  # which is no power of two
+
+
+def summed_by_many(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", MANY)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=MANY)
+    outcome = {}
+    for kind in KINDS:
+        one = estimator(kind)
+        one.observe(rows(1)[rank::MANY])
+        outcome[f"{kind} basis"] = one.commit(0.95)
+    known = FeatureStatistics(N)
+    known.reserve(4)
+    known.observe(rows(1)[rank::MANY], torch.arange(64)[rank::MANY] % 4)
+    known.all_reduce()
+    torch.save(outcome | known.state_dict(), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", RANKS)
@@ -275,3 +303,18 @@ def test_layers_share_an_estimator_in_all_processes_or_in_none(both: Callable[[s
     told, waiting = both("shared")[1]["error"], both("shared")[0]["error"]
     assert told.startswith("other: its input is that of another layer in one process") and "share_inputs=False" in told
     assert waiting == told
+
+
+def test_five_processes_add_up_in_a_tree(tmp_path: Path) -> None:
+    """Pairs, pairs of pairs, and the one that is left over."""
+    torch.multiprocessing.spawn(summed_by_many, args=(str(tmp_path),), nprocs=MANY)
+    outcomes = [torch.load(tmp_path / f"{rank}.pt") for rank in range(MANY)]
+    assert all(torch.equal(outcome[name], value) for outcome in outcomes for name, value in outcomes[0].items())
+    for kind in KINDS:
+        alone = estimator(kind)
+        alone.observe(rows(1))
+        assert_close(subspace(outcomes[0][f"{kind} basis"]), subspace(alone.commit(0.95)), torch.float64, 100)
+    known = FeatureStatistics(N)
+    known.observe(rows(1), torch.arange(64) % 4)
+    for name, value in known.state_dict().items():
+        assert_close(outcomes[0][name], value, torch.float64)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,20 @@ def assert_same_files(folder, other) -> None:
     for name, tensors in wanted["tensors"].items():
         assert found["tensors"][name].keys() == tensors.keys()
         assert all(torch.equal(found["tensors"][name][key], value) for key, value in tensors.items()), name
+
+
+def test_equal_runs_leave_equal_files(weights, tmp_path, monkeypatch) -> None:
+    """All bytes of them but times: docs/commands.md."""
+    found = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert train.main([*FLAGS.split(), "--weights", str(weights), "--output", "run"]) == 0
+        found.append({str(path): path.read_bytes() for path in Path("run").rglob("*") if path.is_file()})
+    assert found[0].keys() == found[1].keys() and "run/checkpoints/method-3.safetensors" in found[0]
+    different = {path for path in found[0] if found[0][path] != found[1][path]}
+    assert different == {"run/metrics.jsonl", "run/log.txt", "run/results.json", "run/checkpoints/model.safetensors"}
+    assert_same_files(tmp_path / "one" / "run", tmp_path / "other" / "run")
 
 
 # every moment at which files change ----------------------------------------------------------------------------------

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import pytest
 import trees
+from torch.distributed.run import get_args_parser
 
 ERRORS = "janus_ext.train: "
 SMALL = ["--epochs", "2", "--batch-size", "7", "--no-plots", "--amp", "off", "--workers", "0", "--rank", "4"]
 
 
-def call(weights: Path, tree: Path, folder: Path, *flags: str, processes: int = 2) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+def call(
+    weights: Path, tree: Path, folder: Path, *flags: str, processes: int = 2, torchrun: tuple[str, ...] = ()
+) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), *torchrun] if processes > 1 else []
     benchmark = ["--benchmark", "folder", "--backbone", "emoji", "--weights", str(weights), "--data-dir", str(tree)]
     train = ["-m", "janus_ext.train", *benchmark, "--tasks", "2", "--output", str(folder), *SMALL, *flags]
     return [sys.executable, *launcher, *train]
@@ -71,6 +74,35 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(tree, weights, tmp_path) 
     assert len(said(stderr)) == 1, stderr
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     alone = call(weights, tree, folder, "--resume", "--epochs", "300", processes=1)
+    resumed = subprocess.Popen(alone, stdout=subprocess.PIPE, text=True)
+    assert any("and within the next: epochs done" in line for line in iter(resumed.stdout.readline, ""))
+    resumed.kill()
+    resumed.communicate()
+
+
+PASSED_ON = ("--signals-to-handle", "SIGTERM,SIGUSR1", "--shutdown-timeout", "5")
+
+
+@pytest.mark.parametrize(
+    ("number", "torchrun"), [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGUSR1, PASSED_ON)]
+)
+def test_a_signal_to_torchrun_keeps_the_run(tree, weights, tmp_path, number, torchrun) -> None:
+    """docs/processes.md; SIGUSR1, a cluster's warning, where torchrun is told to pass it on."""
+    if torchrun and torchrun[0] not in get_args_parser().format_help():
+        pytest.skip("this torchrun passes no other signals on")
+    folder = tmp_path / "run"
+    flags = ("--epochs", "5000", "--save-every", "10m")
+    run = subprocess.Popen(call(weights, tree, folder, *flags, torchrun=torchrun), stderr=subprocess.PIPE, text=True)
+    epochs, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while run.poll() is None and time.monotonic() < deadline and not (epochs.exists() and epochs.stat().st_size):
+        time.sleep(0.02)
+    workers, kept = workers_of(run), folder / "checkpoints" / "within.safetensors"
+    assert len(workers) == 2 and not kept.exists()
+    run.send_signal(number)
+    _, stderr = run.communicate(timeout=60)
+    assert kept.exists(), stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    alone = call(weights, tree, folder, *flags, "--resume", processes=1)
     resumed = subprocess.Popen(alone, stdout=subprocess.PIPE, text=True)
     assert any("and within the next: epochs done" in line for line in iter(resumed.stdout.readline, ""))
     resumed.kill()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +23,14 @@ from learners import learner_of, state_of
 from torch import Tensor
 
 from janus_ext import ArgumentError, processes
-from janus_ext.data.benchmark import Benchmark, MemorySplit, Selection
-from janus_ext.data.images import Arrays, ImageSplit, View
+from janus_ext.data.benchmark import Benchmark
 from janus_ext.errors import Interrupted, ProcessError
 from janus_ext.methods import METHODS
 from janus_ext.methods.janus import Janus
 from janus_ext.training import keeping as keeping_module
 from janus_ext.training.loop import Learner
 from janus_ext.training.parallel import add_up_gradients
+from janus_ext.training.progress import make_bar
 from janus_ext.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("together")
@@ -176,6 +178,37 @@ def learned(weights: Path, tree: Path, folder: Path, rank: int) -> Outcome:
     return {"refused": refused, "seeds": seeds, "state": state_of(learner), "predicted": learner.predict(tree)}
 
 
+def evaluated(benchmark: Benchmark, weights: Path, folder: Path) -> int:
+    """How many images this process has scored, all evaluations together."""
+    trainer, images = trainer_of(benchmark, weights, folder, epochs=1), []
+    clean, evaluate = trainer.learner.clean_batches, trainer._evaluate
+
+    def counting(index: int) -> Any:
+        trainer.learner.clean_batches = lambda split: (images.append(len(batch[1])) or batch for batch in clean(split))
+        try:
+            return evaluate(index)
+        finally:
+            trainer.learner.clean_batches = clean
+
+    trainer._evaluate = counting
+    trainer.run()
+    return sum(images)
+
+
+def looking_for(found: Path) -> bool:
+    """Whether somebody has fetched it; else this one does, which takes a while."""
+    there = found.exists()
+    time.sleep(0.2)
+    found.touch()
+    return there
+
+
+def draws_a_bar() -> bool:
+    """On a terminal."""
+    sys.stderr.isatty = lambda: True
+    return not make_bar(1, 0).disable
+
+
 def work(rank: int, folder: Path, benchmark: Benchmark, weights: Path, tree: Path) -> None:
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(f"{folder}/store", RANKS)
@@ -188,6 +221,10 @@ def work(rank: int, folder: Path, benchmark: Benchmark, weights: Path, tree: Pat
     outcome["learned"] = learned(weights, tree, folder / "learner", rank)
     outcome["watching"] = watching(benchmark, weights, folder / "watching")
     outcome["gradients"] = gradients(rank)
+    outcome["evaluated"] = evaluated(benchmark, weights, folder / "evaluated")
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}  # as torchrun says
+    outcome["found"] = processes.in_turn(lambda: looking_for(folder / "fetched"))
+    outcome["bar"] = draws_a_bar()
     outcome["given up"] = given_up()
     torch.save(outcome, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -247,31 +284,6 @@ def assert_same(one: Outcome, other: Outcome) -> None:
         assert all(torch.equal(tensor, other[part][name]) for name, tensor in one[part].items())
 
 
-class Own(MemorySplit):
-    """A split that knows of no parts."""
-
-    def stream(self, batches, generator=None, skip=0):
-        return super().stream(batches, generator, skip)
-
-
-@pytest.mark.parametrize("kind", [MemorySplit, Own, ImageSplit])
-def test_the_parts_of_a_batch_are_the_batch(patterns, kind) -> None:
-    """Whoever cuts them: as they are, augmented, in order."""
-    images = patterns.train.images
-    if kind is ImageSplit:
-        pixels = Arrays([image.permute(1, 2, 0).numpy() for image in images])
-        split = ImageSplit(pixels, range(len(images)), patterns.train.labels, patterns.train.samples, View(32))
-    else:
-        split = kind(images, patterns.train.labels, patterns.train.samples, noisy)
-    selection = Selection.all_of(split, range(6))
-    whole = list(selection.shuffled(10, seed=3, skip=1))
-    parts = [list(selection.shuffled(10, 3, 1, lambda rows, i=i: rows.tensor_split(3)[i])) for i in range(3)]
-    assert len(whole) == 4 and all(len(part) == 4 for part in parts)
-    for (batch, labels), *pieces in zip(whole, *parts, strict=True):
-        assert torch.equal(batch, torch.cat([piece for piece, _ in pieces]))
-        assert torch.equal(labels, torch.cat([piece for _, piece in pieces]))
-
-
 def test_every_method_is_a_case() -> None:
     assert {changes.get("method", "janus") for changes in CASES.values()} == set(METHODS)
 
@@ -299,11 +311,25 @@ def test_asked_alone_one_ends_all_behind_the_same_step(both) -> None:
     assert both("cut") == [{"number": signal.SIGTERM, "steps": 11, "tasks": 1}] * RANKS
 
 
+def test_each_scores_its_share(both, patterns) -> None:
+    seen = sum(3 - task for task in range(3)) * len(patterns.test) // 3
+    shares = both("evaluated")
+    assert sum(shares) == seen and min(shares) > seen // 3
+
+
+def test_what_the_first_fetches_is_there_for_the_other(both) -> None:
+    assert both("found") == [False, True]
+
+
+def test_the_first_alone_draws_a_bar(both) -> None:
+    assert both("bar") == [True, False]
+
+
 def test_a_run_cut_off_is_taken_up_by_two(both) -> None:
     one, other = both("taken up")
     assert_same(one, other)
     assert one["position"] == (0, 3)
-    assert_as_one(one, both("janus")[0])
+    assert_same(one, both("janus")[0])
 
 
 def test_a_run_cut_off_is_taken_up_by_one(both, folder, patterns, weights) -> None:

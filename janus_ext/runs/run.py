@@ -56,6 +56,7 @@ class Run:
         self.folder = Path(folder)
         self.checkpoints = self.folder / "checkpoints"
         self._model_sha256: str | None = None  # of the last finished task, once there is one
+        self._place: tuple[int, int, str] | None = None  # where it works, once it does
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -104,11 +105,16 @@ class Run:
         return opened(self.folder, settings, begin)
 
     def prepare(self) -> None:
-        """Makes the folder, that it fails before anything is computed where it cannot be made."""
+        """Makes the folder, that it fails before anything is computed where it cannot be made.
+
+        From here on nothing is written once it is gone: no command would open what a new folder of its name held.
+        """
         make_folder(self.checkpoints)
+        self._place = self._where()
 
     def write_epoch(self, record: Mapping[str, Any]) -> None:
         """Appends a line to ``metrics.jsonl``."""
+        self._require_in_place()
         append_json_line(self.folder / "metrics.jsonl", record)
 
     def keep_epochs(self, epochs: Sequence[int]) -> None:
@@ -128,7 +134,7 @@ class Run:
 
     def write_factors(self, task: int, factors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
         """Writes what a task has added to the weights."""
-        make_folder(self.checkpoints)
+        self._make_checkpoints()
         write_tensors(self.factors_path(task), factors, {**about, CONFIG: self._seal})
 
     def write_task(
@@ -144,7 +150,7 @@ class Run:
         The model comes last and carries the results: with it the task is finished, and what the method kept before
         is not needed any more. Cut off anywhere, the files of one finished task are all there.
         """
-        make_folder(self.checkpoints)
+        self._make_checkpoints()
         model, method = state
         about = {**about, "task": str(index), TASKS: to_json(tasks), CONFIG: self._seal}
         about["state"] = write_tensors(self._method_path(index), method, about)
@@ -156,12 +162,35 @@ class Run:
 
     def write_within(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes what there is of the task that is being learned, in place of what there was of it."""
-        make_folder(self.checkpoints)
+        self._make_checkpoints()
         write_tensors(self._within_path, tensors, {"behind": self._behind, "state": to_json(state)})
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Writes ``results.json``: the run is finished."""
+        self._require_in_place()
         write_sealed_json(self.folder / "results.json", results)
+
+    def _make_checkpoints(self) -> None:
+        self._require_in_place()
+        make_folder(self.checkpoints)
+
+    def _require_in_place(self) -> None:
+        """CheckpointError where the folder is no longer the one that `prepare` has seen."""
+        if self._place is not None and self._where() != self._place:
+            raise CheckpointError(
+                f"{self.folder} is not as this run has made it: it was moved, removed or altered meanwhile; "
+                "nothing more is written there"
+            )
+
+    def _where(self) -> tuple[int, int, str] | None:
+        """Which folder of checkpoints it is on its disk, and how the settings beside it are sealed; None without."""
+        try:
+            place = self.checkpoints.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise CheckpointError(f"{self.checkpoints} cannot be read: {error}") from error
+        return place.st_dev, place.st_ino, self._seal
 
     # what it has kept -------------------------------------------------------------------------------------------------
     def saved(self) -> Saved | None:
