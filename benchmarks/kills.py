@@ -3,8 +3,9 @@
 python benchmarks/kills.py [--times 20]
 
 Each run is killed (SIGKILL) once, at a random moment of what a whole one takes from its first line to its last, every
-other one within the first write of a file behind that moment, and then taken up. Status 1 unless results, epochs and every saved tensor are always the same, bit by bit, and no more than
-one epoch that was on record was computed a second time.
+other one within the first write of a file behind that moment, and then taken up. Status 1 unless results, epochs and
+every saved tensor are always the same, bit by bit, and no more than one epoch that was on record was computed a second
+time.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Files of a run: JSON without NaN, tensors that come back, and no file that is half written."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,42 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
         checkpoint.write_tensors(tmp_path / "y.safetensors", {"t": torch.zeros(2)})
     assert json.loads(path.read_text()) == {"version": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.fixture
+def on_disk(monkeypatch) -> list[str]:
+    """What happens to files and folders, in its order: flushed or moved."""
+    happened, sync, move = [], os.fsync, os.replace
+
+    def syncing(handle: int) -> None:
+        happened.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        sync(handle)
+
+    def moving(source, target) -> None:
+        happened.append(f"replace {Path(target).name}")
+        move(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", syncing)
+    monkeypatch.setattr(checkpoint.os, "replace", moving)
+    return happened
+
+
+def test_files_and_the_names_of_files_are_flushed_to_the_disk(tmp_path, on_disk):
+    """A name lies in its folder: without that a power cut may lose a file that was moved there."""
+    checkpoint.make_folder(tmp_path / "run" / "checkpoints")
+    assert sorted(on_disk) == sorted(["fsync run", f"fsync {tmp_path.name}"])
+    on_disk.clear()
+    checkpoint.write_tensors(tmp_path / "run" / "x", {"a": torch.zeros(2)})
+    temporary = on_disk[0].removeprefix("fsync ")
+    assert on_disk == [f"fsync {temporary}", "replace x", "fsync run"] and temporary.startswith(".x.")
+    on_disk.clear()
+    for _ in range(2):
+        checkpoint.append_json_line(tmp_path / "run" / "lines", {})
+    assert on_disk == ["fsync lines", "fsync run", "fsync lines"]
+    on_disk.clear()
+    for name in ("learner", "learner"):
+        checkpoint.replace_folder(tmp_path / name, lambda made: None)
+        assert on_disk[-1] == f"fsync {tmp_path.name}"
 
 
 def test_tensors_survive_a_round_trip_and_damage_is_named(tmp_path):

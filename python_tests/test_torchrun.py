@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,8 @@ SMALL = ["--epochs", "2", "--batch-size", "7", "--no-plots", "--amp", "off", "--
 def call(
     weights: Path, tree: Path, folder: Path, *flags: str, processes: int = 2, torchrun: tuple[str, ...] = ()
 ) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), *torchrun] if processes > 1 else []
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), *torchrun]
+    launcher = launcher if processes > 1 or torchrun else []
     benchmark = ["--benchmark", "folder", "--backbone", "emoji", "--weights", str(weights), "--data-dir", str(tree)]
     train = ["-m", "janus_ext.train", *benchmark, "--tasks", "2", "--output", str(folder), *SMALL, *flags]
     return [sys.executable, *launcher, *train]
@@ -123,17 +125,40 @@ def test_two_processes_make_one_run(tree, weights, tmp_path) -> None:
     assert said(other.stderr)[0].startswith(f"{folder} holds a run with other settings: --lr")
 
 
+def test_two_machines_make_one_run(tree, weights, tmp_path) -> None:
+    """Two launchers, as on two machines, of a process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port))
+    calls = [
+        call(weights, tree, tmp_path / "run", processes=1, torchrun=("--node-rank", str(i), *group)) for i in range(2)
+    ]
+    runs = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for words in calls]
+    printed = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], printed
+    assert ["run folder: " in stdout for stdout, _ in printed] == [True, False]
+    found = results(tmp_path / "run")
+    assert len(found["accuracy_matrix"]) == 2 and found["versions"]["processes"] == 2
+
+
 def test_an_image_that_one_process_cannot_read_ends_all(weights, tmp_path) -> None:
-    """Of the second task, damaged while the first is learned."""
+    """Of the second task, damaged while the first is learned; once it is mended the run goes on."""
     tree, folder = tmp_path / "photos", tmp_path / "run"
     trees.sides(tree, 4, 6, 4)
     run = begun(call(weights, tree, folder, "--epochs", "20"), folder)
     image = sorted(path for path in (tree / "train").rglob("*.*") if path.is_file())[-1]
-    image.write_bytes(image.read_bytes()[:60])
+    whole = image.read_bytes()
+    image.write_bytes(whole[:60])
     _, stderr = run.communicate(timeout=120)
     assert run.returncode != 0
+    assert time.time() - (folder / "checkpoints" / "model.safetensors").stat().st_mtime < 30, "of the first task"
     assert len(said(stderr)) == 1 and said(stderr)[0].startswith(f"{image} cannot be read"), stderr
     assert "Traceback" not in stderr.partition("torch/distributed")[0]
+    image.write_bytes(whole)
+    again = subprocess.run(call(weights, tree, folder, "--epochs", "20", "--resume"), capture_output=True, text=True)
+    assert again.returncode == 0 and "taken up behind task 1/2" in again.stdout, again.stderr
+    assert len(results(folder)["accuracy_matrix"]) == 2
 
 
 def test_what_all_refuse_is_said_once(weights, tmp_path) -> None:

@@ -12,6 +12,7 @@ from conftest import (
     weights_of,
     without_time,
 )
+from safetensors.torch import load_file
 from torch import Tensor
 
 from janus_ext.assembly import make_learner
@@ -115,18 +116,42 @@ def test_exact_rectification_on_the_embedded_benchmark(tmp_path):
     ids=str,
 )
 def test_backbone_and_factors_give_the_final_weights_bit_for_bit(patterns, weights, tmp_path, changes):
+    """The backbone's file and the factors of the tasks, all of them; no checkpoint has another copy of it."""
     trainer = make_trainer(patterns, weights, tmp_path / "run", **changes)
-    name = "blocks.1.attn.qkv"
-    weight = trainer.learner.model.state_dict()[f"backbone.{name}.linear.weight"].clone()
-    start = weight.clone()
     trainer.run()
+    start = {name: tensor.float() for name, tensor in load_file(weights).items()}
+    rebuilt = {name: tensor.clone() for name, tensor in start.items()}
+    adapted = [f"blocks.{block}.attn.qkv" for block in range(len(trainer.learner.method.layers))]
     for task in range(3):
         factors, metadata = checkpoint.read_tensors(tmp_path / "run" / "checkpoints" / f"factors-{task}.safetensors")
-        update = update_of(factors, name, float(metadata["scale"])).reshape(64, 32)
-        weight[32:] = (weight[32:].double() + update).float()
-    final = trainer.learner.model.state_dict()[f"backbone.{name}.linear.weight"]
-    assert torch.equal(final, weight)
-    assert torch.equal(final[:32], start[:32]) and not torch.equal(final, start)  # q is not adapted
+        for name in adapted:
+            weight = rebuilt[f"{name}.weight"][32:]  # q is not adapted
+            update = update_of(factors, name, float(metadata["scale"])).reshape(64, 32)
+            weight.copy_((weight.double() + update).float())
+    final = trainer.learner.model.state_dict()
+    for name, tensor in rebuilt.items():
+        layer, _, kind = name.rpartition(".")
+        assert torch.equal(final[f"backbone.{layer}.linear.{kind}" if layer in adapted else f"backbone.{name}"], tensor)
+        assert torch.equal(tensor, start[name]) == (layer not in adapted or kind != "weight")
+
+
+@pytest.mark.parametrize("rectify", ["exact", "project"])
+def test_gradients_are_clipped_as_they_were_rectified(patterns, weights, tmp_path, monkeypatch, rectify):
+    """Of the factors A nothing lies in the protected subspace when they are clipped, and there they are clipped."""
+    trainer = make_trainer(patterns, weights, tmp_path / "run", rectify=rectify, clip_norm=0.01)
+    clip, within, norms = torch.nn.utils.clip_grad_norm_, [], []
+
+    def clipping(parameters, largest):
+        for layer in trainer.learner.method.layers.values():
+            if layer.basis is not None and layer.A.grad.any():
+                within.append(float((layer.A.grad @ layer.basis).norm() / layer.A.grad.norm()))
+        clip(parameters, largest)
+        norms.append(float(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipping)
+    trainer.run()
+    assert within and max(within) < 1e-5
+    assert len(norms) == 18 and max(norms) < 0.0101
 
 
 def update_of(factors: dict[str, Tensor], name: str, scale: float) -> Tensor:

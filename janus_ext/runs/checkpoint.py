@@ -110,10 +110,13 @@ def write_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
     """Appends one line of JSON and flushes it to the disk."""
     try:
+        is_new = not path.exists()
         with path.open("a", encoding="utf-8") as file:
             file.write(to_json(value) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            _sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
@@ -204,9 +207,12 @@ def remove(paths: Iterable[Path]) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Creates a folder and its parents."""
+    """Creates a folder and its parents, and flushes their names to the disk."""
     try:
+        new = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for folder in new:
+            _sync_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(f"the folder {path} cannot be made: {error}") from error
     return path
@@ -283,6 +289,7 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
             _exchange(made, place)
         else:
             os.replace(made, place)
+        _sync_folder(place.parent)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
