@@ -7,7 +7,8 @@
     python benchmarks/study.py details emoji                      # what was chosen for each, and more of what came out
     python benchmarks/study.py paired emoji                       # how far each is behind janus, with intervals
     python benchmarks/study.py hypotheses emoji                   # what was expected, and what came out
-    python benchmarks/study.py ablation emoji                     # what each part of Janus-LoRA brings
+    python benchmarks/study.py ablation emoji                     # Janus-LoRA with and without each of its parts
+    python benchmarks/study.py parts emoji                        # what each part adds, with intervals
     python benchmarks/study.py trials emoji                       # every candidate on the held-out images
     python benchmarks/study.py curves emoji                       # forgetting over plasticity, of all data sets
 
@@ -28,7 +29,7 @@ from typing import Any
 
 from study_cells import Cell, identity, is_done, read_lines, run_cells
 from study_rows import ALIGNED, DATA, HEADS, METHODS, SEEDS, SELECTION_SEEDS, VALIDATION, ablation, candidates, located
-from study_tables import best_head, draw, hypotheses, paired, spread
+from study_tables import best_head, draw, hypotheses, paired, parts, spread
 
 from janus_ext.terminal import until_closed
 
@@ -172,7 +173,7 @@ class Study:
 @until_closed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    actions = ["run", "table", "details", "paired", "hypotheses", "ablation", "trials", "curves"]
+    actions = ["run", "table", "details", "paired", "hypotheses", "ablation", "parts", "trials", "curves"]
     parser.add_argument("action", choices=actions)
     parser.add_argument("data", choices=list(DATA))
     parser.add_argument("--data-dir", type=Path, help="where the images of glyphs or fashion-mnist lie")
@@ -189,7 +190,7 @@ def main() -> None:
         print({"paired": paired, "hypotheses": hypotheses}[arguments.action](study, arguments.against))
     else:
         shown = {"table": study.table, "details": study.details, "ablation": study.ablation_table}
-        print((shown | {"trials": study.trials})[arguments.action]())
+        print((shown | {"parts": lambda: parts(study), "trials": study.trials})[arguments.action]())
 
 
 if __name__ == "__main__":

@@ -67,6 +67,34 @@ def paired(study: Study, against: str) -> str:
     return "\n".join(text)
 
 
+# Of the ablation: a row, and the one that lacks what it is named for.
+PARTS = {
+    "OE": ("OE", "nothing"),
+    "GR behind OE": ("OE + GR", "OE"),
+    "exact instead of tangent": ("OE + GR, exact", "OE + GR"),
+    "exact behind OE": ("OE + GR, exact", "OE"),
+    "DML alone": ("DML", "nothing"),
+    "DML behind OE + GR": ("OE + GR + DML", "OE + GR"),
+    "DML behind the exact one": ("OE + GR + DML, exact", "OE + GR, exact"),
+    "PEFT's preconditioner instead of GR, exact": ("OE + preconditioner, exact", "OE + GR, exact"),
+}
+
+
+def parts(study: Study) -> str:
+    """What each part of Janus-LoRA adds to ACC, seed by seed, at each setting of the ablation."""
+    text = [f"| what it adds | setting | {' | '.join(HEADS)} |", "|" + "---|" * (len(HEADS) + 2)]
+    rows = study.ablation()
+    for setting in dict.fromkeys(row.rpartition(" | ")[0] for row in rows):
+        for part, names in PARTS.items():
+            pairs = [[study.line(rows[f"{setting} | {name}"], seed) for name in names] for seed in SEEDS]
+            both = [[line["heads"] for line in pair] for pair in pairs if all(pair)]
+            cells = [
+                shown([with_it[head]["acc"] - without[head]["acc"] for with_it, without in both]) for head in HEADS
+            ]
+            text.append(f"| {part} | {setting.partition(' | ')[2]} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
 def best_head(study: Study, method: str) -> str | None:
     """The closed-form head that did best on the held-out images of both selection seeds."""
     scores = {}

@@ -44,7 +44,7 @@ TABLES = (
     "full_size.py dry --table benchmarks/results/dry-h100.json",
     "loader.py --table benchmarks/results/loader.json",
     "shares.py table benchmarks/results/shares.json",
-    *(f"study.py {table} emoji" for table in ("table", "details", "paired", "hypotheses", "ablation")),
+    *(f"study.py {table} emoji" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
 )
 
 

@@ -71,6 +71,23 @@ def test_the_ablation_has_rows_that_can_run(study):
     assert len(study(plain).ablation_table().splitlines()) == 12
 
 
+def test_what_a_part_adds_is_its_row_less_the_one_without_it(study):
+    from study_rows import ABLATION
+    from study_tables import PARTS, parts
+
+    made = study(plain)
+    made.line = lambda change, seed: {
+        "seed": seed,
+        "heads": {head: {"acc": 40.0 + seed + 3.0 * (change.get("margin_weight") == 0.0)} for head in SHARES},
+    }
+    text = parts(made).splitlines()[2:]
+    assert len(text) == len(PARTS)
+    without = {name for name, change in ABLATION.items() if change.get("margin_weight") == 0.0}
+    for line, (with_it, without_it) in zip(text, PARTS.values(), strict=True):
+        adds = 3 * ((with_it in without) - (without_it in without))
+        assert line.count(f"{adds:+.2f} ± 0.00") == len(SHARES), line
+
+
 def test_preconditioning_is_its_formula_and_stays_within(study):
     study(plain)
     from preconditioned import preconditioned
