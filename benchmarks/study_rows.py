@@ -47,6 +47,7 @@ METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "bilora": ({"method": "bilora"}, [{"lr": v} for v in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-2, 1e-1)]),
     "joint": ({"method": "joint"}, _RATES),
+    "first": ({"method": "lora", "learn": "first"}, _RATES),  # the backbone learns in the first task only
     "frozen": ({"learn": "none"}, [{}]),  # nothing to tune
 }
 OFF = {"drift_budget": 1e9}  # the guard, which --head aligned would bring along
@@ -68,6 +69,10 @@ ABLATION: dict[str, dict[str, Any]] = {
     "OE + GR, exact": {"margin_weight": 0.0},
     "OE + GR + DML, exact": {},
     "OE + preconditioner, exact": {"margin_weight": 0.0, "preconditioned": True},
+    "nothing, drift": {"method": "lora", "drift": "ridge"},
+    "OE + GR + DML, exact, drift": {"drift": "ridge"},
+    "OE + GR + DML, exact, half merged": {"merge_scale": 0.5},
+    "OE + GR + DML, exact, ridge of 2000": {"head": "ridge", "head_width": 2000} | OFF,  # random features
 }
 
 

@@ -12,7 +12,7 @@ from study_rows import HEADS, METHODS, SEEDS, SELECTION_SEEDS, candidates
 if TYPE_CHECKING:
     from study import Study
 
-LEARNERS = [m for m in METHODS if m not in ("joint", "frozen")]  # those that learn task after task
+LEARNERS = [m for m in METHODS if m not in ("joint", "first", "frozen")]  # those that learn task after task
 RIVALS = ("lora", "lora-gpm", "inflora", "lora-drs", "bilora")
 CLOSED = [h for h in HEADS if h != "linear"]
 CONFIDENCE = 0.95
@@ -77,6 +77,10 @@ PARTS = {
     "DML behind OE + GR": ("OE + GR + DML", "OE + GR"),
     "DML behind the exact one": ("OE + GR + DML, exact", "OE + GR, exact"),
     "PEFT's preconditioner instead of GR, exact": ("OE + preconditioner, exact", "OE + GR, exact"),
+    "drift where nothing is protected": ("nothing, drift", "nothing"),
+    "drift behind all": ("OE + GR + DML, exact, drift", "OE + GR + DML, exact"),
+    "merging half behind all": ("OE + GR + DML, exact, half merged", "OE + GR + DML, exact"),
+    "2000 random features for ridge": ("OE + GR + DML, exact, ridge of 2000", "OE + GR + DML, exact"),
 }
 
 

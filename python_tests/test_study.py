@@ -65,10 +65,10 @@ def test_the_ablation_has_rows_that_can_run(study):
     from study_cells import cell_config
 
     rows = study(plain).ablation()
-    assert len(rows) == 10 and all(row.startswith("janus | lr 0.004") for row in rows)
+    assert len(rows) == 14 and all(row.startswith("janus | lr 0.004") for row in rows)
     for change in rows.values():
         assert "preconditioned" not in cell_config(change, 0)
-    assert len(study(plain).ablation_table().splitlines()) == 12
+    assert len(study(plain).ablation_table().splitlines()) == 16
 
 
 def test_what_a_part_adds_is_its_row_less_the_one_without_it(study):
