@@ -61,7 +61,7 @@ def paired(study: Study, against: str) -> str:
     """How far each method is ahead of `against` with the same head, seed by seed: mean ± half of the interval."""
     text = [f"| ACC less that of {against} | {' | '.join(HEADS)} |", "|" + "---|" * (len(HEADS) + 1)]
     for method in METHODS:
-        if method != against:
+        if method != against and any(study.reported(method, head) for head in HEADS):
             cells = [shown(gains(study, (method, head), (against, head))) for head in HEADS]
             text.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(text)
@@ -91,7 +91,9 @@ def parts(study: Study) -> str:
     for setting in dict.fromkeys(row.rpartition(" | ")[0] for row in rows):
         for part, names in PARTS.items():
             pairs = [[study.line(rows[f"{setting} | {name}"], seed) for name in names] for seed in SEEDS]
-            both = [[line["heads"] for line in pair] for pair in pairs if all(pair)]
+            if None in sum(pairs, []):
+                continue  # still to be run
+            both = [[line["heads"] for line in pair] for pair in pairs]
             cells = [
                 shown([with_it[head]["acc"] - without[head]["acc"] for with_it, without in both]) for head in HEADS
             ]

@@ -266,7 +266,7 @@ def test_labels_that_are_not_the_classes(tree, labels, message):
 
 
 def test_numbers_need_names(tree):
-    with pytest.raises(DataError, match="the labels are numbers, and nothing names the classes: pass classes="):
+    with pytest.raises(DataError, match="the labels are numbers, so classes= must name the classes, in their order"):
         labelled([(tree / "cat" / "cat_0.jpg", 0)])
 
 

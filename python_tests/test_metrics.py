@@ -1,5 +1,8 @@
 """The formulae of the accuracy matrix against numbers worked out by hand."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +84,24 @@ def test_summary_uses_the_names_of_the_results_file():
 def test_mean_and_sample_deviation():
     assert metrics.mean_and_std([1.0, 2.0, 6.0]) == pytest.approx((3.0, 7**0.5))
     assert metrics.mean_and_std([4.0]) == (4.0, None)
+
+
+@pytest.mark.parametrize("number", [np.int8, np.int64, np.float16, np.float32, int, float, Fraction])
+def test_numbers_of_any_kind_are_summed_in_double_precision(number):
+    """NumPy's own sums of small integers wrap round, and of halves they lose digits."""
+    matrix = [[number(v) for v in row] for row in MATRIX]
+    for name, want in metrics.summarize(MATRIX, KNOWN, RECOGNISED, [2**40, 2**41, 2**53]).items():
+        assert metrics.summarize(matrix, KNOWN, RECOGNISED, [2**40, 2**41, 2**53])[name] == want
+    assert metrics.mean_and_std([number(100)] * 4) == (100.0, 0.0)
+
+
+def test_numbers_that_no_float_holds_are_refused():
+    with pytest.raises(ArgumentError, match="an accuracy matrix must have numbers that a float holds, got"):
+        metrics.accuracy([[10**400]])
+    with pytest.raises(ArgumentError, match="values must have numbers that a float holds, got"):
+        metrics.mean_and_std([10**400])
+    with pytest.raises(ArgumentError, match="test_sizes must be positive integers, one a task, got"):
+        metrics.accuracy_sample_weighted([[1.0]], [2**53 + 1])
 
 
 @pytest.mark.parametrize("matrix", [[], [[1.0, 2.0]], [[1.0], [1.0]]])

@@ -99,7 +99,7 @@ class Found:
     def present_names(self) -> tuple[str, ...]:
         """The classes that have images: of their own ones, in their order, or the sorted names among the labels."""
         if not self.own and any(isinstance(label, int) for label in self.labels):
-            raise DataError("the labels are numbers, and nothing names the classes: pass classes=, in their order")
+            raise DataError("the labels are numbers, so classes= must name the classes, in their order")
         found = {self._name(label, self.own) for label in self.labels}
         if self.own:
             return tuple(name for name in self.own if name in found)

@@ -42,7 +42,7 @@ def lora_linear(
     check_factors(op, one_target(A), one_target(B), basis)
     check_linear(op, x, weight, bias, A)
     require_shape(op, "weight", weight, (B.shape[0], A.shape[1]))
-    return lora_forward(x, weight, bias, A[None], B[None], basis, scale, how.rectify, [0])
+    return lora_forward(x, weight, bias, A[None], B[None], basis, float(scale), how.rectify, [0])
 
 
 def lora_qkv(
@@ -71,7 +71,7 @@ def lora_qkv(
     )
     m = B.shape[1]
     require_shape(op, "weight", weight, (3 * m, A.shape[2]))
-    return lora_forward(x, weight, bias, A, B, basis, scale, how.rectify, [t * m for t in targets])
+    return lora_forward(x, weight, bias, A, B, basis, float(scale), how.rectify, [t * m for t in targets])
 
 
 def one_target(factor: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def lora_backward(
     check_linear(op, x, weight, None, A)
     check_saved(op, grad_y, x, xA, effective, weight, A, B, offsets)
     g, r, n = A.shape
-    m = B.shape[1]
+    m, scale = B.shape[1], float(scale)
     gy, rows = grad_y.reshape(-1, grad_y.shape[-1]), x.reshape(-1, n)
     slices = [gy[:, offset : offset + m] for offset in offsets]
     wide_B = _padded(B, -1, x.dtype)

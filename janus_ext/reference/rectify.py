@@ -92,7 +92,7 @@ def rectify_(
     require_apart(op, *({f"{name}[{i}]": t for name in d for i, t in enumerate(d[name])} for d in (written, read)))
     with full_float32():
         for a, b, ga, gb, v, s in zip(A, B, grad_A, grad_B, basis, scale, strict=True):
-            dA, dB = rectified(a, b, ga, gb, v, s, how)
+            dA, dB = rectified(a, b, ga, gb, v, float(s), how)
             ga.copy_(dA)
             gb.copy_(dB)
 

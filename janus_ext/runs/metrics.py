@@ -20,6 +20,7 @@ from janus_ext.arguments import WIDEST, check_floats, check_integer, check_tenso
 from janus_ext.errors import ArgumentError
 
 Matrix = Sequence[Sequence[float]]
+LARGEST_SIZE = 2**53  # of a test set: all integers up to it are floats
 
 
 def measured_on(validation: bool) -> str:
@@ -114,32 +115,30 @@ def task_recognition(recognised: Matrix) -> float:
 
 def backward_transfer(matrix: Matrix) -> float | None:
     """BWT: mean_{j<T-1} (R[T-1][j] - R[j][j]); None for a single task."""
-    _check(matrix)
+    matrix = _checked(matrix)
     return _mean_or_none([last - matrix[j][j] for j, last in enumerate(matrix[-1][:-1])])
 
 
 def forgetting(matrix: Matrix) -> float | None:
     """Forgetting: mean_{j<T-1} (max_{j<=t<=T-2} R[t][j] - R[T-1][j]); None for a single task."""
-    _check(matrix)
+    matrix = _checked(matrix)
     best = [max(row[j] for row in matrix[j:-1]) for j in range(len(matrix) - 1)]
     return _mean_or_none([b - last for b, last in zip(best, matrix[-1], strict=False)])
 
 
 def plasticity(matrix: Matrix) -> float:
     """Plasticity, or learning accuracy (LA): mean_j R[j][j]."""
-    _check(matrix)
-    return _mean([row[-1] for row in matrix])
+    return _mean([row[-1] for row in _checked(matrix)])
 
 
 def trajectory(matrix: Matrix) -> list[float]:
     """ACC after each task, every task weighs the same: mean_{j<=t} R[t][j] for t = 0..T-1."""
-    _check(matrix)
-    return [_mean(row) for row in matrix]
+    return [_mean(row) for row in _checked(matrix)]
 
 
 def trajectory_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> list[float]:
     """ACC after each task, every image weighs the same: sum_{j<=t} n_j R[t][j] / sum_{j<=t} n_j."""
-    _check(matrix)
+    matrix = _checked(matrix)
     _check_sizes("test_sizes", test_sizes)
     if len(test_sizes) != len(matrix):
         raise ArgumentError(f"test_sizes must be {len(matrix)} positive numbers, got {shown(test_sizes)}")
@@ -177,6 +176,7 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1); None instead of a deviation for a single value."""
     if not _are_numbers(values) or not len(values):
         raise ArgumentError(f"values must be one or more numbers, got {shown(values)}")
+    values = _floats("values", values)
     mean = _mean(values)
     if len(values) < 2:
         return mean, None
@@ -188,17 +188,26 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 def _check_sizes(name: str, sizes: Any) -> None:
     """ArgumentError unless they are positive integers, in a list."""
-    if not _are_numbers(sizes) or not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+    if not _are_numbers(sizes) or not all(isinstance(size, Integral) and 1 <= size <= LARGEST_SIZE for size in sizes):
         raise ArgumentError(f"{name} must be positive integers, one a task, got {shown(sizes)}")
 
 
-def _check(matrix: Matrix) -> None:
-    """Rows must have 1, 2, 3, ... numbers."""
+def _checked(matrix: Matrix) -> list[list[float]]:
+    """The matrix in Python's floats, whatever numbers it had; rows must have 1, 2, 3, ... of them."""
     if not isinstance(matrix, Sequence) or not all(map(_are_numbers, matrix)):
         raise ArgumentError(f"an accuracy matrix must be a list of rows of numbers, got {shown(matrix)}")
     lengths = [len(row) for row in matrix]
     if not lengths or lengths != list(range(1, len(lengths) + 1)):
         raise ArgumentError(f"an accuracy matrix needs rows of 1, 2, 3, ... entries, got rows of {lengths}")
+    return [_floats("an accuracy matrix", row) for row in matrix]
+
+
+def _floats(name: str, values: Sequence[float]) -> list[float]:
+    """In double precision: sums of NumPy's integers could wrap round, and those of its float16 lose digits."""
+    try:
+        return [float(value) for value in values]
+    except OverflowError as error:
+        raise ArgumentError(f"{name} must have numbers that a float holds, got {shown(values)}") from error
 
 
 def _are_numbers(values: Any) -> bool:
