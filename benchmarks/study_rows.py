@@ -47,7 +47,7 @@ METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "bilora": ({"method": "bilora"}, [{"lr": v} for v in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-2, 1e-1)]),
     "joint": ({"method": "joint"}, _RATES),
-    "first": ({"method": "lora", "learn": "first"}, _RATES),  # the backbone learns in the first task only
+    "first task only": ({"method": "lora", "learn": "first"}, _RATES),  # in which the backbone learns
     "frozen": ({"learn": "none"}, [{}]),  # nothing to tune
 }
 OFF = {"drift_budget": 1e9}  # the guard, which --head aligned would bring along

@@ -12,7 +12,7 @@ from study_rows import HEADS, METHODS, SEEDS, SELECTION_SEEDS, candidates
 if TYPE_CHECKING:
     from study import Study
 
-LEARNERS = [m for m in METHODS if m not in ("joint", "first", "frozen")]  # those that learn task after task
+LEARNERS = [m for m in METHODS if m not in ("joint", "first task only", "frozen")]  # those that learn task after task
 RIVALS = ("lora", "lora-gpm", "inflora", "lora-drs", "bilora")
 CLOSED = [h for h in HEADS if h != "linear"]
 CONFIDENCE = 0.95
@@ -70,10 +70,13 @@ def paired(study: Study, against: str) -> str:
 # Of the ablation: a row, and the one that lacks what it is named for.
 PARTS = {
     "OE": ("OE", "nothing"),
+    "GR alone": ("GR", "nothing"),
     "GR behind OE": ("OE + GR", "OE"),
     "exact instead of tangent": ("OE + GR, exact", "OE + GR"),
     "exact behind OE": ("OE + GR, exact", "OE"),
+    "exact instead of tangent, with DML": ("OE + GR + DML, exact", "OE + GR + DML"),
     "DML alone": ("DML", "nothing"),
+    "DML behind OE": ("OE + DML", "OE"),
     "DML behind OE + GR": ("OE + GR + DML", "OE + GR"),
     "DML behind the exact one": ("OE + GR + DML, exact", "OE + GR, exact"),
     "PEFT's preconditioner instead of GR, exact": ("OE + preconditioner, exact", "OE + GR, exact"),

@@ -48,6 +48,11 @@ def on_this_machine() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+def by_torchrun() -> bool:
+    """Whether torchrun has begun this process: a signal to all comes twice then, the second time passed on by it."""
+    return dist.is_torchelastic_launched()
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Within it, the processes that torchrun has begun are one group: gloo for the CPU's tensors, nccl for a GPU's.
@@ -58,7 +63,7 @@ def joined() -> Iterator[None]:
         ProcessError: the others do not come.
     """
     global _store, _patient
-    if count() > 1 or not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if count() > 1 or not by_torchrun() or os.environ["WORLD_SIZE"] == "1":
         yield
         return
     with _reaching_others():

@@ -12,7 +12,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import ParamSpec, TextIO, TypeVar
 
@@ -70,17 +70,15 @@ def logging_to(path: Path | None = None) -> Iterator[None]:
     handlers: list[logging.Handler] = [TerminalHandler()]
     if path is not None:
         handlers.insert(0, LogFile(path))  # first: it is whole wherever the terminal ends
-    level = LOG.level
-    LOG.setLevel(logging.INFO)
-    for handler in handlers:
-        LOG.addHandler(handler)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:  # in the end everything is undone, also where a file cannot be closed: see LogFile
         for handler in handlers:
-            LOG.removeHandler(handler)
-            handler.close()
-        LOG.setLevel(level)
+            stack.callback(handler.close)
+        stack.callback(LOG.setLevel, LOG.level)
+        for handler in handlers:
+            stack.callback(LOG.removeHandler, handler)
+            LOG.addHandler(handler)
+        LOG.setLevel(logging.INFO)
+        yield
 
 
 def command(name: str, interrupted: str = "interrupted") -> Callable[[Callable[P, int]], Callable[P, int]]:

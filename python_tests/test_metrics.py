@@ -95,12 +95,18 @@ def test_numbers_of_any_kind_are_summed_in_double_precision(number):
     assert metrics.mean_and_std([number(100)] * 4) == (100.0, 0.0)
 
 
+def test_sizes_of_any_kind_are_summed_as_integers():
+    """Two of 100 are 200 images, and no -56, as NumPy's int8 has it."""
+    assert metrics.accuracy_sample_weighted([[50.0], [50.0, 70.0]], [np.int8(100)] * 2) == 60.0
+    assert metrics.Confusion(200, [np.int8(100)] * 2).task_sizes == (100, 100)
+
+
 def test_numbers_that_no_float_holds_are_refused():
     with pytest.raises(ArgumentError, match="an accuracy matrix must have numbers that a float holds, got"):
         metrics.accuracy([[10**400]])
     with pytest.raises(ArgumentError, match="values must have numbers that a float holds, got"):
         metrics.mean_and_std([10**400])
-    with pytest.raises(ArgumentError, match="test_sizes must be positive integers, one a task, got"):
+    with pytest.raises(ArgumentError, match=r"test_sizes must be integers from 1 to 2\^53, one a task, got"):
         metrics.accuracy_sample_weighted([[1.0]], [2**53 + 1])
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from test_resuming import assert_same_files
 from test_resuming_within import signalled, trainer_of
 
+from janus_ext import processes
 from janus_ext.errors import Interrupted
 from janus_ext.methods.janus import Janus
 from janus_ext.runs import checkpoint
@@ -41,6 +42,18 @@ def test_the_second_signal_ends_it_at_once(patterns, weights, tmp_path, monkeypa
     second = trainer_of(patterns, weights, tmp_path / "run")
     second.restore()
     assert second.keeping.start.position == (1, 0)  # behind the first epoch
+
+
+def test_under_torchrun_a_signal_may_come_twice(patterns, weights, tmp_path, monkeypatch):
+    """From the cluster, and from torchrun, which passes its own on."""
+    monkeypatch.setattr(processes, "by_torchrun", lambda: True)
+    trainer = trainer_of(patterns, weights, tmp_path / "run")
+    signalled(monkeypatch, 6, signal.SIGTERM, times=2)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    second = trainer_of(patterns, weights, tmp_path / "run")
+    second.restore()
+    assert second.keeping.start.position == (1, 2)
 
 
 def test_behind_an_epoch_the_state_is_written_first(patterns, weights, tmp_path, monkeypatch):

@@ -223,6 +223,7 @@ def work(rank: int, folder: Path, benchmark: Benchmark, weights: Path, tree: Pat
     outcome["gradients"] = gradients(rank)
     outcome["evaluated"] = evaluated(benchmark, weights, folder / "evaluated")
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}  # as torchrun says
+    processes.gathered(rank)  # both are here
     outcome["found"] = processes.in_turn(lambda: looking_for(folder / "fetched"))
     outcome["bar"] = draws_a_bar()
     outcome["given up"] = given_up()

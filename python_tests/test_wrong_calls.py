@@ -4,9 +4,10 @@ A call is refused by an exception of ours, or of PyTorch's dispatcher, that name
 argument in one line; no input has changed, nor the memory around it, nor the object; and a right call behind it gives
 the right value. Or it is accepted, and its result is that of plain copies of its inputs.
 
-So many calls of each name as JANUS_EXT_CALLS says, the same ones in every run, by default a few. All 10,000:
+So many calls of each name as JANUS_EXT_CALLS says, the same ones in every run, by default a few. All 10,000, in some
+hours of a core:
 
-    JANUS_EXT_CALLS=10000 python -m pytest -q python_tests/test_wrong_calls.py
+    JANUS_EXT_CALLS=10000 python -m pytest -q -n auto --dist worksteal python_tests/test_wrong_calls.py
 """
 
 import os

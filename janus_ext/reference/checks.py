@@ -90,12 +90,12 @@ def check_rectify(op: str, scale: float, rectify: str | Rectification, **options
 
 
 def check_scale(op: str, scale: float) -> None:
-    """s of W + s B A; an integer may be any that a float holds, if rounded: torch takes none beyond 2^63 as it is."""
+    """s of W + s B A. An integer is taken as a float: torch itself takes none beyond 2^63."""
     try:
-        fits = math.isfinite(scale) and scale != 0
+        number = float(scale)
     except OverflowError:
-        fits = False
-    require(fits, f"{op}: scale must be finite and not zero, got {scale:{'g' if isinstance(scale, float) else ''}}")
+        raise ValueError(f"{op}: scale must be finite and not zero, got an integer that no float holds") from None
+    require(number != 0 and math.isfinite(number), f"{op}: scale must be finite and not zero, got {number:g}")
 
 
 def check_factor(op: str, name_U: str, U: Tensor, name_S: str, S: Tensor) -> None:

@@ -244,7 +244,10 @@ def _beside(path: Path) -> Path:
 
 def _sync_folder(folder: Path) -> None:
     """Flushes the names in a folder to the disk, else a file moved there may be lost with the power."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # one may write in a folder that one may not read
+        return
     try:
         os.fsync(handle)
     except OSError as error:
@@ -272,7 +275,7 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a new folder beside ``folder``, then puts it in that one's place, in one step.
 
     A link stays and what it leads to is replaced. Files that ``write`` does not make stay, but for what `OWN` names.
-    After an error, and after Ctrl-C, the folder is as it was.
+    After an error, and after Ctrl-C, the folder is as it was, unless the disk fails as it is told to keep the new one.
 
     Raises:
         ArgumentError: see `check_replaceable`.

@@ -128,10 +128,11 @@ def check_same_seeds(folder: Path, seeds: tuple[int, ...]) -> None:
 
 
 @contextmanager
-def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[None]:
+def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[int]:
     """Makes the folder and keeps other processes out of it; what an unfinished run left is cleared if this one begins.
 
-    ``settings`` are what its ``config.json`` is to hold, see `settings_of`.
+    Gives the descriptor of the folder, which it holds whatever becomes of the name. ``settings`` are what its
+    ``config.json`` is to hold, see `settings_of`.
 
     Raises:
         ArgumentError: the folder holds a saved learner, or files but no run of this program, which are left alone, or
@@ -145,7 +146,7 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[None
         raise ArgumentError(f"{folder} holds files that are no run of this program; {OTHER}")
     _require_no_learner(folder)
     require_within(folder)
-    with _locked(folder):
+    with _locked(folder) as handle:
         remove(path for glob in LEFTOVERS for path in folder.glob(glob))
         if begin:
             if is_run(folder):
@@ -153,7 +154,7 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[None
             with naming_output():
                 remove(path for glob in OURS for path in folder.glob(glob))
                 write_sealed_json(folder / "config.json", settings)
-        yield
+        yield handle
 
 
 @contextmanager
@@ -166,7 +167,7 @@ def naming_output() -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[int]:
     """Holds a lock that ends with the process, however it ends."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     _held.add(handle)
@@ -178,7 +179,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:  # a network's file system without locks
         LOG.warning("%s cannot be locked (%s): let no second process work in it", folder, error)
     try:
-        yield
+        yield handle
     finally:
         _let_go(handle)
 

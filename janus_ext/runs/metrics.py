@@ -50,7 +50,7 @@ class Confusion:
 
     def __init__(self, classes: int, task_sizes: Sequence[int] = ()) -> None:
         check_integer("Confusion: classes", classes, lambda n: 1 <= n <= WIDEST, f"from 1 to {WIDEST}")
-        _check_sizes("Confusion: task_sizes", task_sizes)
+        task_sizes = _checked_sizes("Confusion: task_sizes", task_sizes)
         if task_sizes and sum(task_sizes) != classes:
             raise ArgumentError(f"Confusion: task_sizes must add up to {classes} classes, got {shown(task_sizes)}")
         self.classes = classes
@@ -139,7 +139,7 @@ def trajectory(matrix: Matrix) -> list[float]:
 def trajectory_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> list[float]:
     """ACC after each task, every image weighs the same: sum_{j<=t} n_j R[t][j] / sum_{j<=t} n_j."""
     matrix = _checked(matrix)
-    _check_sizes("test_sizes", test_sizes)
+    test_sizes = _checked_sizes("test_sizes", test_sizes)
     if len(test_sizes) != len(matrix):
         raise ArgumentError(f"test_sizes must be {len(matrix)} positive numbers, got {shown(test_sizes)}")
     return [sum(n * r for n, r in zip(test_sizes, row, strict=False)) / sum(test_sizes[: len(row)]) for row in matrix]
@@ -186,10 +186,11 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
         raise ArgumentError(f"values must be numbers that can be squared, got {shown(values)}") from error
 
 
-def _check_sizes(name: str, sizes: Any) -> None:
-    """ArgumentError unless they are positive integers, in a list."""
+def _checked_sizes(name: str, sizes: Any) -> list[int]:
+    """The sizes as Python's integers; ArgumentError unless they are integers, 1 at least, in a list."""
     if not _are_numbers(sizes) or not all(isinstance(size, Integral) and 1 <= size <= LARGEST_SIZE for size in sizes):
-        raise ArgumentError(f"{name} must be positive integers, one a task, got {shown(sizes)}")
+        raise ArgumentError(f"{name} must be integers from 1 to 2^53, one a task, got {shown(sizes)}")
+    return [int(size) for size in sizes]
 
 
 def _checked(matrix: Matrix) -> list[list[float]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Run:
         self.folder = Path(folder)
         self.checkpoints = self.folder / "checkpoints"
         self._model_sha256: str | None = None  # of the last finished task, once there is one
-        self._place: tuple[int, int, str] | None = None  # where it works, once it does
+        self._place: tuple[os.stat_result, str] | None = None  # where it works, while it does
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -100,17 +101,23 @@ class Run:
         return read_json_lines(self.folder / "metrics.jsonl")
 
     # working in it ----------------------------------------------------------------------------------------------------
-    def opened(self, settings: dict[str, Any], begin: bool) -> AbstractContextManager[None]:
-        """Makes the folder and keeps other processes out of it; begins with ``settings``, or goes on."""
-        return opened(self.folder, settings, begin)
+    @contextmanager
+    def opened(self, settings: dict[str, Any], begin: bool) -> Iterator[None]:
+        """Makes the folder and keeps other processes out of it; begins with ``settings``, or goes on.
+
+        Within it nothing is written once the folder is gone: no command would open what a new one of its name held.
+        """
+        with opened(self.folder, settings, begin) as handle:
+            self._place = os.fstat(handle), self._seal
+            try:
+                yield
+            finally:
+                self._place = None
 
     def prepare(self) -> None:
-        """Makes the folder, that it fails before anything is computed where it cannot be made.
-
-        From here on nothing is written once it is gone: no command would open what a new folder of its name held.
-        """
+        """Makes the folder, that it fails before anything is computed where it cannot be made."""
+        self._require_in_place()
         make_folder(self.checkpoints)
-        self._place = self._where()
 
     def write_epoch(self, record: Mapping[str, Any]) -> None:
         """Appends a line to ``metrics.jsonl``."""
@@ -134,7 +141,7 @@ class Run:
 
     def write_factors(self, task: int, factors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
         """Writes what a task has added to the weights."""
-        self._make_checkpoints()
+        self._be_ready()
         write_tensors(self.factors_path(task), factors, {**about, CONFIG: self._seal})
 
     def write_task(
@@ -150,19 +157,20 @@ class Run:
         The model comes last and carries the results: with it the task is finished, and what the method kept before
         is not needed any more. Cut off anywhere, the files of one finished task are all there.
         """
-        self._make_checkpoints()
+        self._be_ready()
         model, method = state
         about = {**about, "task": str(index), TASKS: to_json(tasks), CONFIG: self._seal}
         about["state"] = write_tensors(self._method_path(index), method, about)
         if results is not None:
             about["results"] = to_json(results)
+        self._require_in_place()
         self._model_sha256 = write_tensors(self._model_path, model, about)
         self.remove_methods_before(index)
         remove([self._within_path])
 
     def write_within(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes what there is of the task that is being learned, in place of what there was of it."""
-        self._make_checkpoints()
+        self._be_ready()
         write_tensors(self._within_path, tensors, {"behind": self._behind, "state": to_json(state)})
 
     def finish(self, results: Mapping[str, Any]) -> None:
@@ -170,27 +178,28 @@ class Run:
         self._require_in_place()
         write_sealed_json(self.folder / "results.json", results)
 
-    def _make_checkpoints(self) -> None:
+    def _be_ready(self) -> None:
+        """Before a file of tensors is written. A run that works in its folder has made that of its checkpoints."""
+        if self._place is None:
+            make_folder(self.checkpoints)
         self._require_in_place()
-        make_folder(self.checkpoints)
 
     def _require_in_place(self) -> None:
-        """CheckpointError where the folder is no longer the one that `prepare` has seen."""
-        if self._place is not None and self._where() != self._place:
-            raise CheckpointError(
-                f"{self.folder} is not as this run has made it: it was moved, removed or altered meanwhile; "
-                "nothing more is written there"
-            )
-
-    def _where(self) -> tuple[int, int, str] | None:
-        """Which folder of checkpoints it is on its disk, and how the settings beside it are sealed; None without."""
+        """CheckpointError where another folder has the name of the one that is open, or other settings are in it."""
+        if self._place is None:
+            return
+        held, seal = self._place  # the descriptor is open: no other folder gets its numbers meanwhile
         try:
-            place = self.checkpoints.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            there = os.path.samestat(self.folder.stat(), held) and (self.folder / "config.json").exists()
+        except FileNotFoundError:
+            there = False
         except OSError as error:
-            raise CheckpointError(f"{self.checkpoints} cannot be read: {error}") from error
-        return place.st_dev, place.st_ino, self._seal
+            raise CheckpointError(f"{self.folder} cannot be read: {error}") from error
+        if not there or self._seal != seal:
+            raise CheckpointError(
+                f"{self.folder} was moved, removed or altered while the run wrote there: nothing more is written; "
+                "--resume goes on with it where it is now"
+            )
 
     # what it has kept -------------------------------------------------------------------------------------------------
     def saved(self) -> Saved | None:

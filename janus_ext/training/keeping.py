@@ -92,7 +92,7 @@ class Keeping:
             return
         if number == signal.SIGUSR1:
             self._asked = True
-        elif self._stepping and (self._ending is None or processes.count() > 1):
+        elif self._stepping and (self._ending is None or processes.count() > 1 or processes.by_torchrun()):
             self._ending = number
         else:
             raise Interrupted(number)
