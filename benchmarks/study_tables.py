@@ -174,12 +174,17 @@ def _forgetting(study: Study, method: str) -> str:
 
 
 def draw(studies: list[Study], path: Path) -> None:
-    """Forgetting over plasticity for every candidate of every method: a column a data set, a row a head."""
+    """Forgetting over plasticity for every candidate of every method: a row a data set, a column a head.
+
+    Of data sets whose trials of the first selection seed are run. A line joins what no other candidate of its method
+    is better than in both.
+    """
     import matplotlib.pyplot as plt
 
     heads = ("linear", "lda")
-    figure, axes = plt.subplots(len(heads), len(studies), figsize=(5 * len(studies), 4 * len(heads)), squeeze=False)
-    for axis, head, study in ((axes[i][j], h, s) for i, h in enumerate(heads) for j, s in enumerate(studies)):
+    studies = [s for s in studies if all(len(curve(s, m, heads[0])) == len(METHODS[m][1]) for m in LEARNERS)]
+    figure, axes = plt.subplots(len(studies), len(heads), figsize=(5 * len(heads), 4 * len(studies)), squeeze=False)
+    for axis, head, study in ((axes[i][j], h, s) for i, s in enumerate(studies) for j, h in enumerate(heads)):
         for number, method in enumerate(LEARNERS):
             points = curve(study, method, head)
             if points:
