@@ -14,7 +14,7 @@ import math
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def train_and_count(rank: int, folder: str, flags: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def measure(epochs: int = 2, limit: int = 3) -> int:
+def measure(epochs: int, limit: int) -> int:
     """The table of the count beside the model, of so many epochs of so many images a class."""
     flags = ["--epochs", str(epochs), "--limit-per-class", str(limit)]
     with tempfile.TemporaryDirectory() as folder:
@@ -143,23 +143,45 @@ def seconds(size: float, transfers: float, gpus: int) -> float:
     return 2 * (gpus - 1) / gpus * size / BANDWIDTH + transfers * LATENCY * math.log2(gpus)
 
 
+NETWORKS = {"ViT-S/16": (12, 384), "ViT-B/16": (12, 768), "ViT-L/16": (24, 1024)}  # layers, width
+LORA_RANKS = (10, 64)
+
+
 def plan() -> int:
-    """What a task takes, by what it waits for."""
-    print(
-        "| | GPUs | images a step and GPU | to compute, s | to decode, s | to send, s | MB sent |\n" + "|---" * 7 + "|"
-    )
-    for name, (shape, tasks) in PLANS.items():
+    """What a step sends of each network, and what a task takes, by what it waits for."""
+    print("\n".join([*steps(), "", *tasks()]))
+    return 0
+
+
+def steps() -> Iterator[str]:
+    """Of a batch of 128 images of 69 classes: bytes and seconds of its gradients, and the sum of Gram matrices."""
+    yield f"| | LoRA's rank | MB a step | ms a step, {', '.join(map(str, GPUS))} GPUs | MB of statistics a task |"
+    yield "|---" * 5 + "|"
+    for name, (layers, width) in NETWORKS.items():
+        for rank in LORA_RANKS:
+            sent = Shape(layers, width, layers * 2 * rank * 2 * width, 69, 128, 128, epochs=1).sent()
+            waits = ", ".join(f"{1e3 * seconds(sent['gradients'], 1, gpus):.2f}" for gpus in GPUS)
+            row = f"| {name} | {rank} | {sent['gradients'] / 1e6:.1f} | {waits} "
+            yield row + f"| {4 * layers * width**2 / 1e6:,.0f} |"
+
+
+def tasks() -> Iterator[str]:
+    """Of two benchmarks, by what a task waits for."""
+    yield "| | GPUs | images a step and GPU | to compute, s | to decode, s | to send, s | MB sent |"
+    yield "|---" * 7 + "|"
+    for name, (shape, number) in PLANS.items():
         for gpus in GPUS:
             busy = min(gpus, shape.batch)  # more have no image to compute
             sent, passes = shape.sent(), shape.images * (shape.epochs + 1)
             waits = seconds(sum(sent.values()), shape.steps + 2 * LAYERS, gpus)
-            row = f"| {name}, one of {tasks} tasks | {gpus} | {shape.batch / gpus:g} | {passes / busy / COMPUTED:.1f} "
-            row += f"| {passes / busy / DECODED / CORES:.1f} | {waits:.2f} | {sum(sent.values()) / 1e6:,.0f} |"
-            print(row)
-    return 0
+            row = f"| {name}, one of {number} tasks | {gpus} | {shape.batch / gpus:g} | {passes / busy / COMPUTED:.1f} "
+            yield row + f"| {passes / busy / DECODED / CORES:.1f} | {waits:.2f} | {sum(sent.values()) / 1e6:,.0f} |"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["measure", "plan"])
-    sys.exit({"measure": measure, "plan": plan}[parser.parse_args().action]())
+    parser.add_argument("--epochs", type=int, default=2, help="of the run that is counted")
+    parser.add_argument("--limit-per-class", type=int, default=3, help="its images")
+    arguments = parser.parse_args()
+    sys.exit(plan() if arguments.action == "plan" else measure(arguments.epochs, arguments.limit_per_class))

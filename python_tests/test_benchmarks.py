@@ -44,6 +44,7 @@ TABLES = (
     "full_size.py dry --table benchmarks/results/dry-h100.json",
     "loader.py --table benchmarks/results/loader.json",
     "shares.py table benchmarks/results/shares.json",
+    "traffic.py plan",
     *(f"study.py {table} emoji" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
 )
 
@@ -80,6 +81,13 @@ def test_a_table_is_refilled_and_nothing_else_is_touched(module) -> None:
     documents = module("documents")
     page = "a\n\n<!-- t: python x.py | 1 -->\n\n{}\n\n<!-- end -->\n\n| b |\n<!-- end -->\n"
     assert documents.refilled(page.format("| 1 |\n\n| 2 |"), str.upper) == page.format("PYTHON X.PY | 1")
+
+
+@pytest.mark.xdist_group("together")
+def test_what_two_processes_send_is_what_the_model_says() -> None:
+    done = call("python benchmarks/traffic.py measure --epochs 1 --limit-per-class 1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "The guard tried 0 shares" not in done.stdout and "| features |" in done.stdout
 
 
 def test_every_target_is_a_case_and_was_reached() -> None:
