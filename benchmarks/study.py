@@ -23,6 +23,7 @@ benchmarks/results/study-<data>.jsonl.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,19 @@ class Study:
         self.path = RESULTS / f"study-{data}.jsonl"
         self.where = located(data, folder)
         self.finished: Lines = read_lines(self.path)
+        self._found: dict[tuple[str, int], dict[str, Any] | None] = {}
 
     def trial(self, change: dict[str, Any]) -> dict[str, Any]:
         """A candidate as it is tried: on held-out training images."""
         return change | {"validation": VALIDATION[self.data]}
 
     def line(self, change: dict[str, Any], seed: int) -> dict[str, Any] | None:
-        """The finished run, if it is there."""
-        wanted = identity(change, seed)
-        return next((x for x in self.finished if is_done(x, wanted)), None)
+        """The finished run, if it is there; looked for once."""
+        key = json.dumps(change, sort_keys=True), seed
+        if key not in self._found:
+            wanted = identity(change, seed)
+            self._found[key] = next((x for x in self.finished if is_done(x, wanted)), None)
+        return self._found[key]
 
     def accuracy(self, change: dict[str, Any], head: str, seeds: tuple[int, ...]) -> float | None:
         """Mean ACC of a candidate's trials with a head; None where one is missing, or the head was not measured."""
@@ -92,6 +97,7 @@ class Study:
     def _run(self, cells: list[Cell], jobs: int) -> None:
         run_cells(cells, jobs, 1, self.path, self.where)
         self.finished = read_lines(self.path)
+        self._found.clear()
 
     # what came out ----------------------------------------------------------------------------------------------------
     def pick(self, method: str, head: str) -> tuple[str, dict[str, Any]] | None:

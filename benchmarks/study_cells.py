@@ -20,9 +20,14 @@ Cell = tuple[str, dict[str, Any], int]
 
 def resolved(change: dict[str, Any], seed: int) -> Any:
     """The resolved configuration of one cell."""
+    return _resolved(json.dumps(of_program(change)), seed)
+
+
+@cache
+def _resolved(change: str, seed: int) -> Any:  # a table asks for the same ones again and again
     from janus_ext.config import TrainConfig
 
-    return TrainConfig(**of_program(change), seed=(seed,), shuffle_classes=True, plots=False).resolved()
+    return TrainConfig(**json.loads(change), seed=(seed,), shuffle_classes=True, plots=False).resolved()
 
 
 def of_program(change: dict[str, Any]) -> dict[str, Any]:
