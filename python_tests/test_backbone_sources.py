@@ -316,4 +316,4 @@ def test_the_command_trains_at_another_image_size_and_resumes_at_that_alone(tmp_
     assert main([*flags, "--resume"]) == 2
     assert "--image-size 16 (asked: left out)" in capsys.readouterr().err
     assert main([*flags, "--image-size", "0"]) == 2
-    assert "--image-size must lie in [1, inf), got 0" in capsys.readouterr().err
+    assert "--image-size must lie in [1, 16384], got 0" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Images in files: decoding, transforms, worker processes, memory."""
 
+import gc
 import os
 import re
 import resource
@@ -11,11 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 from trees import drawing, odd_images, save_jpeg
 
 from janus_ext.data import images, workers
 from janus_ext.data.images import Arrays, Files, ImageSplit, View, read_image
 from janus_ext.data.names import IMAGE_SUFFIXES
+from janus_ext.data.workers import Workers
 from janus_ext.errors import ArgumentError, DataError
 
 
@@ -352,3 +355,13 @@ def test_uneven_parts_are_refused(tmp_path):
 
 def test_workers_follow_the_device():
     assert 1 <= images.default_workers("cpu") <= images.default_workers("cuda:0") <= images.MOST_WORKERS
+
+
+class Frozen(Dataset):
+    def __getitem__(self, request: int) -> int:
+        return gc.get_freeze_count()
+
+
+def test_workers_leave_the_garbage_of_their_parent_alone():
+    """Loaders are among it, behind images that were refused: their end looks for processes of the parent."""
+    assert min(Workers(Frozen(), 1).read([0, 1], 2, 8)) > 10_000

@@ -22,7 +22,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("tasks", 1, ANY),
     ("limit_per_class", 1, ANY),
     ("workers", 0, 1024),
-    ("image_size", 1, ANY),
+    ("image_size", 1, 2**14),  # beyond it the positions alone of a ViT take gigabytes
     ("rank", 1, ANY),
     ("frequencies", 1, ANY),
     ("estimator_rank", 1, ANY),

@@ -6,6 +6,7 @@ look-ahead is bounded by what is free there, and what finds no room comes throug
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -90,6 +91,7 @@ class Workers:
     def _lasting_loader(self, ahead: int, size: int) -> DataLoader:
         """The loader of all passes: starting processes for each would cost more than a small epoch."""
         if self._loader is None:
+            gc.collect()  # ends the processes of loaders that are garbage, as behind an error; see _begin, too
             self._loader = DataLoader(
                 self.reader,
                 sampler=self._requests,
@@ -99,7 +101,7 @@ class Workers:
                 persistent_workers=True,
                 prefetch_factor=self._each_ahead(ahead, size),
                 timeout=PATIENCE,
-                worker_init_fn=_heed_the_parent_alone,
+                worker_init_fn=_begin,
                 generator=torch.Generator(),  # or each pass would draw from the global one
             )
         return self._loader
@@ -116,11 +118,13 @@ class Workers:
         return max(1, min(-(-ahead // self.count), room // self.count))
 
 
-def _heed_the_parent_alone(worker: int) -> None:
-    """In a worker: signals to all processes of a job are for the one that trains, and that needs its workers.
+def _begin(worker: int) -> None:
+    """In a worker: what is garbage of the parent's stays so, loaders among it whose end would look for the parent's
+    processes. Signals to all processes of a job are for the one that trains, and that needs its workers.
 
     It ends when its parent asks for that, by SIGTERM as well, or is gone (which the loader looks after).
     """
+    gc.freeze()
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
