@@ -1,7 +1,7 @@
 """Remake every table and picture of the documents from the stored results; nothing is measured.
 
-    python benchmarks/documents.py           # rewrites what is out of date, and names it
-    python benchmarks/documents.py --check   # changes nothing, and fails where something is
+    python benchmarks/documents.py           # rewrites the tables that are out of date, and draws the pictures
+    python benchmarks/documents.py --check   # changes nothing, and fails where a table is out of date
 
 A table stands between ``<!-- name: python benchmarks/... -->`` and ``<!-- end -->``: it is what that command prints.
 """
@@ -19,8 +19,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-RUN = RESULTS / "emoji-janus-0"
+RUN = ROOT / "benchmarks" / "results" / "emoji-janus-0"
 TABLE = re.compile(
     r"(?P<head><!-- \w+: (?P<command>python [^\n]+) -->\n\n)(?P<text>.*?)(?P<end>\n\n<!-- end -->)", re.DOTALL
 )
