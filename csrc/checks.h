@@ -31,7 +31,7 @@ inline std::string dtype_name(at::ScalarType type) {
   return std::string(c10::getDtypeNames(type).first);
 }
 
-// As Python's repr has it, but for letters beyond ASCII: on one line.
+// As Python's ascii() has bytes: on one line, whatever they are.
 inline std::string quoted(std::string_view text) {
   constexpr const char* kDigits = "0123456789abcdef";
   std::string out = "'";
@@ -39,7 +39,7 @@ inline std::string quoted(std::string_view text) {
     const auto code = static_cast<unsigned char>(c);
     if (c == '\n')
       out += "\\n";
-    else if (code < 0x20)
+    else if (code < 0x20 || code >= 0x7f)
       out += std::string("\\x") + kDigits[code / 16] + kDigits[code % 16];
     else
       out += c;

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, on_one_line
 
 MOST_BITS = 256  # of an integer that is written out
 WIDEST = 2**20  # a width or a number of classes beyond it is a slip, for which no memory is asked
 
 
 def check_number(name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> None:
-    """A real number for which `fits` holds; NaN is for `fits` to refuse, truth values are no numbers."""
-    _check(name, value, Real, "a number", fits, wanted)
+    """A real number for which `fits` holds, and that a float can hold; NaN is for `fits` to refuse.
+
+    Truth values are no numbers.
+    """
+    _check(name, value, Real, "a number", lambda number: _is_within_floats(number) and fits(number), wanted)
 
 
 def check_integer(name: str, value: Any, fits: Callable[[Any], bool], wanted: str) -> None:
@@ -68,13 +71,18 @@ def check_floats(name: str, value: Any, shape: Sequence[int | str]) -> None:
     wanted = f"[{', '.join(map(str, shape))}]"
     check_tensor(name, value, wanted)
     sizes = tuple(size if isinstance(n, str) else n for n, size in zip(shape, value.shape, strict=False))
-    if not value.is_floating_point() or value.dim() != len(shape) or value.shape != sizes:
+    if not are_floats(value) or value.dim() != len(shape) or value.shape != sizes:
         raise ArgumentError(f"{name} must be floating {wanted}, got {list(value.shape)} of {value.dtype}")
 
 
+def are_floats(tensor: Tensor) -> bool:
+    """Whether the dtype is one of real numbers with which torch computes: those of 8 bits and less only store them."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
 def are_integers(tensor: Tensor) -> bool:
-    """Whether the dtype is one of integers, which truth values are not."""
-    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    """Whether the dtype is one of integers with which torch computes: no truth values, unsigned ones of 8 bits only."""
+    return tensor.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_state(name: str, value: Any, names: Sequence[str]) -> None:
@@ -83,7 +91,7 @@ def check_state(name: str, value: Any, names: Sequence[str]) -> None:
         found = f"{', '.join(map(str, value)) or 'nothing'}" if isinstance(value, Mapping) else shown(value)
         raise ArgumentError(f"{name} must be what state_dict() gave, with {', '.join(names)}, got {found}")
     for key in names:
-        check_tensor(f"{name}: {key}", value[key], "as state_dict() gave it", lambda tensor: not tensor.is_complex())
+        check_tensor(f"{name}: {key}", value[key], "as state_dict() gave it", _are_real)
 
 
 def check_device(name: str, value: Any) -> None:
@@ -124,10 +132,23 @@ def _check(name: str, value: Any, kind: type, noun: str, fits: Callable[[Any], b
         raise ArgumentError(f"{name} must be {wanted}, got {shown(value)}")
 
 
+def _are_real(tensor: Tensor) -> bool:
+    return are_floats(tensor) or are_integers(tensor)
+
+
+def _is_within_floats(number: Real) -> bool:
+    """Whether it is at most as large as floats are: integers and fractions know no bounds."""
+    try:
+        float(number)
+    except OverflowError:
+        return False
+    return True
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a message about a name that is none of the known ones: those that may be meant, or nothing."""
     similar = difflib.get_close_matches(name, list(known), n=3)
-    return f"; similar: {', '.join(similar)}" if similar else ""
+    return f"; similar: {', '.join(map(on_one_line, similar))}" if similar else ""
 
 
 def first_of(names: Sequence[str]) -> str:

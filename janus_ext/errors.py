@@ -5,8 +5,9 @@ The ops themselves (``janus_ext.ops``) raise ``ValueError`` and ``TypeError``, a
 
 import re
 
-# Also what turns the direction of a text.
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# Also what turns the direction of a text, and halves of pairs, which stand for bytes of a name that are no text: no
+# output takes them.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def on_one_line(name: str) -> str:

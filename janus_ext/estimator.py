@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from janus_ext import ops, processes
 from janus_ext.arguments import (
     WIDEST,
+    are_floats,
     check_device,
     check_flag,
     check_integer,
@@ -24,9 +25,11 @@ from janus_ext.arguments import (
     check_state,
     check_tensor,
     check_text,
+    naming,
     shown,
 )
 from janus_ext.errors import ArgumentError, StatisticsError, TaskBoundaryError
+from janus_ext.protection import checked_defect
 from janus_ext.statistics import SKETCH_RANK, Gram, Sketch, Statistics
 
 ESTIMATORS = ("gram", "isvd")
@@ -110,7 +113,7 @@ class OnlineEstimator:
             TaskBoundaryError: after `all_reduce`: before the next commit nothing can be added.
         """
         check_tensor(f"{self.name}: x", x, f"[..., {self.dim}]")
-        if x.dim() == 0 or x.shape[-1] != self.dim or not x.is_floating_point():
+        if x.dim() == 0 or x.shape[-1] != self.dim or not are_floats(x):
             found = f"{list(x.shape)} of {x.dtype}"
             raise ArgumentError(f"{self.name}: x must be [..., {self.dim}] of a floating dtype, got {found}")
         if self._reduced:
@@ -157,12 +160,7 @@ class OnlineEstimator:
 
     def adopt(self, basis: Tensor) -> Tensor:
         """Put a basis that `extended` gave in force, and start new statistics; for many layers, all or none."""
-        check_tensor(
-            f"{self.name}: basis",
-            basis,
-            f"[{self.dim}, k]",
-            lambda V: V.dim() == 2 and V.shape[1] <= len(V) == self.dim,
-        )
+        self._check_basis(self.name, basis)
         self.statistics.clear()
         self.basis, self._reduced = basis.detach(), False
         return self.basis
@@ -244,12 +242,20 @@ class OnlineEstimator:
         check_state(f"{self.name}: state", state, (*self.statistics.names, "rows", "basis"))
         shapes = {name: list(tensor.shape) for name, tensor in self.statistics.tensors().items()}
         found = {name: list(state[name].shape) for name in shapes}
-        basis = list(state["basis"].shape)
-        if found != shapes or len(basis) != 2 or not basis[1] <= basis[0] == self.dim:
-            raise ArgumentError(
-                f"{self.name}: state must have {_listed(shapes)} and basis [{self.dim}, k], "
-                f"got {_listed(found)} and basis {basis}"
-            )
+        if found != shapes:
+            raise ArgumentError(f"{self.name}: state must have {_listed(shapes)}, got {_listed(found)}")
+        self._check_basis(f"{self.name}: state", state["basis"])
+
+    def _check_basis(self, who: str, basis: Tensor) -> None:
+        """ArgumentError unless it is [dim, k], k <= dim, and orthonormal."""
+        check_tensor(
+            f"{who}: basis",
+            basis,
+            f"floating [{self.dim}, k] with k <= {self.dim}",
+            lambda V: are_floats(V) and V.dim() == 2 and V.shape[1] <= len(V) == self.dim,
+        )
+        with naming(who):
+            checked_defect(basis)
 
 
 def _statistics(

@@ -35,6 +35,7 @@ from janus_ext.calibration import fit_temperature, probabilities
 from janus_ext.data.benchmark import Selection
 from janus_ext.data.collect import checked_names, checked_split, labelled, labelled_as, require_readable, unlabelled
 from janus_ext.data.images import View, checked_workers, default_workers
+from janus_ext.data.layout import shorten
 from janus_ext.devices import at_work
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.exports.contents import Contents, Update
@@ -286,7 +287,7 @@ class ContinualLearner:
         known = [c for c, name in enumerate(checked_names(class_names)) if name in outputs]
         rows = checked_split(split).of_classes(known)
         if not len(rows):
-            raise DataError(f"none of the images is of a class that was learned: {', '.join(self.classes[:3])}, ...")
+            raise DataError(f"images must be of classes that were learned ({shorten(self.classes)}), got none of them")
         positions = torch.tensor([outputs.get(name, -1) for name in class_names], dtype=torch.int64)
         with self._at_work():
             batches = self._core.scores(Selection(split, rows, positions))

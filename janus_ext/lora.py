@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from janus_ext import ops
 from janus_ext.adapter import Adapter
-from janus_ext.arguments import check_flag, check_tensor, naming, shown
+from janus_ext.arguments import are_floats, check_flag, check_tensor, naming, shown
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_linear, check_rank, check_scale
 from janus_ext.ops import WORKING_DTYPES
@@ -135,7 +135,7 @@ class LoRALayer(Adapter):
             f"{type(self).__name__}: basis",
             basis,
             f"floating [n, k] with n = {n} and k <= n - r = {room}",
-            lambda V: V.dim() == 2 and len(V) == n and V.shape[1] <= room and V.is_floating_point(),
+            lambda V: V.dim() == 2 and len(V) == n and V.shape[1] <= room and are_floats(V),
         )
         if bool(self.B.any()):
             raise TaskBoundaryError("protect() while B is not zero would change the function: merge() first")

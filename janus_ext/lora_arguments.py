@@ -4,7 +4,7 @@ import math
 
 from torch import nn
 
-from janus_ext.arguments import check_integer, check_number
+from janus_ext.arguments import are_floats, check_integer, check_number
 from janus_ext.errors import ArgumentError
 
 ROUNDED_WEIGHTS = (
@@ -35,7 +35,7 @@ def _oddity(linear: nn.Linear) -> str:
         return "whose weight is computed from other parameters"
     if isinstance(weight, nn.UninitializedParameter):
         return "that has no weight before its first forward pass"
-    if not weight.is_floating_point():
+    if not are_floats(weight):
         return f"with a weight in {str(weight.dtype).removeprefix('torch.')}"
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         return "with a forward of its own"

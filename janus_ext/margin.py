@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from janus_ext import ops
 from janus_ext.arguments import (
     WIDEST,
+    are_floats,
     are_integers,
     check_device,
     check_floats,
@@ -102,7 +103,7 @@ class ClassPrototypes:
         check_state("ClassPrototypes: state", state, ("matrix", "classes"))
         matrix, classes = state["matrix"], state["classes"]
         fits = matrix.dim() == 2 and matrix.shape[1:] == self.matrix.shape[1:] and classes.shape == matrix.shape[:1]
-        if not fits or not matrix.is_floating_point() or not are_integers(classes):
+        if not fits or not are_floats(matrix) or not are_integers(classes):
             raise ArgumentError(
                 f"ClassPrototypes: state must have a floating matrix [C, {self.matrix.shape[1]}] and C classes, "
                 f"got {list(matrix.shape)} of {matrix.dtype} and {list(classes.shape)} of {classes.dtype}"

@@ -14,15 +14,19 @@ ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half p
 
 def orthonormal(basis: Tensor, dtype: torch.dtype) -> Tensor:
     """The orthonormal matrix nearest to `basis`, which is that itself up to rounding of `dtype`."""
+    if checked_defect(basis) <= basis.shape[1] * torch.finfo(dtype).eps:
+        return basis
+    U, _, Vh = torch.linalg.svd(basis.double(), full_matrices=False)
+    return U @ Vh
+
+
+def checked_defect(basis: Tensor) -> float:
+    """|V^T V - I|_F, how far a basis V [n, k] is from orthonormal; ArgumentError where that is not from rounding."""
     V = basis.double()
-    k = V.shape[1]
-    defect = float((V.mT @ V - torch.eye(k, dtype=V.dtype, device=V.device)).norm())
+    defect = float((V.mT @ V - torch.eye(V.shape[1], dtype=V.dtype, device=V.device)).norm())
     if not defect <= ORTHONORMALITY:
         raise ArgumentError(f"basis must be orthonormal, |V^T V - I| <= {ORTHONORMALITY:g}, got {defect:g}")
-    if defect <= k * torch.finfo(dtype).eps:
-        return basis
-    U, _, Vh = torch.linalg.svd(V, full_matrices=False)
-    return U @ Vh
+    return defect
 
 
 @torch.no_grad()

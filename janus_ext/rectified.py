@@ -109,10 +109,9 @@ class Rectified:
 
     def check_basis(self, basis: Tensor) -> None:
         """Raises what stands against `resume(basis)`: no room for the factors, or an update that it would change."""
-        r, n = self.A.shape[-2:]
-        if basis.shape[1] > n - r:
-            k = basis.shape[1]
-            raise ArgumentError(f"{self.name}: a basis of k = {k} leaves n - k = {n - k} directions, got rank {r}")
+        (r, n), k = self.A.shape[-2:], basis.shape[1]
+        if k > n - r:
+            raise ArgumentError(f"{self.name}: basis must leave room for rank {r}, k <= n - r = {n - r}, got k = {k}")
         if bool(self.B.any()) and not self.is_safe_on(basis):
             raise TaskBoundaryError(
                 f"{self.name}: load_state_dict() came while B is not zero, with a basis that its update does not leave "

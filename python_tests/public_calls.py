@@ -84,13 +84,21 @@ def _held(V: Tensor, M: Tensor) -> list[Tensor]:
 
 def _sketch(U: Tensor, S: Tensor) -> list[Tensor]:
     M = U.double() * S.double()
-    return [M @ M.mT, S]
+    return [M @ M.mT, S.double().square()]  # the eigenvalues of a Gram matrix: rounded by parts of the largest square
+
+
+def _pull(given: dict[str, Any], loss: Tensor, gradient: Tensor) -> list[Tensor]:
+    """The loss, and the gradient beside what it is a difference of: of a feature along its prototypes it is zero."""
+    features, prototypes = given["features"].double(), given["prototypes"].double()
+    lengths = features.norm(dim=1, keepdim=True)
+    return [loss, torch.cat([gradient.double() * lengths, prototypes.norm(dim=1).sum().expand_as(lengths)], 1)]
 
 
 VALUES: dict[str, Callable[[dict[str, Any], Any], list[Tensor]]] = {
     "extend_basis": lambda given, V: _held(V, given["gram"]),
     "extend_basis_factor": lambda given, V: _held(V, given["U"] * given["S"]),
     "isvd_update": lambda given, sketch: _sketch(*sketch),
+    "margin_loss": lambda given, found: [found] if isinstance(found, Tensor) else _pull(given, *found),
 }
 
 
@@ -236,6 +244,7 @@ def _metric(name: str, **arguments: Any) -> Callable[[], Right]:
     return lambda: Right(getattr(metrics, name), dict(arguments), who=who, names=("matrix",))
 
 
+OF_PAIRS = ("layers", "A", "B", "rank", "scale", "module")
 LOWER = [[90.0], [80.0, 70.0], [70.0, 65.0, 60.0]]
 RIGHT: dict[str, Callable[[], Right]] = {
     **LEARNERS,
@@ -295,15 +304,16 @@ RIGHT: dict[str, Callable[[], Right]] = {
         {"layers": _pairs(), "energy": 0.5, "adapter": None, "rectify": "exact", "estimator": "isvd",
          "estimator_rank": 5, "energy_power": 1, "share_inputs": True, "distributed": True, "damping": 0.1},
         who=("GradientRectifier", "one", "two", "layer", "other", "OnlineEstimator"),
-        names=("layers", "A", "B", "rank"),
+        names=OF_PAIRS,
     ),
     "GradientRectifier.attach": _optimizer,
     "GradientRectifier.commit": lambda: _method(
         _rectifier(), "commit", "commit", "GradientRectifier", "one", "two", "layer", "other",
-        names=("A", "B"), written=("layers",), energy=0.5, layers=_pairs(), adapter=None,
+        names=OF_PAIRS, written=("layers",), energy=0.5, layers=_pairs(), adapter=None,
     ),
     "GradientRectifier.load_state_dict": lambda: _method(
-        _rectifier(), "load_state_dict", "GradientRectifier", "one", "two", state=_rectifier().state_dict()
+        _rectifier(), "load_state_dict", "GradientRectifier", "one", "two",
+        names=("basis",), state=_rectifier().state_dict(),
     ),
     "inject": lambda: Right(
         janus_ext.inject,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from anything import LAID_OUT, altered, anything
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,34 +41,8 @@ OTHERS = (
 WRONG = (*((lambda v=v: v) for v in (*NUMBERS, *TEXTS)), *OTHERS)
 
 
-def overlapping(tensor: Tensor) -> Tensor:
-    """The tensor's shape over memory whose elements are read several times."""
-    strides = [1] * tensor.dim()
-    return torch.as_strided(tensor.flatten()[: max(1, sum(tensor.shape))].clone(), tensor.shape, strides)
-
-
-def strided(tensor: Tensor) -> Tensor:
-    """The same values, every other element of a larger memory."""
-    if not tensor.dim():
-        return tensor.new_full((3,), 7)[1].copy_(tensor)
-    wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), 7)
-    return wide[..., 1::2].copy_(tensor)
-
-
-def turned(tensor: Tensor) -> Tensor:
-    """The same values, laid out by columns."""
-    return tensor.mT.contiguous().mT if tensor.dim() >= 2 else strided(tensor)
-
-
-def padded(tensor: Tensor) -> Tensor:
-    """The same values in the middle of a memory, at an odd place."""
-    return tensor.new_full((tensor.numel() + 5,), 7)[3 : 3 + tensor.numel()].view(tensor.shape).copy_(tensor)
-
-
-SAME_VALUES = (strided, turned, padded)
 OF_TENSORS = (
-    *SAME_VALUES,
-    overlapping,
+    *LAID_OUT,
     lambda t: t.to(torch.int64),
     lambda t: t.to(torch.complex128),
     lambda t: t.half(),
@@ -97,11 +72,16 @@ OF_TENSORS = (
 )
 
 
+SEEDS = st.integers(0, 2**63)
+
+
 @st.composite
 def strange(draw: st.DrawFn, value: Any) -> Any:
     """One argument made strange; what the right `value` is decides how, and now and then it stays right."""
     if isinstance(value, Tensor) and draw(st.integers(0, 4)):
         return draw(st.sampled_from(OF_TENSORS))(value.detach())
+    if draw(st.booleans()):
+        return draw(SEEDS.map(lambda seed: altered(value, seed)))
     if isinstance(value, Mapping) and value and draw(st.integers(0, 3)):
         name = draw(st.sampled_from(sorted(value)))
         rest = {key: item for key, item in value.items() if key != name}
@@ -112,7 +92,7 @@ def strange(draw: st.DrawFn, value: Any) -> Any:
         index = draw(st.integers(0, len(value)))
         items = [draw(strange(item)) if i == index else item for i, item in enumerate(value)]
         return type(value)(items) if index < len(value) and type(value) in (list, tuple) else [*value, value[0]]
-    return draw(st.sampled_from(WRONG))()
+    return draw(st.sampled_from(WRONG))() if draw(st.booleans()) else draw(SEEDS.map(anything))
 
 
 @st.composite

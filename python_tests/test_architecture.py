@@ -25,7 +25,7 @@ ALLOWED = {
     "ops": {"_native", "arguments", "ops", "rectification", "reference"},
     "protection": {"ops"},
     "statistics": {"ops", "processes"},
-    "estimator": {"arguments", "ops", "processes", "statistics"},
+    "estimator": {"arguments", "ops", "processes", "protection", "statistics"},
     "margin": {"arguments", "ops"},
     "named_tensors": set(),
     "heads": {"arguments", "heads", "margin", "named_tensors", "ops"},

@@ -243,7 +243,7 @@ def test_nothing_that_autograd_knows_is_kept(kind: str) -> None:
     one.load_state_dict(state)
     one.observe(torch.randn(9, 6))
     assert not any(t.requires_grad for t in one.state_dict().values())
-    assert not one.adopt(torch.zeros(6, 2, requires_grad=True)).requires_grad
+    assert not one.adopt(torch.eye(6, 2, requires_grad=True)).requires_grad
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -331,3 +331,12 @@ def test_a_module_with_a_child_named_enter_is_observed_and_left_alone() -> None:
     want = block(x)
     with observing({"a": block}, {"a": OnlineEstimator(8)}):
         assert torch.equal(block(x), want)
+
+
+@pytest.mark.parametrize("basis", [torch.ones(6, 2), torch.full((6, 1), float("nan")), torch.eye(6, 2) * 1.01])
+def test_a_basis_that_is_not_orthonormal_is_refused(basis: torch.Tensor) -> None:
+    known = estimator(6, "gram")
+    for call in (known.adopt, lambda V: known.load_state_dict({**known.state_dict(), "basis": V})):
+        with pytest.raises(ArgumentError, match="basis must be orthonormal"):
+            call(basis)
+    assert known.basis.shape == (6, 0)

@@ -133,7 +133,7 @@ def test_a_state_that_leaves_no_room_for_the_rank_is_refused() -> None:
     _, rectifier, _ = in_mid_task()
     factors = [(torch.zeros(r, 24), torch.zeros(30, r)) for r in (18, 19)]
     GradientRectifier({"k": factors[0]}).load_state_dict(rectifier.state_dict())
-    with pytest.raises(ArgumentError, match=r"k: a basis of k = 6 leaves n - k = 18 directions, got rank 19"):
+    with pytest.raises(ArgumentError, match=r"k: basis must leave room for rank 19, k <= n - r = 5, got k = 6"):
         GradientRectifier({"k": factors[1]}).load_state_dict(rectifier.state_dict())
 
 

@@ -50,7 +50,8 @@ void gram_update_(const Tensor& gram, const Tensor& x, double decay) {
   const c10::cuda::CUDAGuard guard(gram.device());
   const int64_t n = gram.size(0);
   if (x.numel() == 0) {
-    if (decay != 1) gram.mul_(decay);
+    const Tensor upper = gram.triu();
+    gram.copy_((upper + upper.triu(1).t()).mul_(decay));
     return;
   }
   const Tensor rows = rows_for(x, gram);

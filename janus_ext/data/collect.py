@@ -69,7 +69,7 @@ def labelled(images: Any, classes: Sequence[str] | None = None, view: View = SQU
     rows, labels = found.resolve(names, leaving=found.own)
     lacking = [names[label] for label in sorted(set(range(len(names))) - set(labels))]
     if lacking:
-        raise DataError(f"{len(lacking)} of {len(names)} classes have no image: {shorten(lacking)}")
+        raise DataError(f"each class needs an image, {len(lacking)} of {len(names)} have none: {shorten(lacking)}")
     return Labelled(found.checked_split(rows, labels, view, workers), names)
 
 

@@ -70,7 +70,7 @@ def printable(name: str) -> str:
 def similar(name: str, names: Iterable[str]) -> str:
     """The end of a message about a name that is none of ``names``: those it may have meant, or nothing."""
     close = difflib.get_close_matches(name, names)
-    return f" (similar: {', '.join(close)})" if close else ""
+    return f" (similar: {', '.join(map(on_one_line, close))})" if close else ""
 
 
 def _log_valid_text(record: logging.LogRecord) -> bool:

@@ -11,6 +11,7 @@ from janus_ext import reference
 from janus_ext.arguments import shown
 from janus_ext.ops.registry import RECTIFICATION, define
 from janus_ext.rectification import Rectification
+from janus_ext.reference.checks import check_scale
 
 
 def rectify_(
@@ -49,7 +50,7 @@ def rectify_(
             raise TypeError(f"rectify_: {name} must be a list, one entry a layer, got {shown(values)}")
     reference.check_lengths("rectify_", *lists.values())
     lists["basis"] = [_nothing(a) if v is None else v for a, v in zip(A, basis, strict=True)]
-    lists["scale"] = [float(s) if isinstance(s, Real) else s for s in lists["scale"]]
+    lists["scale"] = [check_scale("rectify_", s) if isinstance(s, Real) else s for s in lists["scale"]]
     with torch.no_grad():
         torch.ops.janus_ext.rectify_(*map(list, lists.values()), *how.values)
 

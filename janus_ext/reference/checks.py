@@ -89,13 +89,14 @@ def check_rectify(op: str, scale: float, rectify: str | Rectification, **options
     return how
 
 
-def check_scale(op: str, scale: float) -> None:
-    """s of W + s B A. An integer is taken as a float: torch itself takes none beyond 2^63."""
+def check_scale(op: str, scale: float) -> float:
+    """s of W + s B A, as a float where it was an integer: torch itself takes none beyond 2^63."""
     try:
         number = float(scale)
     except OverflowError:
         raise ValueError(f"{op}: scale must be finite and not zero, got an integer that no float holds") from None
     require(number != 0 and math.isfinite(number), f"{op}: scale must be finite and not zero, got {number:g}")
+    return number
 
 
 def check_factor(op: str, name_U: str, U: Tensor, name_S: str, S: Tensor) -> None:

@@ -15,7 +15,7 @@ from janus_ext.reference.checks import (
 
 
 def gram_update_(gram: Tensor, x: Tensor, decay: float = 1.0) -> None:
-    """gram <- decay * gram + x^T x, exactly symmetric; see `janus_ext.ops.gram_update_`."""
+    """gram <- decay * gram + x^T x, exactly symmetric, from gram's upper triangle; see `janus_ext.ops.gram_update_`."""
     op = "gram_update_"
     require_dtype(op, "gram", gram, WORKING_DTYPES)
     require(
@@ -28,5 +28,5 @@ def gram_update_(gram: Tensor, x: Tensor, decay: float = 1.0) -> None:
     require_device(op, gram, x=x)
     require(0 < decay <= 1, f"{op}: decay must be in (0, 1], got {decay:g}")
     rows = x.reshape(-1, x.shape[-1]).to(gram.dtype)
-    update = torch.triu(rows.mT @ rows)
-    gram.mul_(decay).add_(update + torch.triu(update, 1).mT)
+    upper = torch.triu(decay * gram + rows.mT @ rows)
+    gram.copy_(upper + torch.triu(upper, 1).mT)
