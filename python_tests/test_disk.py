@@ -51,7 +51,7 @@ def assert_ended_in_a_line(done: subprocess.CompletedProcess, said: str) -> None
 
 def assert_goes_on(weights: Path, folder: Path, whole: Path, behind: int) -> None:
     done = subprocess.run(command(weights, folder), check=True, capture_output=True, text=True, env=ENVIRONMENT)
-    assert f"taken up behind task {behind}/3" in done.stdout
+    assert f"goes on after task {behind}/3" in done.stdout
     assert_same_files(folder, whole)
 
 

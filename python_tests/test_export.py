@@ -312,10 +312,11 @@ def test_what_is_no_run_is_one_line(tmp_path, capsys):
 
 
 def test_the_card_says_what_was_learned_and_nothing_of_the_machine(contents, tmp_path):
-    odd = replace(contents, class_names=("a|b", "<c>", *"defg"), updates=())
+    odd = replace(contents, class_names=("a|b", "<c>", "caf\udce9", *"efg"), updates=())
     timm.export(odd, tmp_path / "odd")
     text = (tmp_path / "odd" / "README.md").read_text()
-    assert "1. a\\|b, &lt;c>, d, e, f, g\n" in text
+    assert "1. a\\|b, &lt;c>, caf\\udce9, e, f, g\n" in text
+    assert json.loads((tmp_path / "odd" / "config.json").read_text())["label_names"] == list(odd.class_names)
     timm.export(contents, tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     assert "1. f, e\n2. d, c\n3. b, a\n" in text and "learned in 3 tasks" in text

@@ -154,3 +154,5 @@ def test_total_may_be_a_number() -> None:
     V = ops.extend_basis_factor(torch.zeros(8, 0, dtype=torch.float64), U, S, 5.25, 0.9, 8)
     assert V.shape == (8, 2)
     assert torch.linalg.matrix_norm(subspace(V) - subspace(U[:, :2])) <= TOLERANCE[torch.float64]
+    with pytest.raises(ValueError, match="^extend_basis_factor: total must be finite, got an integer that no float"):
+        ops.extend_basis_factor(torch.zeros(8, 0, dtype=torch.float64), U, S, 10**400, 0.9, 8)

@@ -186,6 +186,18 @@ def test_prototypes_are_unit_class_means() -> None:
     assert_close(prototypes.nearest(f), cosines.amax(1), torch.float32)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-5, 1e5, 1e30])
+def test_prototypes_depend_on_directions_alone(scale: float) -> None:
+    f, labels = torch.randn(20, 6), torch.arange(20) % 3
+    scaled, plain = ClassPrototypes(6), ClassPrototypes(6)
+    scaled.add(f * scale, labels)
+    plain.add(f, labels)
+    assert_close(scaled.matrix, plain.matrix.double(), torch.float32)
+    assert_close(scaled.cosines(f * scale), plain.cosines(f).double(), torch.float32)
+    scaled.transform(torch.eye(6).double() * scale**5)
+    assert_close(scaled.matrix, plain.matrix.double(), torch.float32)
+
+
 @pytest.mark.parametrize("features", [torch.zeros(0, 4), torch.full((2, 4), float("nan"))], ids=["none", "nan"])
 def test_prototypes_of_bad_features_are_refused(features: torch.Tensor) -> None:
     prototypes = ClassPrototypes(4)

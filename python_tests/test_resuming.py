@@ -158,7 +158,7 @@ def test_the_command_goes_on_and_then_takes_what_is_finished(cut_off, capsys):
     (folder / "checkpoints" / ".model.safetensors.1.tmp").touch()  # of a write that was cut off
     (folder / ".metrics.jsonl.1.tmp").touch()
     assert train.main(call) == 0
-    assert "taken up behind task 2/4" in (folder / "log.txt").read_text()
+    assert "goes on after task 2/4" in (folder / "log.txt").read_text()
     assert not list(folder.rglob("*.tmp"))
     assert len(json.loads((folder / "results.json").read_text())["accuracy_matrix"]) == 4
     before = (folder / "results.json").read_bytes()
@@ -313,7 +313,7 @@ def test_seeds_go_on_one_by_one_and_more_can_be_added(cut_off, weights, tmp_path
     run.rename(many / "seed-0")
     call = [*call[:-1], str(many)]
     assert train.main([*call, "--seed", "0", "1"]) == 0
-    assert "taken up behind task 2/4" in (many / "seed-0" / "log.txt").read_text()
+    assert "goes on after task 2/4" in (many / "seed-0" / "log.txt").read_text()
     first = (many / "seed-0" / "results.json").read_bytes()
     assert train.main([*call, "--seed", "0", "1", "2"]) == 0
     assert json.loads((many / "summary.json").read_text())["seeds"] == [0, 1, 2]

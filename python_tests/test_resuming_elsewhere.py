@@ -49,7 +49,7 @@ def ask(data: str | Path, weights: str | Path, *more: str) -> int:
 
 def test_the_same_images_and_weights_elsewhere_are_the_same_run(place, capsys):
     assert ask(place / "images", place / "w.safetensors") == 0
-    assert "taken up behind task 1/2" in (place / "run" / "log.txt").read_text()
+    assert "goes on after task 1/2" in (place / "run" / "log.txt").read_text()
     os.rename("images", "moved")
     os.rename("w.safetensors", "renamed.safetensors")
     capsys.readouterr()

@@ -169,7 +169,7 @@ def test_an_image_that_one_process_cannot_read_ends_all(weights, tmp_path) -> No
     assert "Traceback" not in stderr.partition("torch/distributed")[0]
     image.write_bytes(whole)
     again = subprocess.run(call(weights, tree, folder, "--epochs", "20", "--resume"), capture_output=True, text=True)
-    assert again.returncode == 0 and "taken up behind task 1/2" in again.stdout, again.stderr
+    assert again.returncode == 0 and "goes on after task 1/2" in again.stdout, again.stderr
     assert len(results(folder)["accuracy_matrix"]) == 2
 
 

@@ -67,7 +67,7 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
     if image_size is not None:
         check_integer("load_backbone: image_size", image_size, lambda s: 1 <= s <= WIDEST, f"from 1 to {WIDEST} pixels")
     if weights not in ("pretrained", "none") and not os.path.isfile(weights):
-        raise CheckpointError(f"--weights {weights}: no such file (or one of: pretrained, none)")
+        raise CheckpointError(f"--weights {weights}: no such file, nor pretrained or none")
     prepare_torchvision()
     if name == "emoji":
         return _load_embedded(weights, image_size)

@@ -42,7 +42,7 @@ def write(folder: Path, contents: Contents, loading: str) -> None:
     """Writes README.md; ``loading`` is the section that says how to load the files beside it."""
     parts = (_head(contents), loading, _classes(contents), _accuracy(contents.results), _settings(contents.settings))
     text = "\n".join(part for part in parts if part)
-    replace_file(folder / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(folder / "README.md", lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
 
 
 def _head(contents: Contents) -> str:

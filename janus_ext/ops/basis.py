@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensor
 
 from janus_ext import reference
 from janus_ext.ops.registry import define
+from janus_ext.reference.checks import as_float
 
 
 def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, energy_power: int = 1) -> Tensor:
@@ -49,7 +50,8 @@ def extend_basis_factor(
         As `extend_basis`.
     """
     if isinstance(total, Real) and isinstance(basis, Tensor):
-        total = torch.tensor(float(total), dtype=torch.float64, device=basis.device)
+        number = as_float("extend_basis_factor", "total", "finite", total)
+        total = torch.tensor(number, dtype=torch.float64, device=basis.device)
     with torch.no_grad():
         return torch.ops.janus_ext.extend_basis_factor(basis, U, S, total, energy, max_rank)
 

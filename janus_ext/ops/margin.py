@@ -17,7 +17,8 @@ def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature
     computed in the forward pass; differentiable once, in features. No prototypes: exactly zero, and no gradient.
 
     Args:
-        features: [N, d], float64, float32, bfloat16 or float16; only their direction f^ = f / |f| matters.
+        features: [N, d], float64, float32, bfloat16 or float16; only their direction f^ = f / |f| matters,
+            as long as |f| is from 1e-19 to 1e19 (in float64 from 1e-154 to 1e154): shorter ones have none.
         prototypes: [C, d], float32 or float64, unit rows: class means of old tasks.
         margin: cosine beyond which a feature is too close, in [-1, 1].
         temperature: tau > 0; the larger, the sharper the hinge.

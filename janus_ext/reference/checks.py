@@ -90,13 +90,18 @@ def check_rectify(op: str, scale: float, rectify: str | Rectification, **options
 
 
 def check_scale(op: str, scale: float) -> float:
-    """s of W + s B A, as a float where it was an integer: torch itself takes none beyond 2^63."""
-    try:
-        number = float(scale)
-    except OverflowError:
-        raise ValueError(f"{op}: scale must be finite and not zero, got an integer that no float holds") from None
+    """s of W + s B A, as a float."""
+    number = as_float(op, "scale", "finite and not zero", scale)
     require(number != 0 and math.isfinite(number), f"{op}: scale must be finite and not zero, got {number:g}")
     return number
+
+
+def as_float(op: str, name: str, wanted: str, number: float) -> float:
+    """A number as a float, where it was an integer: torch itself takes none beyond 2^63."""
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} must be {wanted}, got an integer that no float holds") from None
 
 
 def check_factor(op: str, name_U: str, U: Tensor, name_S: str, S: Tensor) -> None:

@@ -76,7 +76,7 @@ class Trainer:
         self.keeping.start = within and self._checked(State(*within))
         run.keep_epochs([self.learner.epochs(task) for task in range(len(self.matrix))] + [self._epochs_within()])
         run.remove_methods_before(len(self.matrix) - 1)
-        LOG.info("taken up behind task %d/%d", len(self.matrix), len(self.benchmark.tasks))
+        LOG.info("goes on after task %d/%d", len(self.matrix), len(self.benchmark.tasks))
         if self.keeping.start is not None:
             LOG.info("and within the next: epochs done %d, steps of the one after %d", *self.keeping.start.position)
 
