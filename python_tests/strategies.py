@@ -16,7 +16,8 @@ class Another:
     """An object of a type that nobody expects."""
 
 
-NUMBERS = (-1, 0, 2, 0.5, HUGE, -(2**62), 2**70, 10**400, 1e308, -0.0, float("nan"), float("inf"), -float("inf"), 3 + 4j)
+INFINITE = (float("nan"), float("inf"), -float("inf"))
+NUMBERS = (-1, 0, 2, 0.5, HUGE, -(2**62), 2**70, 10**400, 1e308, -0.0, *INFINITE, 3 + 4j)
 TEXTS = ("", "8", "exact", "Exact", "gram", "none", "exact\0", "k", "nowhere", "x" * 300, "a\nb")
 OTHERS = (
     lambda: None,
