@@ -51,7 +51,10 @@ METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "frozen": ({"learn": "none"}, [{}]),  # nothing to tune
 }
 OFF = {"drift_budget": 1e9}  # the guard, which --head aligned would bring along
-ALIGNED = {method: {"head": "aligned"} | OFF for method in ("janus", "lora", "inflora")}
+ALIGNED: dict[str, dict[str, Any]] = {
+    **{method: {"head": "aligned"} | OFF for method in ("janus", "lora", "inflora")},
+    **{method: {"head": "aligned"} for method in ("joint", "frozen")},  # which have no guard
+}
 
 # The rows of the paper's ablation but for plain LoRA, as changes of Janus-LoRA.
 PAPER: dict[str, dict[str, Any]] = {
