@@ -15,9 +15,9 @@
 A run trains once and measures all heads, which training does not know of. Every method has nine candidates. All are
 run on seed 100 with `--validation`, so that the test images are not seen; for every head the best two are run on seed
 101, too, and the better mean ACC goes to seeds 0 to 4, which are trained on all training images and tested on the test
-images. The head "aligned" trains for a while, so it is measured for three methods, joint training and the frozen backbone
-alone, in runs of what was chosen for their linear heads. The class order is drawn from the seed. Every finished run is a line in
-benchmarks/results/study-<data>.jsonl.
+images. The head "aligned" trains for a while, so it is measured for three methods, joint training and the frozen
+backbone alone, in runs of what was chosen for their linear heads. The class order is drawn from the seed. Every
+finished run is a line in benchmarks/results/study-<data>.jsonl.
 """
 
 from __future__ import annotations

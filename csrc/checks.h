@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -146,7 +147,9 @@ inline void check_apart(const std::string& op, std::vector<Span> spans) {
 inline void check_rectify(const std::string& op, double scale, std::string_view rectify, double damping, double share) {
   TORCH_CHECK_VALUE(rectify == "none" || rectify == "project" || rectify == "tangent" || rectify == "exact", op,
                     ": rectify must be one of none, project, tangent, exact, got ", quoted(rectify));
-  TORCH_CHECK_VALUE(scale != 0 && std::isfinite(scale), op, ": scale must be finite and not zero, got ", scale);
+  using Float = std::numeric_limits<float>;  // what factors are kept in
+  TORCH_CHECK_VALUE(std::abs(scale) >= Float::min() && std::abs(scale) <= Float::max(), op,
+                    ": scale must be finite and not zero in float32, got ", scale);
   TORCH_CHECK_VALUE(damping > 0 && std::isfinite(damping), op, ": damping must be positive and finite, got ", damping);
   TORCH_CHECK_VALUE(0 <= share && share <= 1, op, ": share must be in [0, 1], got ", share);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -25,6 +26,7 @@ from janus_ext.runs.folder import require_within
 from janus_ext.runs.run import Run
 from janus_ext.terminal import command
 
+TRAINED_ON = "it was trained on most of these images; without --data-dir those that it held out are scored"
 OTHERS = "the images are not those of the run, so that some may have been trained on"
 
 
@@ -68,7 +70,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     learner = ContinualLearner.load(config.run, config.device, head=config.head, method=typed(config.method))
     with naming_lost_workers():
         found = (
-            _on_benchmark(learner, run.settings(), config) if _wants_benchmark(config) else _on_folder(learner, config)
+            _on_benchmark(learner, run.settings(), config)
+            if _wants_benchmark(config)
+            else _on_folder(learner, run.settings(), config)
         )
     folder = config.output or run.folder / "evaluation"
     found.save(folder)
@@ -80,10 +84,13 @@ def _wants_benchmark(config: EvaluateConfig) -> bool:
     return config.benchmark is not None or config.data_dir is None
 
 
-def _on_folder(learner: ContinualLearner, config: EvaluateConfig) -> Evaluation:
+def _on_folder(learner: ContinualLearner, settings: Mapping[str, Any], config: EvaluateConfig) -> Evaluation:
     if not config.data_dir.is_dir():
         raise DataError(f"--data-dir {config.data_dir} is no folder; wanted a folder of class folders")
     parts = find_parts(config.data_dir)
+    own = settings.get("data_dir")
+    if not parts and own and os.path.isdir(own) and os.path.samefile(own, config.data_dir):
+        print(f"janus_ext.evaluate: {config.data_dir} is the run's own folder: {TRAINED_ON}", file=sys.stderr)
     return learner.evaluate(config.data_dir / parts[1] if parts else config.data_dir)
 
 

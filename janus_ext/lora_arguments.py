@@ -1,7 +1,6 @@
 """Checks of what layers and plug-ins are made from: ArgumentError there, and not in the first forward."""
 
-import math
-
+import torch
 from torch import nn
 
 from janus_ext.arguments import are_floats, check_integer, check_number
@@ -15,7 +14,10 @@ ROUNDED_WEIGHTS = (
 
 def check_scale(who: str, scale: object) -> None:
     """ArgumentError unless s in W + s B A is a number that the ops take."""
-    check_number(f"{who}: scale", scale, lambda s: s != 0 and math.isfinite(s), "finite and not zero")
+    float32 = torch.finfo(torch.float32)
+    check_number(
+        f"{who}: scale", scale, lambda s: float32.tiny <= abs(s) <= float32.max, "finite and not zero in float32"
+    )
 
 
 def check_linear(who: str, linear: object) -> None:

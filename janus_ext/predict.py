@@ -12,7 +12,9 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
+from janus_ext.arguments import shown
 from janus_ext.config import OneHead, flag
+from janus_ext.config.checks import MANY
 from janus_ext.data.collect import find_images, readable, unlabelled
 from janus_ext.errors import ArgumentError, on_one_line
 from janus_ext.learner import ContinualLearner
@@ -55,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(config: PredictConfig) -> None:
-    for name, least in (("top", 1), ("batch_size", 1), ("workers", 0)):
+    for name, least, most in (("top", 1, MANY), ("batch_size", 1, MANY), ("workers", 0, 1024)):
         value = getattr(config, name)
-        if value is not None and value < least:
-            raise ArgumentError(f"{flag(name)} must be at least {least}, got {value}")
+        if value is not None and not least <= value <= most:
+            raise ArgumentError(f"{flag(name)} must lie in [{least}, {most}], got {shown(value)}")
     if not config.images:
         raise ArgumentError("IMAGE: name an image at least, or a folder or pattern of images")
 

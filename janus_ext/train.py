@@ -113,9 +113,10 @@ def run_seed(config: TrainConfig, folder: Path) -> table.Results:
         check_same_settings(settings, run.settings(), folder)
     results = take_results(run, benchmark) if finished else fill(run, config, benchmark, settings, going_on)
     print(f"\n{table.format_table(results)}\n\nrun folder: {folder}")
-    if config.plots and processes.is_first():
+    if config.plots:
         run.results()  # an error where the folder is gone: drawing would make a new one
-        plots.save_plots(results, folder / "plots")
+        if processes.is_first():
+            plots.save_plots(results, folder / "plots")
     return results
 
 

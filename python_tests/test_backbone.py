@@ -256,7 +256,7 @@ def written(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     assert "no such file" in refusal(NAME, tmp_path / "nowhere.pth")
-    assert "no such file" in refusal("emoji", tmp_path)
+    assert "no regular file" in refusal("emoji", tmp_path)
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pth", "npz"])

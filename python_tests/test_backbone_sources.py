@@ -220,7 +220,8 @@ def test_numbers_that_are_none_are_named_in_what_the_hub_gives(cached, source, t
 def test_without_a_network_one_line_says_what_was_tried(cached):
     assert refused(CheckpointError, NAME) == (
         "--backbone test_vit --weights pretrained: timm/test_vit.r160_in1k is neither in the local cache "
-        "nor to be had from http://127.0.0.1:9; --weights FILE takes a local file (.safetensors, .pth, .npz)"
+        "nor to be had from http://127.0.0.1:9; --weights FILE takes a local file (.safetensors, .pth, .npz), "
+        "--backbone emoji is embedded"
     )
     for weights in ("pretrained", "none"):
         assert refused(CheckpointError, "hf-hub:timm/zzz", weights) == (
@@ -316,4 +317,4 @@ def test_the_command_trains_at_another_image_size_and_resumes_at_that_alone(tmp_
     assert main([*flags, "--resume"]) == 2
     assert "--image-size 16 (asked: left out)" in capsys.readouterr().err
     assert main([*flags, "--image-size", "0"]) == 2
-    assert "--image-size must lie in [1, 16384], got 0" in capsys.readouterr().err
+    assert "--image-size must lie in [1, 13376], got 0" in capsys.readouterr().err

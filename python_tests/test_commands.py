@@ -75,8 +75,13 @@ def test_images_that_cannot_be_read_are_named_and_counted_and_the_rest_is_classi
     [
         (["{place}", "{place}/photos"], "holds no run of this program"),
         (["{place}/nowhere", "{place}/photos"], "is no folder"),
-        (["{place}/run", "{place}/photos", "--top", "0"], "--top must be at least 1, got 0"),
-        (["{place}/run", "{place}/photos", "--workers", "-1"], "--workers must be at least 0, got -1"),
+        (["{place}/run", "{place}/photos", "--top", "0"], "--top must lie in [1, 2147483647], got 0"),
+        (["{place}/run", "{place}/photos", "--workers", "-1"], "--workers must lie in [0, 1024], got -1"),
+        (["{place}/run", "{place}/photos", "--workers", "9999999"], "--workers must lie in [0, 1024], got 9999999"),
+        (
+            ["{place}/run", "{place}/photos", "--batch-size", "9" * 20],
+            "--batch-size must lie in [1, 2147483647], got",
+        ),
         (["{place}/run"], "IMAGE: name an image at least"),
         (["{place}/run", "{place}/photos", "--device", "cuda:99"], "--device cuda:99"),
     ],
@@ -305,6 +310,10 @@ def test_a_folder_of_images_is_scored_by_the_names_of_its_folders(place, tmp_pat
     found = checkpoint.read_json(tmp_path / "evaluation.json")
     learner = ContinualLearner.load(place / "run")
     assert found["accuracy"] == pytest.approx(learner.evaluate(place / "photos").accuracy) and found["images"] == 24
+    assert "is the run's own folder: it was trained on most of these images" in capsys.readouterr().err
+    shutil.copytree(place / "photos", tmp_path / "others")
+    assert evaluate.main([str(place / "run"), "--data-dir", str(tmp_path / "others"), "--output", str(tmp_path)]) == 0
+    assert "trained on" not in capsys.readouterr().err
     assert evaluate.main([str(place / "run"), "--data-dir", str(place / "all"), "--output", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "class 4" in err and err.count("\n") == 1

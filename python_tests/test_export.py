@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,21 @@ def test_an_export_that_fails_leaves_nothing(contents, tmp_path, monkeypatch, na
     monkeypatch.setattr(card, "write", fails)
     with pytest.raises(CheckpointError, match="the last file"):
         EXPORTS[name](contents, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_a_full_disk_is_one_line_and_leaves_nothing(run, tmp_path, capsys, name):
+    """A file that may not grow stands for it: PyTorch's own writer ended the process."""
+    needs(name)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        assert export.main([str(run), "--format", name, "--output", str(tmp_path / "out")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = capsys.readouterr().err
+    assert "cannot be written: [Errno 27]" in message and len(message.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 

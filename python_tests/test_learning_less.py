@@ -10,6 +10,7 @@ import torch
 from conftest import TOLERANCE, make_trainer, task_of
 from torch import Tensor
 
+from janus_ext.heads.drift import ShareSearch
 from janus_ext.heads.statistics import FeatureStatistics
 from janus_ext.runs.checkpoint import make_folder
 from janus_ext.training.progress import Progress, make_bar
@@ -91,7 +92,7 @@ def test_a_share_of_the_update_is_merged(patterns, weights, tmp_path, method):
     assert any(change.any() for change in changes[1.0].values())
 
 
-@pytest.mark.parametrize("budget", [0.02, 0.0])
+@pytest.mark.parametrize("budget", [0.02, 1e-12, 1e-150, 0.0])
 def test_no_task_moves_its_own_features_further_than_the_budget(patterns, weights, tmp_path, budget):
     """But the first, before which there is nothing to forget."""
     free, without = trained(patterns, weights, tmp_path / "free", lr=3e-2)
@@ -100,7 +101,7 @@ def test_no_task_moves_its_own_features_further_than_the_budget(patterns, weight
     assert results["movement"][0] == without["movement"][0] and results["merged"][0] == 1.0
     assert max(results["movement"][1:]) <= budget
     assert all(0 <= share < 1 for share in results["merged"][1:])
-    if budget:
+    if budget == 0.02:
         assert min(results["movement"][1:]) > 0.89 * budget  # as much is merged as may be
 
 
@@ -114,6 +115,13 @@ def test_the_share_within_a_budget_is_found_whatever_the_curve(patterns, weights
     share, moved = method._within(0.3, task_of(trainer, 1), 5 * curve(1.0))
     assert moved == pytest.approx(5 * curve(share)) and share == pytest.approx(left[-1])
     assert 0.8 * 0.3 <= moved <= 0.3
+
+
+def test_of_a_share_that_factors_cannot_hold_nothing_is_merged() -> None:
+    for budget in (1e-12, 1e-150, 5e-324):
+        search = ShareSearch(budget, 1.0)
+        assert search.next_share() == 0
+    assert ShareSearch(1e-6, 1.0).next_share() == pytest.approx(1e-6)
 
 
 def test_a_budget_that_is_kept_anyway_changes_nothing(patterns, weights, tmp_path):

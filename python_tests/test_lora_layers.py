@@ -250,7 +250,7 @@ def test_deepcopy() -> None:
         ({"rank": 0}, "rank must be from 1 to min"),
         ({"rank": 99}, "rank must be from 1 to min"),
         ({"rank": 2, "rectify": "all"}, "rectify must be one of none, project, tangent, exact, got 'all'"),
-        ({"rank": 2, "scale": 0.0}, "LoRALinear: scale must be finite and not zero, got 0"),
+        ({"rank": 2, "scale": 0.0}, "LoRALinear: scale must be finite and not zero in float32, got 0"),
         ({"rank": 2, "damping": -1.0}, "LoRALinear: damping must be positive and finite, got -1"),
         ({"rank": 2, "share": 2.0}, r"LoRALinear: share must be in \[0, 1\], got 2"),
         ({"rank": 2, "rectify_in": "never"}, "rectify_in must be one of backward, step, got 'never'"),

@@ -89,6 +89,19 @@ def spoil_weight(learner: Learner) -> None:
         learner.method.layers[LAYER].linear.weight[-1, 0] = bad
 
 
+def spoil_optimizer(learner: Learner) -> None:
+    """Of a step that divides by infinity the weights stay as they are: nothing else tells of it."""
+    take = torch.optim.Adam.step
+
+    def once(optimizer: torch.optim.Adam, *args: object) -> object:
+        torch.optim.Adam.step = take
+        result = take(optimizer, *args)
+        optimizer.state[learner.method.layers[LAYER].B]["exp_avg_sq"].fill_(bad)
+        return result
+
+    torch.optim.Adam.step = once
+
+
 def spoil_features(learner: Learner) -> None:
     """Those of the whole task, behind its merge."""
     take = learner.method._features
@@ -109,6 +122,7 @@ CASES = {  # (step of a task, what happens, what is said: where T stands for the
     "gradient": (3, spoil_gradient, r"the loss is nan in task T, epoch 2, step 2.*not finite by then: backbone\."),
     "last gradient": (6, spoil_gradient, rf"{WEIGHT} is not finite in task T, behind epoch 3 and step 0"),
     "gradient, signal": (4, spoil_gradient_and_stop, rf"{WEIGHT} is not finite in task T, behind epoch 1 and step 2"),
+    "optimizer": (6, spoil_optimizer, rf"exp_avg_sq of the optimizer for {WEIGHT} is not finite in task T, behind"),
     "weight": (4, spoil_weight, rf"the loss is nan in task T, epoch 2, step 2.*not finite by then: {WEIGHT}"),
 }
 

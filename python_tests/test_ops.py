@@ -277,7 +277,7 @@ BAD = [
     ("lora_linear", {"A": None}, TypeError, "A must be float32, float64, got None"),
     ("lora_linear", {"rectify": "a\nb"}, ValueError, r"rectify must be one of .*, got 'a\\nb'"),
     ("lora_linear", {"rectify": "all"}, ValueError, "rectify must be one of none, project, tangent, exact, got 'all'"),
-    ("lora_linear", {"scale": 0.0}, ValueError, "scale must be finite and not zero, got 0"),
+    ("lora_linear", {"scale": 0.0}, ValueError, "scale must be finite and not zero in float32, got 0"),
     ("lora_linear", {"damping": -1.0}, ValueError, "damping must be positive and finite, got -1"),
     ("lora_linear", {"share": 2.0}, ValueError, r"share must be in \[0, 1\], got 2"),
     (

@@ -160,6 +160,7 @@ def test_it_is_written_when_minutes_have_passed(patterns, weights, tmp_path, mon
     monkeypatch.setattr(Learner, "_step", minute)
     trainer.run()
     assert written[:4] == [(0, 3), (1, 2), (2, 1), (2, 4)]
+    assert written.count((3, 0)) == 3, "behind the last epoch of every task: what comes next has no step to end behind"
 
 
 # what is in the file --------------------------------------------------------------------------------------------------

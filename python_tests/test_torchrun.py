@@ -137,6 +137,18 @@ def test_two_processes_make_one_run(tree, weights, tmp_path) -> None:
     assert said(other.stderr)[0].startswith(f"{folder} holds a run with other settings: --lr")
 
 
+def test_several_seeds_and_their_plots(tree, weights, tmp_path) -> None:
+    """The first process draws, and the others go on; taken up again, it draws what is missing."""
+    folder, flags = tmp_path / "runs", ("--seed", "0", "1", "--plots", "--epochs", "1")
+    run = subprocess.run(call(weights, tree, folder, *flags), capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    plots = [folder / f"seed-{seed}" / "plots" / "accuracy_matrix.png" for seed in (0, 1)]
+    assert all(plot.exists() for plot in plots) and (folder / "summary.json").exists()
+    plots[1].unlink()
+    again = subprocess.run(call(weights, tree, folder, *flags, "--resume"), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and plots[1].exists(), again.stderr
+
+
 def test_two_machines_make_one_run(tree, weights, tmp_path) -> None:
     """Two launchers, as on two machines, of a process each."""
     with socket.socket() as free:

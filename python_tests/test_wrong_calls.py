@@ -76,7 +76,7 @@ def test_what_no_memory_holds_is_refused() -> None:
 
 
 def test_a_number_that_no_float_holds_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="^LoRALinear: scale must be finite and not zero, got an integer of 1,329"):
+    with pytest.raises(ArgumentError, match="^LoRALinear: scale must be finite and .*, got an integer of 1,329"):
         LoRALinear(nn.Linear(4, 4), 2, scale=10**400)
 
 

@@ -6,6 +6,7 @@ All that can be wrong with them is said in one line.
 from __future__ import annotations
 
 import argparse
+import errno
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from janus_ext.errors import CheckpointError
 from janus_ext.runs.checkpoint import read_tensors
 
 TIMM_TAKES = ("state_dict_ema", "model_ema", "state_dict", "model")  # the keys that timm looks under, in its order
 AVERAGED = {"ema", "teacher"}  # words in the names of averaged weights, which are meant to be used
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ def read_checkpoint(file: WeightFile) -> Mapping[str, Any]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's and MAE's checkpoints keep their options
             checkpoint = torch.load(file.path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
     except Exception as error:  # a damaged pickle fails in any way
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is of one that was cut off
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
         if re.search("GLOBAL|TorchScript", str(error)):  # PyTorch's words for a function or class, and for a program
             reason = "needs code to be loaded and is refused: it must hold tensors only, convert it to safetensors"
             raise CheckpointError(f"{file} {reason}") from error
@@ -92,13 +95,17 @@ def find_network(file: WeightFile, checkpoint: Mapping[str, Any], wanted: set[st
     return {name.removeprefix(chosen[0]): tensor for name, tensor in tensors.items() if name.startswith(chosen[0])}
 
 
-def _flatten(checkpoint: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors of nested dictionaries, the keys joined by dots."""
-    for key, value in checkpoint.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
+def _flatten(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of nested dictionaries, the keys joined by dots; of one that is met again nothing."""
+    waiting, met = [("", checkpoint)], set()
+    while waiting:
+        prefix, values = waiting.pop()
+        if id(values) in met:
+            continue
+        met.add(id(values))
+        yield from ((f"{prefix}{key}", value) for key, value in values.items() if isinstance(value, Tensor))
+        inner = [(f"{prefix}{key}.", value) for key, value in values.items() if isinstance(value, Mapping)]
+        waiting += reversed(inner)
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
@@ -109,16 +116,44 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
 
 
 def check_named_tensors(file: WeightFile, tensors: Mapping[str, Any]) -> None:
-    """CheckpointError, with names, where something is no tensor, or holds NaN or infinity."""
+    """CheckpointError, with names, where something is no tensor, or none that `check_tensors` takes."""
     if strangers := [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
         raise CheckpointError(f"{file} must hold named tensors only, but others are {_some(strangers)}")
-    check_finite(str(file), tensors.items())
+    check_tensors(str(file), tensors.items())
 
 
-def check_finite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """CheckpointError with the names of the tensors of ``what`` that hold NaN or infinity."""
-    if broken := [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
+def check_tensors(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """CheckpointError with the names of the tensors of ``what`` that no network takes, or that hold NaN or infinity."""
+    tensors = list(tensors)
+    if odd := [f"{name}, {oddity}" for name, tensor in tensors if (oddity := _oddity(tensor))]:
+        raise CheckpointError(f"{what} must hold tensors of float32, float64, float16 or bfloat16, got {_some(odd)}")
+    if broken := [name for name, tensor in tensors if tensor.is_floating_point() and not _is_finite(tensor)]:
         raise CheckpointError(f"{what} holds NaN or infinity in {_some(broken)}: the weights are damaged")
+
+
+def _oddity(tensor: Tensor) -> str:
+    """What keeps a tensor from being one of weights; "" where nothing does, integers of a network's own among them."""
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized:
+        return "which is not dense"
+    if tensor.is_meta:
+        return "which has no numbers"
+    if tensor.dtype not in (*FLOATS, *INTEGERS):
+        return f"which is {str(tensor.dtype).removeprefix('torch.')}"
+    room = tensor.untyped_storage().nbytes()
+    return f"{list(tensor.shape)} in {room} bytes" if tensor.numel() * tensor.element_size() > room else ""
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Also in float32, in which a network holds it."""
+    return bool((tensor.float() if tensor.dtype is torch.float64 else tensor).isfinite().all())
+
+
+def check_kinds(what: str, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """CheckpointError where the model has floating-point numbers and the file integers, which would become weights."""
+    wanted = {name for name, parameter in model.state_dict().items() if parameter.is_floating_point()}
+    whole = [name for name, tensor in tensors.items() if name in wanted and not tensor.is_floating_point()]
+    if whole:
+        raise CheckpointError(f"{what} must hold floating-point weights, got integers in {_some(whole)}")
 
 
 def sizes_of_npz(file: WeightFile) -> tuple[int, ...] | None:
@@ -126,13 +161,17 @@ def sizes_of_npz(file: WeightFile) -> tuple[int, ...] | None:
     try:
         with open(file.path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}  # all of it: timm's loader would stop half way
+        if strangers := [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]:
+            raise ValueError(f"{_some(strangers)} in it is no array")
+        floats = {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind == "f"}
     except Exception as error:  # of the file system, NumPy, zipfile or zlib
         raise CheckpointError(f"{file} cannot be read as .npz: {first_line(error)}") from error
-    floats = {key: torch.from_numpy(value) for key, value in arrays.items() if value.dtype.kind == "f"}
-    check_finite(str(file), floats.items())
+    check_tensors(str(file), floats.items())
     queries = [arrays[key].shape for key in arrays if re.search(r"Transformer/encoderblock.*/query/kernel$", key)]
     if not queries:
         return None
+    if len(queries[0]) not in (3, 4):
+        raise CheckpointError(f"{file} must have queries [width, heads, d], stacked or not, got {list(queries[0])}")
     *stacked, width, heads, _ = queries[0]
     return (*(stacked or [len(queries)]), width, heads)
 

@@ -14,8 +14,9 @@ from janus_ext.arguments import WIDEST, check_integer, check_text, shown
 from janus_ext.backbone.files import (
     WeightFile,
     as_timm_takes_it,
-    check_finite,
+    check_kinds,
     check_named_tensors,
+    check_tensors,
     find_network,
     first_line,
     misfit,
@@ -67,7 +68,8 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
     if image_size is not None:
         check_integer("load_backbone: image_size", image_size, lambda s: 1 <= s <= WIDEST, f"from 1 to {WIDEST} pixels")
     if weights not in ("pretrained", "none") and not os.path.isfile(weights):
-        raise CheckpointError(f"--weights {weights}: no such file, nor pretrained or none")
+        found = "it is no regular file" if os.path.exists(weights) else "no such file, nor pretrained or none"
+        raise CheckpointError(f"--weights {weights}: {found}")
     prepare_torchvision()
     if name == "emoji":
         return _load_embedded(weights, image_size)
@@ -88,26 +90,33 @@ def weight_file(name: str, weights: str) -> Path | None:
 def _load_embedded(weights: str, image_size: int | None) -> nn.Module:
     """timm's VisionTransformer as the metadata of the weight file describes it; no dropout of any kind."""
     path = EMBEDDED if weights in ("pretrained", "none") else Path(weights)
-    tensors, metadata = read_tensors(path)
-    check_finite(str(path), tensors.items())
+    try:
+        tensors, metadata = read_tensors(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"--backbone emoji takes its weights as .safetensors: {error}") from error
+    check_tensors(str(path), tensors.items())
     what = f"{path} holds no vision transformer of this program"
     try:
         options = json.loads(metadata["architecture"])
         normalize = json.loads(metadata["normalize"])
         model = make_vision_transformer(options)
+        check_kinds(str(path), tensors, model)
         if weights != "none":
             model.load_state_dict({key: value.float() for key, value in tensors.items()})
-        mean, std, size = normalize["mean"], normalize["std"], _first(options.get("img_size", 224))
+        made_by = {key: value for key, value in options.items() if key not in (*DROP_RATES, "num_classes")}
+        size = _first(options.get("img_size", 224))
+        attach(model, normalize["mean"], normalize["std"], size, {"name": TIMMS_OWN, "options": made_by, "cfg": None})
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{what}: no {error} in its metadata") from error
-    except (ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # timm's model refuses in any way what describes none
         raise CheckpointError(f"{what}: {misfit(error, tensors) or first_line(error)}") from error
     if image_size is not None:
         _check_patches(model, image_size, "emoji")
         model.set_input_size(img_size=(image_size, image_size))
-        options["img_size"] = size = image_size
-    made_by = {key: value for key, value in options.items() if key not in (*DROP_RATES, "num_classes")}
-    return attach(model, mean, std, size, {"name": TIMMS_OWN, "options": made_by, "cfg": None})
+        model.description["options"]["img_size"] = model.description["size"] = model.input_size = image_size
+    return model
 
 
 def _load_timm(source: Source, weights: str, image_size: int | None) -> nn.Module:
@@ -127,7 +136,10 @@ def _load_timm(source: Source, weights: str, image_size: int | None) -> nn.Modul
     cfg = model.pretrained_cfg
     size = image_size or _first(source.options.get("img_size", cfg["input_size"][-1]))
     network = {"name": source.architecture, "options": source.options | options, "cfg": source.cfg}
-    return attach(model, cfg["mean"], cfg["std"], size, network)
+    try:
+        return attach(model, cfg["mean"], cfg["std"], size, network)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"--backbone {source.name}: {first_line(error)}") from error
 
 
 def _check_image_size(source: Source, size: int) -> None:
@@ -165,9 +177,10 @@ def _download(source: Source, options: dict[str, Any]) -> nn.Module:
     cfg = timm.get_pretrained_cfg(source.architecture)
     wanted = (cfg and (cfg.hf_hub_id or cfg.url)) or "timm"
     what = f"--backbone {source.name} --weights pretrained"
-    with hub(what, wanted, "--weights FILE takes a local file (.safetensors, .pth, .npz)"):
+    remedy = "--weights FILE takes a local file (.safetensors, .pth, .npz), --backbone emoji is embedded"
+    with hub(what, wanted, remedy):
         model = source.create(pretrained=True, **options)
-    check_finite(f"{what}: {wanted}", model.named_parameters())
+    check_tensors(f"{what}: {wanted}", model.named_parameters())
     return model
 
 
@@ -208,6 +221,7 @@ def _fill(source: Source, file: WeightFile, tensors: dict[str, Any], options: di
         reason = misfit(error, tensors) or f"timm cannot convert it ({first_line(error)})"
         raise CheckpointError(f"{file} does not fit --backbone {source.name}: {reason}") from error
     del model.pretrained_cfg["state_dict"]
+    check_kinds(str(file), tensors, model)
     return model
 
 

@@ -16,7 +16,7 @@ from janus_ext.backbone.torchvision_guard import prepare_torchvision
 from janus_ext.errors import ArgumentError, CheckpointError
 
 DROP_RATES = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
-LARGEST = 16384  # pixels of a side that a file may ask for
+LARGEST = 13376  # pixels of a side: Pillow makes no square that is larger, and the positions of a ViT take gigabytes
 CALLED = ("forward_features", "forward_head", "num_features", "reset_classifier")  # of a backbone, as timm's have them
 
 
@@ -24,7 +24,9 @@ def attach(model: nn.Module, mean: Sequence[float], std: Sequence[float], size: 
     """Tells ``model`` what images must look like and what it is; dropout is switched off.
 
     ``network`` has "name" and "options" of what timm makes, and "cfg" of the weights where that is not timm's.
+    ValueError unless images can be brought to that.
     """
+    _check_input(mean, std, size)
     without_dropout(model)
     model.input_mean, model.input_std, model.input_size = tuple(mean), tuple(std), int(size)
     model.description = network | {"mean": list(mean), "std": list(std), "size": int(size)}
@@ -36,7 +38,6 @@ def rebuild(network: dict[str, Any]) -> nn.Module:
     prepare_torchvision()
     try:
         kind = {key: network[key] for key in ("name", "options", "cfg")}
-        _check_input(network["mean"], network["std"], network["size"])
         model = Source("of this run", kind["name"], kind["cfg"], kind["options"]).create()
         return attach(model, network["mean"], network["std"], network["size"], kind)
     except CheckpointError:
@@ -48,12 +49,13 @@ def rebuild(network: dict[str, Any]) -> nn.Module:
 
 
 def _check_input(mean: Any, std: Any, size: Any) -> None:
-    """ValueError unless images can be brought to that."""
     numbers = [*mean, *std]
     if len(mean) != 3 or len(std) != 3 or not all(isinstance(n, (int, float)) and isfinite(n) for n in numbers):
         raise ValueError("mean and std must be three numbers each")
-    if min(std) <= 0 or not isinstance(size, int) or not 1 <= size <= LARGEST:
-        raise ValueError(f"std must be positive, and size from 1 to {LARGEST} pixels")
+    if max(map(abs, numbers)) > 1e6 or min(std) < 1e-6:
+        raise ValueError("mean must be from -1e6 to 1e6, and std from 1e-6 to 1e6")
+    if not isinstance(size, int) or not 1 <= size <= LARGEST:
+        raise ValueError(f"size must be from 1 to {LARGEST} pixels")
 
 
 def make_vision_transformer(options: dict[str, Any]) -> nn.Module:
@@ -93,7 +95,10 @@ def adopt(model: nn.Module) -> nn.Module:
     if isinstance(getattr(model, "description", None), dict):  # of load_backbone
         return model
     size = _image_size(model)
-    attach(model, cfg["mean"], cfg["std"], size, {"name": None, "options": {}, "cfg": None})
+    try:
+        attach(model, cfg["mean"], cfg["std"], size, {"name": None, "options": {}, "cfg": None})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArgumentError(f"backbone must say in pretrained_cfg what images it takes: {first_line(error)}") from error
     wanted = _features(model)
     name = cfg.get("architecture")
     found = next((options for options in ({}, {"img_size": size}) if _makes(name, options, model, wanted)), None)
@@ -138,7 +143,7 @@ def _makes(name: str | None, options: dict[str, Any], model: nn.Module, wanted: 
         try:
             other = Source("", name, None, options).create()
             other.load_state_dict(model.state_dict())
-            attach(other, (0,), (1,), model.input_size, {})
+            attach(other, (0, 0, 0), (1, 1, 1), model.input_size, {})
             found = probe(other)
         except Exception:  # timm refuses in any way what is no name of its, or no option of that network
             return False

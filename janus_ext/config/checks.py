@@ -15,26 +15,27 @@ if TYPE_CHECKING:
     from janus_ext.config.learn import LearnConfig
     from janus_ext.config.train import TrainConfig
 
-ANY = float("inf")
+MANY = 2**31 - 1  # more than anybody counts, and a number that all of PyTorch takes
+LEAST, MOST = 1e-30, 1e30  # float32 has them, and their reciprocals
 RANGES: tuple[tuple[str, float, float], ...] = (
-    ("margin_weight", 0, ANY),
+    ("margin_weight", 0, MOST),
     ("margin", -1, 2),
-    ("tasks", 1, ANY),
-    ("limit_per_class", 1, ANY),
+    ("tasks", 1, MANY),
+    ("limit_per_class", 1, MANY),
     ("workers", 0, 1024),
-    ("image_size", 1, 2**14),  # beyond it the positions alone of a ViT take gigabytes
-    ("rank", 1, ANY),
-    ("frequencies", 1, ANY),
-    ("estimator_rank", 1, ANY),
-    ("head_width", 1, ANY),
+    ("image_size", 1, 13376),  # beyond it Pillow makes no image, and the positions alone of a ViT take gigabytes
+    ("rank", 1, MANY),
+    ("frequencies", 1, MANY),
+    ("estimator_rank", 1, MANY),
+    ("head_width", 1, MANY),
     ("merge_scale", 0, 1),
     ("drift_budget", 0, 1e9),
     ("energy_start", 0, 1),
     ("energy_end", 0, 1),
     ("share", 0, 1),
-    ("epochs", 1, ANY),
-    ("batch_size", 1, ANY),
-    ("accumulate", 1, ANY),
+    ("epochs", 1, MANY),
+    ("batch_size", 1, MANY),
+    ("accumulate", 1, MANY),
 )
 POSITIVE = ("lr", "head_lr", "scale", "temperature", "damping", "clip_norm")
 NO_MEMORY: dict[str, tuple[Any, ...]] = {"rectify": ("none",), "estimator": ("none",), "margin_weight": (0.0,)}
@@ -118,13 +119,12 @@ def default(config: Settings, name: str) -> Any:
 def _check_ranges(config: Settings) -> None:
     for name, low, high in RANGES:
         value = getattr(config, name, None)  # a learner has no data's
-        if value is not None and not (low <= value <= high and value != ANY):
-            end = "inf)" if high == ANY else f"{high:g}]"
-            raise ArgumentError(f"{flag(name)} must lie in [{low:g}, {end}, got {shown(value)}")
+        if value is not None and not low <= value <= high:
+            raise ArgumentError(f"{flag(name)} must lie in [{low}, {high}], got {shown(value)}")
     for name in POSITIVE:
         value = getattr(config, name)
-        if value is not None and not 0 < value < ANY:
-            raise ArgumentError(f"{flag(name)} must be a positive number, got {shown(value)}")
+        if value is not None and not LEAST <= value <= MOST:
+            raise ArgumentError(f"{flag(name)} must be a positive number, {LEAST} to {MOST}, got {shown(value)}")
 
 
 def _check_seeds(seeds: Iterable[int]) -> None:

@@ -6,6 +6,7 @@ the classes are a JSON list in its extra file "class_names.json".
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -30,7 +31,9 @@ def export(contents: Contents, folder: Path) -> None:
     program = program_of(module, images[:2])
     with new_folder(folder) as made, torch.no_grad():
         names = {"class_names.json": to_json(contents.class_names)}
-        torch.export.save(program, made / FILE, extra_files=names)
+        buffer = io.BytesIO()  # on a full disk PyTorch's own writer ends the process
+        torch.export.save(program, buffer, extra_files=names)
+        (made / FILE).write_bytes(buffer.getbuffer())
         again = torch.export.load(made / FILE).module()
         for batch in (images, images[:1]):
             check_same("the exported program computes otherwise", again(batch), module(batch), 1e-5)

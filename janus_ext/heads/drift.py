@@ -20,6 +20,9 @@ def movement(before: Tensor, after: Tensor, S: Tensor) -> float:
     return float((D * torch.linalg.solve(S, D.mT).mT).mean().sqrt())
 
 
+LEAST = 1e-9  # of an update that is tried: smaller factors would lose their digits, and not come back when it grows
+
+
 class ShareSearch:
     """The share of an update that moves features by ``budget``, from a few measurements (share, movement).
 
@@ -42,7 +45,8 @@ class ShareSearch:
         (low, _), (high, moved) = self.below, self.above
         guess = high * (self.budget / moved) ** (1 / self.power)
         middle = math.sqrt(low * high) if low else high / 16
-        return guess if low < guess < high or not self.budget else middle
+        share = guess if low < guess < high or not self.budget else middle
+        return share if share >= LEAST else 0.0
 
     def add(self, share: float, moved: float) -> None:
         """Takes up what a share has moved."""

@@ -1,6 +1,5 @@
 """Checks of arguments. The texts equal those of csrc/checks.h: a test compares them."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,8 +90,9 @@ def check_rectify(op: str, scale: float, rectify: str | Rectification, **options
 
 def check_scale(op: str, scale: float) -> float:
     """s of W + s B A, as a float."""
-    number = as_float(op, "scale", "finite and not zero", scale)
-    require(number != 0 and math.isfinite(number), f"{op}: scale must be finite and not zero, got {number:g}")
+    wanted, float32 = "finite and not zero in float32", torch.finfo(torch.float32)  # what factors are kept in
+    number = as_float(op, "scale", wanted, scale)
+    require(float32.tiny <= abs(number) <= float32.max, f"{op}: scale must be {wanted}, got {number:g}")
     return number
 
 

@@ -133,13 +133,14 @@ def _task_columns(results: Results, width: int) -> list[str]:
         cells = (ELLIPSIS if j is None else texts[j] if j < len(texts) else "" for j in shown)
         return label.ljust(LABEL) + "".join(text.rjust(cell) for text in cells)
 
-    lines = [line("      t \\ j", [str(j + 1) for j in range(len(matrix))]) + "   mean"]
+    tasks = [str(j + 1) for j in range(len(matrix))]
+    lines = [line("      t \\ j", tasks) + "   mean"]
     for t in thinned(len(matrix), MOST_ROWS):
         if t is None:
             lines.append(f"    {ELLIPSIS}")
         else:
             lines.append(line(f"  {t + 1:>5}", [f"{value:.1f}" for value in matrix[t]]) + f"{averages[t]:7.1f}")
-    return [*lines, "", *(line(f"  {name}", texts) for name, texts in measured.items())]
+    return [*lines, "", line("  after t", tasks), *(line(f"  {name}", texts) for name, texts in measured.items())]
 
 
 def _measured(results: Results) -> dict[str, list[str]]:

@@ -32,7 +32,8 @@ class Keeping:
 
     Args:
         write: puts a state where it lasts.
-        every: "3", behind every third epoch and behind the last; "10m", when ten minutes have passed; "" never.
+        every: "3", behind every third epoch; "10m", when ten minutes have passed; either way behind the last one, too,
+            since a signal behind the epochs ends the process at once; "" never.
         start: the state that the next task goes on from.
     """
 
@@ -70,7 +71,8 @@ class Keeping:
     def epoch_done(self, underway: Underway, epoch: int, epochs: int) -> None:
         """Behind every epoch, when it is on record; raises likewise."""
         done = epoch + 1
-        self._keep(underway, done, 0, due=self.epochs < math.inf and (done % self.epochs == 0 or done == epochs))
+        last = done == epochs and min(self.epochs, self.seconds) < math.inf
+        self._keep(underway, done, 0, due=last or done % self.epochs == 0)
 
     def _keep(self, underway: Underway, epoch: int, step: int, due: bool) -> None:
         wanted, ending = processes.largest([due or self._asked, self._ending or 0])

@@ -86,8 +86,9 @@ class Underway:
         broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
         if broken:
             names = {id(parameter): name for name, parameter in self.method.model.named_parameters()}
-            kind, _, index = broken[0].partition(".")
-            what = names[id(self.parameters[int(index)])] if kind == "parameters" else broken[0]
+            kind, index, slot = f"{broken[0]}.".split(".", 2)
+            ours = names[id(self.parameters[int(index)])] if kind in ("parameters", "optimizer") else ""
+            what = f"{slot[:-1]} of the optimizer for {ours}" if kind == "optimizer" else ours or broken[0]
             raise TrainingError(
                 f"{what} is not finite in task {self.progress.task + 1}, behind epoch {epoch} and step {step} of the "
                 "next; a smaller --lr, --clip-norm 1 or --amp off may help"
