@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_backbone import jax_layout, make
 from torch import Tensor
 
 from janus_ext.backbone import load_backbone
+from janus_ext.backbone.loading import EMBEDDED
 from janus_ext.backbone.network import make_vision_transformer
 from janus_ext.errors import CheckpointError
 
 NAME = "test_vit"  # timm's smallest
 LAYER = "blocks.0.attn.qkv.weight"
+FLIPS = int(os.environ.get("JANUS_EXT_FLIPS", "25"))
 QUERY = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
 
 
@@ -115,6 +119,37 @@ def test_a_checkpoint_under_the_name_of_another_kind(state, tmp_path):
     torch.save(state, tmp_path / "x.safetensors")
     assert "cannot be read as safetensors" in refusal(NAME, tmp_path / "x.safetensors")
     assert "--backbone emoji takes its weights as .safetensors" in refusal("emoji", tmp_path / "x.npz")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> dict[str, tuple[str, bytes]]:
+    """By the ending of the file: whose weights it holds, and its bytes."""
+    folder, source = tmp_path_factory.mktemp("sound"), make(NAME, num_classes=5)
+    save_file(source.state_dict(), folder / "x.safetensors")
+    torch.save({"state_dict": source.state_dict(), "epoch": 3}, folder / "x.pth")
+    np.savez(folder / "x.npz", **jax_layout(source, big_vision=False))
+    found = {path.suffix: (NAME, path.read_bytes()) for path in folder.iterdir()}
+    return found | {".emoji.safetensors": ("emoji", EMBEDDED.read_bytes())}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch and timm, of what cannot be
+@pytest.mark.parametrize("ending", [".safetensors", ".pth", ".npz", ".emoji.safetensors"])
+def test_flipped_bytes_are_refused_or_give_other_numbers(sound, tmp_path, ending):
+    """JANUS_EXT_FLIPS=1000 makes so many of them; half lie at the ends of the file, where it says what is in it."""
+    name, whole = sound[ending]
+    chance, refused = random.Random(ending), 0
+    for _ in range(FLIPS):
+        content, margin = bytearray(whole), min(len(whole), 6000)
+        for _ in range(chance.choice((1, 1, 3))):
+            places = chance.randrange(margin), -1 - chance.randrange(margin), chance.randrange(len(whole))
+            content[chance.choice(places)] ^= chance.choice((1 << chance.randrange(8), chance.randrange(1, 256)))
+        (tmp_path / f"x{ending}").write_bytes(content)
+        try:
+            load_backbone(name, str(tmp_path / f"x{ending}"))
+        except CheckpointError as error:
+            refused += 1
+            assert str(tmp_path / "x") in str(error) and "\n" not in str(error)
+    assert 0 < refused
 
 
 # what describes the network -------------------------------------------------------------------------------------------
