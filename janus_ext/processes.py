@@ -73,6 +73,7 @@ def joined() -> Iterator[None]:
         _patient = dist.new_group(backend="gloo", timeout=PREPARING)
     yield
     dist.destroy_process_group()  # not behind an error: who is gone would be waited for
+    _patient = None  # nor is it left to Python's end, where a thread of its own that still holds a tensor would abort
 
 
 def give_up() -> None:
