@@ -6,6 +6,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from janus_ext import ContinualLearner
+from janus_ext.backbone.network import LARGEST
 from janus_ext.config import LearnConfig, TrainConfig, flag
 from janus_ext.config.checks import POSITIVE, RANGES
 from janus_ext.errors import ArgumentError
@@ -55,6 +56,10 @@ def test_a_value_out_of_range_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ArgumentError, match=rf"^{flag(name)}\b.*(must|needs).*got ") as refusal:
         TrainConfig(**{name: value}, **needed).resolved()
     assert "\n" not in str(refusal.value)
+
+
+def test_no_image_is_larger_than_a_file_may_ask_for() -> None:
+    assert next(high for name, _, high in RANGES if name == "image_size") == LARGEST
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400], ids=str)
