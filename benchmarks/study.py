@@ -12,12 +12,14 @@
     python benchmarks/study.py trials emoji                       # every candidate on the held-out images
     python benchmarks/study.py curves emoji                       # forgetting over plasticity, of all data sets
 
-A run trains once and measures all heads, which training does not know of. Every method has nine candidates. All are
-run on seed 100 with `--validation`, so that the test images are not seen; for every head the best two are run on seed
-101, too, and the better mean ACC goes to seeds 0 to 4, which are trained on all training images and tested on the test
-images. The head "aligned" trains for a while, so it is measured for three methods, joint training and the frozen
-backbone alone, in runs of what was chosen for their linear heads. The class order is drawn from the seed. Every
-finished run is a line in benchmarks/results/study-<data>.jsonl.
+A run trains once and measures all heads, which training does not know of. Every method begins with nine candidates.
+All are run on seed 100 with `--validation`, so that the test images are not seen. Where the best of a head lies at the
+edge of what was tried, the settings beyond are tried as well, until it does not, or their ladder ends. For every head
+the best two are run on seed 101, too, and the better mean ACC goes to seeds 0 to 4, which are trained on all training
+images and tested on the test images. The head "aligned" trains for a while, so it is measured for three methods, joint
+training and the frozen backbone alone, in runs of what was chosen for their linear heads. The class order is drawn from
+the seed. Every finished run is a line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has
+a line without heads.
 """
 
 from __future__ import annotations
@@ -26,16 +28,29 @@ import argparse
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from study_cells import Cell, identity, is_done, read_lines, run_cells
-from study_rows import ALIGNED, DATA, HEADS, METHODS, SEEDS, SELECTION_SEEDS, VALIDATION, ablation, candidates, located
+from study_rows import (
+    ALIGNED,
+    DATA,
+    HEADS,
+    METHODS,
+    SEEDS,
+    SELECTION_SEEDS,
+    VALIDATION,
+    Position,
+    ablation,
+    candidate,
+    located,
+)
 from study_tables import best_head, draw, hypotheses, paired, parts, spread
 
 from janus_ext.terminal import until_closed
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Lines = list[dict[str, Any]]
+Key = TypeVar("Key")
 
 
 class Study:
@@ -47,6 +62,26 @@ class Study:
         self.where = located(data, folder)
         self.finished: Lines = read_lines(self.path)
         self._found: dict[tuple[str, int], dict[str, Any] | None] = {}
+        self._grown: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def candidates(self, method: str) -> dict[str, dict[str, Any]]:
+        """The configurations tried, by the name of their row: the grid, grown where the best is at its edge."""
+        if method not in self._grown:
+            places = METHODS[method].start()
+            while more := self._beyond(method, places):
+                places += more
+            self._grown[method] = dict(candidate(self.data, method, place) for place in places)
+        return self._grown[method]
+
+    def _beyond(self, method: str, places: list[Position]) -> list[Position]:
+        """What lies beside the best of a head and was not tried; nothing while some of `places` are still to be run."""
+        known = {place: candidate(self.data, method, place)[1] for place in places}
+        first = SELECTION_SEEDS[:1]
+        if any(self.line(self.trial(change), *first) is None for change in known.values()):
+            return []
+        best = [ranked[0] for head in HEADS if (ranked := self._sorted(known, head, first))]
+        beside = [place for at in best for place in METHODS[method].beside(at) if place not in places]
+        return list(dict.fromkeys(beside))
 
     def trial(self, change: dict[str, Any]) -> dict[str, Any]:
         """A candidate as it is tried: on held-out training images."""
@@ -68,13 +103,16 @@ class Study:
 
     def ranked(self, method: str, head: str, rows: list[str], seeds: tuple[int, ...]) -> list[str]:
         """Those of `rows` that were tried on all of `seeds`, best first."""
-        known = candidates(self.data, method)
-        scores = {row: self.accuracy(known[row], head, seeds) for row in rows}
-        return sorted((row for row in rows if scores[row] is not None), key=lambda row: -scores[row])
+        known = self.candidates(method)
+        return self._sorted({row: known[row] for row in rows}, head, seeds)
+
+    def _sorted(self, known: dict[Key, dict[str, Any]], head: str, seeds: tuple[int, ...]) -> list[Key]:
+        scores = {key: self.accuracy(change, head, seeds) for key, change in known.items()}
+        return sorted((key for key in known if scores[key] is not None), key=lambda key: -scores[key])
 
     def finalists(self, method: str, head: str) -> list[str]:
         """The best two of the first selection seed."""
-        return self.ranked(method, head, list(candidates(self.data, method)), SELECTION_SEEDS[:1])[:2]
+        return self.ranked(method, head, list(self.candidates(method)), SELECTION_SEEDS[:1])[:2]
 
     def chosen(self, method: str, head: str) -> str | None:
         """The candidate that goes to the reported seeds; None while trials are missing."""
@@ -84,9 +122,10 @@ class Study:
 
     def run(self, methods: list[str], jobs: int) -> None:
         """Runs what is missing, trials first."""
-        known = {method: candidates(self.data, method) for method in methods}
         first, second = SELECTION_SEEDS
-        self._run([(row, self.trial(c), first) for rows in known.values() for row, c in rows.items()], jobs)
+        known: dict[str, dict[str, dict[str, Any]]] = {}
+        while known != (known := {method: self.candidates(method) for method in methods}):
+            self._run([(row, self.trial(c), first) for rows in known.values() for row, c in rows.items()], jobs)
         again = {row: known[m][row] for m in methods for head in HEADS for row in self.finalists(m, head)}
         self._run([(row, self.trial(c), second) for row, c in again.items()], jobs)
         best = {row: known[m][row] for m in methods for head in HEADS if (row := self.chosen(m, head))}
@@ -98,6 +137,7 @@ class Study:
         run_cells(cells, jobs, 1, self.path, self.where)
         self.finished = read_lines(self.path)
         self._found.clear()
+        self._grown.clear()
 
     # what came out ----------------------------------------------------------------------------------------------------
     def pick(self, method: str, head: str) -> tuple[str, dict[str, Any]] | None:
@@ -107,7 +147,7 @@ class Study:
         row = self.chosen(method, "linear" if head == "aligned" else head)
         if row is None:
             return None
-        change = candidates(self.data, method)[row]
+        change = self.candidates(method)[row]
         return (f"{row} | aligned", change | ALIGNED[method]) if head == "aligned" else (row, change)
 
     def reported(self, method: str, head: str) -> Lines:
@@ -131,6 +171,7 @@ class Study:
             lines = [self.line(change, seed) for seed in SEEDS]
             if None in lines:
                 continue
+            lines = [x for x in lines if x["heads"]]  # numbers that ended at infinity have none
             cells = [spread([x["heads"][head]["acc"] for x in lines]) for head in HEADS]
             cells += [spread([x["heads"]["linear"][m] for x in lines]) for m in ("bwt", "plasticity")]
             violations = [x["violation"] for x in lines if x["violation"] is not None]
@@ -163,12 +204,12 @@ class Study:
         """ACC of every candidate and head on the held-out images of the selection seeds."""
         text = [f"| candidate | seed | {' | '.join(HEADS)} | movement |", "|" + "---|" * (len(HEADS) + 3)]
         for method in METHODS:
-            for row, change in candidates(self.data, method).items():
+            for row, change in self.candidates(method).items():
                 for seed in SELECTION_SEEDS:
                     found = self.line(self.trial(change), seed)
                     if found:
                         shares = [f"{found['heads'][h]['acc']:.2f}" if h in found["heads"] else "–" for h in HEADS]
-                        moved = "–" if found["movement"] is None else f"{found['movement']:.3f}"
+                        moved = "–" if found.get("movement") is None else f"{found['movement']:.3f}"
                         text.append(f"| {row.replace(' | ', ', ')} | {seed} | {' | '.join(shares)} | {moved} |")
         return "\n".join(text)
 

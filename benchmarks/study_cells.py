@@ -62,15 +62,19 @@ def run_cell(cell: tuple[str, dict[str, Any], int, int, dict[str, Any]]) -> dict
     import torch
 
     from janus_ext.config import TrainConfig
+    from janus_ext.errors import TrainingError
     from janus_ext.train import train
 
     row, change, seed, threads, where = cell
     torch.set_num_threads(threads)
+    line = {"row": row} | identity(change, seed)
     with tempfile.TemporaryDirectory() as folder:
         own = {"seed": (seed,), "shuffle_classes": True, "plots": False, "output": Path(folder) / "run"}
         with preconditioned(change.get("preconditioned", False)):
-            results = train(TrainConfig(**of_program(change), **where, **own))[0]
-    line = {"row": row} | identity(change, seed)
+            try:
+                results = train(TrainConfig(**of_program(change), **where, **own))[0]
+            except TrainingError as error:  # of a rate that is too large, which is a result as well
+                return line | {"heads": {}, "diverged": str(error), "commit": commit(*TRACKED)}
     line |= {metric: total_of(metric, results[metric]) for metric in METRICS}
     shown = ("acc", "maa", "bwt", "plasticity")
     return line | {
@@ -152,6 +156,7 @@ def run_cells(cells: list[Cell], jobs: int, threads: int, path: Path, where: dic
             else:
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-            print(f"[{count}/{len(wanted)}] {name}: {line.get('error') or format(line['acc'], '.2f')}", flush=True)
+            said = line.get("error") or line.get("diverged") or format(line["acc"], ".2f")
+            print(f"[{count}/{len(wanted)}] {name}: {said}", flush=True)
     if failed:
         raise SystemExit(f"failed: {'; '.join(failed)}")

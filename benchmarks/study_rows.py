@@ -1,7 +1,9 @@
-"""What the study tries: data sets, methods, and nine candidates for each method on each."""
+"""What the study tries: data sets, methods, and a grid of settings for each method."""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +26,68 @@ DATA: dict[str, dict[str, Any]] = {
 VALIDATION = {"emoji": 0.33, "glyphs": 0.2, "fashion-mnist": 0.2}  # emoji: two of six drawings, in all styles
 
 
-def _grid(rates: tuple[float, ...], *others: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"lr": lr} | other for lr in rates for other in others]
+Position = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Settings of a method, each on a ladder of changes, lowest first; it starts with some rungs of each."""
+
+    fixed: dict[str, Any]
+    ladders: tuple[list[dict[str, Any]], ...] = ()
+    first: tuple[range, ...] = ()
+
+    def start(self) -> list[Position]:
+        """The positions that are tried whatever comes out."""
+        return list(itertools.product(*self.first))
+
+    def every(self) -> list[Position]:
+        """All positions that may come to be tried."""
+        return list(itertools.product(*(range(len(ladder)) for ladder in self.ladders)))
+
+    def beside(self, position: Position) -> list[Position]:
+        """One rung down or up on one ladder."""
+        known = set(self.every())
+        steps = [(axis, step) for axis in range(len(position)) for step in (-1, 1)]
+        moved = [tuple(at + step * (i == axis) for i, at in enumerate(position)) for axis, step in steps]
+        return [place for place in moved if place in known]
+
+    def change(self, position: Position) -> dict[str, Any]:
+        """What stands at a position, without what is fixed."""
+        return {k: v for ladder, at in zip(self.ladders, position, strict=True) for k, v in ladder[at].items()}
+
+
+def _ladder(name: str, *values: float) -> list[dict[str, Any]]:
+    return [{name: value} for value in values]
 
 
 def _energies(*pairs: tuple[float, float]) -> list[dict[str, Any]]:
     return [{"energy_start": start, "energy_end": end} for start, end in pairs]
 
 
-_RATES = [{"lr": v} for v in (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)]
-_MEMORY = _grid((1e-3, 4e-3, 1.6e-2), *_energies((0.7, 0.9), (0.97, 0.99), (0.999, 0.9999)))
-METHODS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    "janus": ({"method": "janus"}, _MEMORY),
-    "janus + guard": ({"method": "janus", "drift_budget": 0.1}, _MEMORY),
-    "lora": ({"method": "lora"}, _RATES),
-    "lora + guard": ({"method": "lora", "drift_budget": 0.1}, _RATES),
-    "lora-gpm": ({"method": "lora-gpm"}, _MEMORY),
-    "inflora": ({"method": "inflora"}, _grid((1e-3, 4e-3, 1.6e-2), *_energies((0.95, 1), (0.98, 1), (0.999, 1)))),
-    "lora-drs": (
+_OCTAVES = _ladder("lr", 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+_RATES = {"ladders": (_OCTAVES,), "first": (range(1, 10),)}
+_QUARTERS = _ladder("lr", 6.25e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2)
+_SHARES = _energies((0.5, 0.7), (0.7, 0.9), (0.97, 0.99), (0.999, 0.9999), (0.9999, 0.99999))
+_SHARES_TO_ALL = _energies((0.9, 1), (0.95, 1), (0.98, 1), (0.999, 1), (0.9999, 1))
+_MEMORY = {"ladders": (_QUARTERS, _SHARES), "first": (range(2, 5), range(1, 4))}
+_BILORA = _ladder("lr", 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-2, 1e-1, 2e-1)
+METHODS: dict[str, Grid] = {
+    "janus": Grid({"method": "janus"}, **_MEMORY),
+    "janus + guard": Grid({"method": "janus", "drift_budget": 0.1}, **_MEMORY),
+    "lora": Grid({"method": "lora"}, **_RATES),
+    "lora + guard": Grid({"method": "lora", "drift_budget": 0.1}, **_RATES),
+    "lora-gpm": Grid({"method": "lora-gpm"}, **_MEMORY),
+    "inflora": Grid({"method": "inflora"}, (_QUARTERS, _SHARES_TO_ALL), (range(2, 5), range(1, 4))),
+    "lora-drs": Grid(
         {"method": "lora-drs", "head": "ncm"},
-        _grid((2.5e-4, 1e-3, 4e-3), *({"margin_weight": w} for w in (0.0, 0.05, 0.2))),
+        (_QUARTERS, _ladder("margin_weight", 0.0, 0.05, 0.2, 0.8)),
+        (range(1, 4), range(3)),
     ),
-    "bilora": ({"method": "bilora"}, [{"lr": v} for v in (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-2, 1e-1)]),
-    "joint": ({"method": "joint"}, _RATES),
-    "first task only": ({"method": "lora", "learn": "first"}, _RATES),  # in which the backbone learns
-    "frozen": ({"learn": "none"}, [{}]),  # nothing to tune
+    "bilora": Grid({"method": "bilora"}, (_BILORA,), (range(1, 10),)),
+    "joint": Grid({"method": "joint"}, **_RATES),
+    "first task only": Grid({"method": "lora", "learn": "first"}, **_RATES),  # in which the backbone learns
+    "frozen": Grid({"learn": "none"}),  # nothing to tune
 }
 OFF = {"drift_budget": 1e9}  # the guard, which --head aligned would bring along
 ALIGNED: dict[str, dict[str, Any]] = {
@@ -86,16 +125,12 @@ def ablation(chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: (bare if name in forgetful else chosen) | change for name, change in ABLATION.items()}
 
 
-def candidates(data: str, method: str) -> dict[str, dict[str, Any]]:
-    """The configurations tried for `method` on a data set, by the name of their row."""
-    fixed, changes = METHODS[method]
-    return {
-        " | ".join([method, ", ".join(f"{k} {v:g}" for k, v in change.items())]): TRAINED_BY
-        | DATA[data]
-        | fixed
-        | change
-        for change in changes
-    }
+def candidate(data: str, method: str, position: Position) -> tuple[str, dict[str, Any]]:
+    """The name of a row and its configuration."""
+    grid = METHODS[method]
+    change = grid.change(position)
+    row = " | ".join([method, ", ".join(f"{k} {v:g}" for k, v in change.items())])
+    return row, TRAINED_BY | DATA[data] | grid.fixed | change
 
 
 def located(data: str, folder: Path | None) -> dict[str, Any]:

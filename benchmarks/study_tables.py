@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scipy.stats import t as student
-from study_rows import HEADS, METHODS, SEEDS, SELECTION_SEEDS, candidates
+from study_rows import HEADS, METHODS, SEEDS, SELECTION_SEEDS
 
 if TYPE_CHECKING:
     from study import Study
@@ -96,7 +96,7 @@ def parts(study: Study) -> str:
             pairs = [[study.line(rows[f"{setting} | {name}"], seed) for name in names] for seed in SEEDS]
             if None in sum(pairs, []):
                 continue  # still to be run
-            both = [[line["heads"] for line in pair] for pair in pairs]
+            both = [heads for pair in pairs if all(heads := [line["heads"] for line in pair])]
             cells = [
                 shown([with_it[head]["acc"] - without[head]["acc"] for with_it, without in both]) for head in HEADS
             ]
@@ -110,7 +110,7 @@ def best_head(study: Study, method: str) -> str | None:
     for head in CLOSED:
         row = study.chosen(method, head)
         if row is not None:
-            scores[head] = study.accuracy(candidates(study.data, method)[row], head, SELECTION_SEEDS)
+            scores[head] = study.accuracy(study.candidates(method)[row], head, SELECTION_SEEDS)
     return max(scores, key=scores.__getitem__) if scores else None
 
 
@@ -141,7 +141,7 @@ def _closed(study: Study, method: str, head: str) -> str:
 def curve(study: Study, method: str, head: str) -> list[tuple[float, float]]:
     """(plasticity, forgetting) of every candidate on the first selection seed, by plasticity."""
     points = []
-    for change in candidates(study.data, method).values():
+    for change in study.candidates(method).values():
         line = study.line(study.trial(change), SELECTION_SEEDS[0])
         if line is not None and head in line["heads"] and line["heads"][head]["bwt"] is not None:
             points.append((line["heads"][head]["plasticity"], -line["heads"][head]["bwt"]))
@@ -161,7 +161,7 @@ def least_forgetting(points: list[tuple[float, float]], plasticity: float) -> fl
 def _forgetting(study: Study, method: str) -> str:
     """At the plasticity of InfLoRA's choice, linear heads."""
     row = study.chosen("inflora", "linear")
-    line = study.line(study.trial(candidates(study.data, "inflora")[row]), SELECTION_SEEDS[0]) if row else None
+    line = study.line(study.trial(study.candidates("inflora")[row]), SELECTION_SEEDS[0]) if row else None
     if line is None:
         return "– (trials are missing)"
     theirs = line["heads"]["linear"]
@@ -182,7 +182,7 @@ def draw(studies: list[Study], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     heads = ("linear", "lda")
-    studies = [s for s in studies if all(len(curve(s, m, heads[0])) == len(METHODS[m][1]) for m in LEARNERS)]
+    studies = [s for s in studies if all(len(curve(s, m, heads[0])) >= len(METHODS[m].start()) for m in LEARNERS)]
     figure, axes = plt.subplots(len(studies), len(heads), figsize=(5 * len(heads), 4 * len(studies)), squeeze=False)
     for axis, head, study in ((axes[i][j], h, s) for i, s in enumerate(studies) for j, h in enumerate(heads)):
         for number, method in enumerate(LEARNERS):

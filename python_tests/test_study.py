@@ -25,7 +25,7 @@ def study(monkeypatch, tmp_path):
 
         def line(self, change: dict[str, Any], seed: int) -> dict[str, Any]:
             heads = (*SHARES, "aligned") if change.get("head") == "aligned" else SHARES
-            known = {row: c for m in module.METHODS for row, c in module.candidates("emoji", m).items()}
+            known = dict(module.candidate("emoji", m, at) for m, grid in module.METHODS.items() for at in grid.every())
             alike = [row for row, c in known.items() if c.items() <= change.items()]
             row = max(alike, key=lambda row: len(known[row]), default="janus | of the ablation")
             shown = {h: {"acc": self.accuracy_of(row, seed, h), "maa": 60.0, "bwt": -9.0} for h in heads}
@@ -51,6 +51,51 @@ def test_the_best_candidate_of_the_selection_seeds_is_chosen(study):
     assert study(plain).chosen("janus", "lda").startswith("janus | lr 0.004")
     late = study(lambda row, seed, head: plain(row, seed, head) + (9 if "lr 0.016" in row and seed == 101 else 0))
     assert late.chosen("bilora", "lda").startswith("bilora | lr 0.004"), "only the best two are run on seed 101"
+
+
+def test_a_grid_grows_until_its_best_is_within_or_the_ladder_ends(study):
+    from study_rows import METHODS
+
+    def rises(row: str, seed: int, head: str) -> float:
+        """LDA is best at a rate of 0.064 and an energy of 0.999, linear at the lowest rate, others in the middle."""
+        change = dict(pair.rsplit(" ", 1) for pair in row.split(" | ")[1].split(", ") if pair)
+        lr, energy = float(change.get("lr", 1)), float(change.get("energy_start", 1))
+        best = {"lda": (0.064, 0.999), "linear": (0.0, 0.97)}.get(head, (0.004, 0.97))
+        return 50 - abs(lr - best[0]) - abs(energy - best[1])
+
+    made = study(rises)
+    nine = len(METHODS["janus"].start())
+    assert [row.split(" | ")[1] for row in list(made.candidates("janus"))[nine:]] == [
+        "lr 0.00025, energy_start 0.97, energy_end 0.99",  # of linear heads, then of lda, whose ladders end there
+        "lr 0.064, energy_start 0.999, energy_end 0.9999",
+        "lr 0.016, energy_start 0.9999, energy_end 0.99999",
+        "lr 6.25e-05, energy_start 0.97, energy_end 0.99",
+        "lr 0.00025, energy_start 0.7, energy_end 0.9",
+        "lr 0.00025, energy_start 0.999, energy_end 0.9999",
+        "lr 0.064, energy_start 0.97, energy_end 0.99",
+        "lr 0.064, energy_start 0.9999, energy_end 0.99999",
+        "lr 6.25e-05, energy_start 0.7, energy_end 0.9",
+        "lr 6.25e-05, energy_start 0.999, energy_end 0.9999",
+    ]
+    assert made.chosen("janus", "lda") == "janus | lr 0.064, energy_start 0.999, energy_end 0.9999"
+    assert len(made.candidates("frozen")) == 1
+
+
+def test_a_grid_does_not_grow_while_trials_are_missing(study):
+    made = study(lambda row, seed, head: 50.0 + ("lr 0.016" in row))
+    found = made.line
+    assert len(made.candidates("janus")) > 9
+    made._grown.clear()
+    made.line = lambda change, seed: None if change.get("lr") == 0.004 else found(change, seed)
+    assert len(made.candidates("janus")) == 9
+
+
+def test_a_run_that_diverged_is_done_and_never_chosen(study):
+    made = study(plain)
+    found = made.line
+    made.line = lambda change, seed: found(change, seed) | ({"heads": {}} if change.get("lr") == 0.004 else {})
+    assert "lr 0.004" not in made.chosen("janus", "lda") and "lr 0.004" in made.trials()
+    assert made.reported("janus", "lda")
 
 
 def test_aligned_runs_follow_the_linear_choice_without_the_guard(study):
