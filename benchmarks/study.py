@@ -16,10 +16,10 @@ A run trains once and measures all heads, which training does not know of. Every
 All are run on seed 100 with `--validation`, so that the test images are not seen. Where the best of a head lies at the
 edge of what was tried, the settings beyond are tried as well, until it does not, or their ladder ends. For every head
 the best two are run on seed 101, too, and the better mean ACC goes to seeds 0 to 4, which are trained on all training
-images and tested on the test images. The head "aligned" trains for a while, so it is measured for three methods, joint
-training and the frozen backbone alone, in runs of what was chosen for their linear heads. The class order is drawn from
-the seed. Every finished run is a line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has
-a line without heads.
+images and tested on the test images. Two heads take longer than a fit, so they are measured in runs of their own, for
+three methods, joint training and the frozen backbone alone: "aligned", at what was chosen for linear heads, and "ridge
+2000" (random features), at what was chosen for "ridge". The class order is drawn from the seed. Every finished run is a
+line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from typing import Any, TypeVar
 
 from study_cells import Cell, identity, is_done, read_lines, run_cells
 from study_rows import (
-    ALIGNED,
+    ALL_HEADS,
     DATA,
     HEADS,
     METHODS,
+    OWN_RUNS,
     SEEDS,
     SELECTION_SEEDS,
     VALIDATION,
@@ -44,7 +45,7 @@ from study_rows import (
     candidate,
     located,
 )
-from study_tables import best_head, draw, hypotheses, paired, parts, spread
+from study_tables import CLOSED, best_head, draw, hypotheses, paired, parts, spread
 
 from janus_ext.terminal import until_closed
 
@@ -92,7 +93,7 @@ class Study:
         key = json.dumps(change, sort_keys=True), seed
         if key not in self._found:
             wanted = identity(change, seed)
-            self._found[key] = next((x for x in self.finished if is_done(x, wanted)), None)
+            self._found[key] = named(next((x for x in self.finished if is_done(x, wanted)), None))
         return self._found[key]
 
     def accuracy(self, change: dict[str, Any], head: str, seeds: tuple[int, ...]) -> float | None:
@@ -129,8 +130,11 @@ class Study:
         again = {row: known[m][row] for m in methods for head in HEADS for row in self.finalists(m, head)}
         self._run([(row, self.trial(c), second) for row, c in again.items()], jobs)
         best = {row: known[m][row] for m in methods for head in HEADS if (row := self.chosen(m, head))}
-        aligned = dict(cell for m in methods if m in ALIGNED and (cell := self.pick(m, "aligned")))
-        for rows in (best | aligned, self.ablation() if "janus" in methods else {}):
+        own = {head: dict(cell for m in methods if (cell := self.pick(m, head))) for head in OWN_RUNS}
+        tried = {row: c for head in own if head in CLOSED for row, c in own[head].items()}
+        self._run([(row, self.trial(c), seed) for seed in SELECTION_SEEDS for row, c in tried.items()], jobs)
+        best |= {row: c for rows in own.values() for row, c in rows.items()}
+        for rows in (best, self.ablation() if "janus" in methods else {}):
             self._run([(row, c, seed) for seed in SEEDS for row, c in rows.items()], jobs)
 
     def _run(self, cells: list[Cell], jobs: int) -> None:
@@ -142,13 +146,12 @@ class Study:
     # what came out ----------------------------------------------------------------------------------------------------
     def pick(self, method: str, head: str) -> tuple[str, dict[str, Any]] | None:
         """What the reported seeds run for a method with a head; None while trials are missing."""
-        if head == "aligned" and method not in ALIGNED:
-            return None
-        row = self.chosen(method, "linear" if head == "aligned" else head)
-        if row is None:
+        chosen_for, changes = OWN_RUNS.get(head, (head, {}))
+        row = self.chosen(method, chosen_for)
+        if row is None or (changes and method not in changes):
             return None
         change = self.candidates(method)[row]
-        return (f"{row} | aligned", change | ALIGNED[method]) if head == "aligned" else (row, change)
+        return (f"{row} | {head}", change | changes[method]) if changes else (row, change)
 
     def reported(self, method: str, head: str) -> Lines:
         """The finished runs of what was chosen, on the reported seeds."""
@@ -167,7 +170,7 @@ class Study:
         text = [f"| row | setting | {' | '.join(HEADS)} | BWT, linear | plasticity, linear | violation | seeds |"]
         text.append("|" + "---|" * 10)
         for row, change in self.ablation().items():
-            _, setting, name = row.split(" | ")
+            _, *setting, name = row.split(" | ")
             lines = [self.line(change, seed) for seed in SEEDS]
             if None in lines:
                 continue
@@ -176,15 +179,14 @@ class Study:
             cells += [spread([x["heads"]["linear"][m] for x in lines]) for m in ("bwt", "plasticity")]
             violations = [x["violation"] for x in lines if x["violation"] is not None]
             cells.append(f"{statistics.fmean(violations):.1e}" if violations else "–")
-            text.append(f"| {name} | {setting} | {' | '.join(cells)} | {len(lines)} |")
+            text.append(f"| {name} | {', '.join(setting)} | {' | '.join(cells)} | {len(lines)} |")
         return "\n".join(text)
 
     def table(self) -> str:
         """ACC of methods times heads, mean and deviation."""
-        heads = (*HEADS, "aligned")
-        text = [f"| ACC | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
-        known = [m for m in METHODS if any(self.reported(m, head) for head in heads)]
-        text += [f"| {m} | {' | '.join(self._cell(m, head, 'acc') for head in heads)} |" for m in known]
+        text = [f"| ACC | {' | '.join(ALL_HEADS)} |", "|" + "---|" * (len(ALL_HEADS) + 1)]
+        known = [m for m in METHODS if any(self.reported(m, head) for head in ALL_HEADS)]
+        text += [f"| {m} | {' | '.join(self._cell(m, head, 'acc') for head in ALL_HEADS)} |" for m in known]
         return "\n".join(text)
 
     def details(self) -> str:
@@ -192,7 +194,7 @@ class Study:
         metrics = ("acc", "maa", "bwt", "plasticity")
         text = ["| method, head | chosen | ACC | MAA | BWT | plasticity | seeds |", "|" + "---|" * 7]
         for method in METHODS:
-            for head in (*HEADS, "aligned"):
+            for head in ALL_HEADS:
                 lines = self.reported(method, head)
                 if lines:
                     setting = self.pick(method, head)[0].split(" | ")[1]
@@ -216,6 +218,14 @@ class Study:
     def _cell(self, method: str, head: str, metric: str) -> str:
         lines = [x for x in self.reported(method, head) if head in x["heads"]]
         return spread([x["heads"][head][metric] for x in lines]) if lines else "–"
+
+
+def named(line: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A run whose ridge has random features, with that head under its own name, too."""
+    width = line["config"].get("head_width") if line else None
+    if not width or not line["heads"]:
+        return line
+    return line | {"heads": line["heads"] | {f"ridge {width}": line["heads"]["ridge"]}}
 
 
 @until_closed

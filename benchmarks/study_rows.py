@@ -89,11 +89,22 @@ METHODS: dict[str, Grid] = {
     "first task only": Grid({"method": "lora", "learn": "first"}, **_RATES),  # in which the backbone learns
     "frozen": Grid({"learn": "none"}),  # nothing to tune
 }
-OFF = {"drift_budget": 1e9}  # the guard, which --head aligned would bring along
-ALIGNED: dict[str, dict[str, Any]] = {
-    **{method: {"head": "aligned"} | OFF for method in ("janus", "lora", "inflora")},
-    **{method: {"head": "aligned"} for method in ("joint", "frozen")},  # which have no guard
+
+OFF = {"drift_budget": 1e9}  # the guard, which heads of closed form would bring along
+
+
+def _of_five(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A head in runs of its own, by method."""
+    learners = {method: change | OFF for method in ("janus", "lora", "inflora")}
+    return learners | {"joint": change, "frozen": change | frozen}
+
+
+# Heads that take longer than a fit: whose chosen settings they take over, and what their runs are told.
+OWN_RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "aligned": ("linear", _of_five({"head": "aligned"}, {})),
+    "ridge 2000": ("ridge", _of_five({"head": "ridge", "head_width": 2000}, {"epochs": None})),
 }
+ALL_HEADS = (*HEADS, *OWN_RUNS)
 
 # The rows of the paper's ablation but for plain LoRA, as changes of Janus-LoRA.
 PAPER: dict[str, dict[str, Any]] = {

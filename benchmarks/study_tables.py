@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scipy.stats import t as student
-from study_rows import HEADS, METHODS, SEEDS, SELECTION_SEEDS
+from study_rows import ALL_HEADS, HEADS, METHODS, SEEDS, SELECTION_SEEDS
 
 if TYPE_CHECKING:
     from study import Study
 
 LEARNERS = [m for m in METHODS if m not in ("joint", "first task only", "frozen")]  # those that learn task after task
 RIVALS = ("lora", "lora-gpm", "inflora", "lora-drs", "bilora")
-CLOSED = [h for h in HEADS if h != "linear"]
+CLOSED = ("ncm", "lda", "ridge", "ridge 2000")
 CONFIDENCE = 0.95
 
 
@@ -59,10 +59,10 @@ def gains(study: Study, ours: tuple[str, str], theirs: tuple[str, str], metric: 
 
 def paired(study: Study, against: str) -> str:
     """How far each method is ahead of `against` with the same head, seed by seed: mean ± half of the interval."""
-    text = [f"| ACC less that of {against} | {' | '.join(HEADS)} |", "|" + "---|" * (len(HEADS) + 1)]
+    text = [f"| ACC less that of {against} | {' | '.join(ALL_HEADS)} |", "|" + "---|" * (len(ALL_HEADS) + 1)]
     for method in METHODS:
-        if method != against and any(study.reported(method, head) for head in HEADS):
-            cells = [shown(gains(study, (method, head), (against, head))) for head in HEADS]
+        if method != against and any(study.reported(method, head) for head in ALL_HEADS):
+            cells = [shown(gains(study, (method, head), (against, head))) for head in ALL_HEADS]
             text.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(text)
 
@@ -100,7 +100,7 @@ def parts(study: Study) -> str:
             cells = [
                 shown([with_it[head]["acc"] - without[head]["acc"] for with_it, without in both]) for head in HEADS
             ]
-            text.append(f"| {part} | {setting.partition(' | ')[2]} | {' | '.join(cells)} |")
+            text.append(f"| {part} | {setting.partition(' | ')[2].replace(' | ', ', ')} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
@@ -108,9 +108,10 @@ def best_head(study: Study, method: str) -> str | None:
     """The closed-form head that did best on the held-out images of both selection seeds."""
     scores = {}
     for head in CLOSED:
-        row = study.chosen(method, head)
-        if row is not None:
-            scores[head] = study.accuracy(study.candidates(method)[row], head, SELECTION_SEEDS)
+        picked = study.pick(method, head)
+        score = study.accuracy(picked[1], head, SELECTION_SEEDS) if picked else None
+        if score is not None:
+            scores[head] = score
     return max(scores, key=scores.__getitem__) if scores else None
 
 

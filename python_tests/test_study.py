@@ -24,7 +24,8 @@ def study(monkeypatch, tmp_path):
         accuracy_of: Callable[[str, int, str], float]
 
         def line(self, change: dict[str, Any], seed: int) -> dict[str, Any]:
-            heads = (*SHARES, "aligned") if change.get("head") == "aligned" else SHARES
+            own = "aligned" if change.get("head") == "aligned" else "ridge 2000" if "head_width" in change else None
+            heads = [*SHARES, own] if own else SHARES
             known = dict(module.candidate("emoji", m, at) for m, grid in module.METHODS.items() for at in grid.every())
             alike = [row for row, c in known.items() if c.items() <= change.items()]
             row = max(alike, key=lambda row: len(known[row]), default="janus | of the ablation")
@@ -98,11 +99,30 @@ def test_a_run_that_diverged_is_done_and_never_chosen(study):
     assert made.reported("janus", "lda")
 
 
-def test_aligned_runs_follow_the_linear_choice_without_the_guard(study):
-    row, change = study(plain).pick("inflora", "aligned")
-    assert row.startswith("inflora | lr 0.004") and row.endswith(" | aligned")
-    assert change["head"] == "aligned" and change["drift_budget"] == 1e9
-    assert study(plain).pick("bilora", "aligned") is None
+@pytest.mark.parametrize(("head", "settings_of"), [("aligned", "linear"), ("ridge 2000", "ridge")])
+def test_runs_of_their_own_follow_another_heads_choice_without_the_guard(study, head, settings_of):
+    made = study(lambda row, seed, head: plain(row, seed, head) + (9 if head == "ridge" and "lr 0.001" in row else 0))
+    row, change = made.pick("inflora", head)
+    assert row.startswith("inflora | lr 0.004" if settings_of == "linear" else "inflora | lr 0.001")
+    assert row.endswith(f" | {head}") and change["head"] == head.split()[0] and change["drift_budget"] == 1e9
+    assert change.get("head_width") == {"aligned": None, "ridge 2000": 2000}[head]
+    assert made.pick("bilora", head) is None
+
+
+def test_runs_of_their_own_can_run_and_their_head_has_its_own_name(study):
+    made = study(plain)
+    from study import named
+    from study_cells import cell_config
+    from study_rows import OWN_RUNS
+
+    for head, (_, changes) in OWN_RUNS.items():
+        for method in changes:
+            assert cell_config(made.pick(method, head)[1], 0)["head"] == head.split()[0]
+    heads = {"linear": {"acc": 1.0}, "ridge": {"acc": 2.0}}
+    wide = {"config": {"head_width": 2000}, "heads": heads}
+    assert named(wide)["heads"] == heads | {"ridge 2000": {"acc": 2.0}}
+    assert named({"config": {"head_width": None}, "heads": heads})["heads"] == heads
+    assert named(wide | {"heads": {}})["heads"] == {} and named(None) is None
 
 
 def test_the_ablation_has_rows_that_can_run(study):
