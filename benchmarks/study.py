@@ -17,8 +17,8 @@ All are run on seed 100 with `--validation`, so that the test images are not see
 edge of what was tried, the settings beyond are tried as well, until it does not, or their ladder ends. For every head
 the best two are run on seed 101, too, and the better mean ACC goes to seeds 0 to 4, which are trained on all training
 images and tested on the test images. Two heads take longer than a fit, so they are measured in runs of their own, for
-three methods, joint training and the frozen backbone alone: "aligned", at what was chosen for linear heads, and "ridge
-2000" (random features), at what was chosen for "ridge". The class order is drawn from the seed. Every finished run is a
+three methods, joint training and the frozen backbone alone: "aligned", at what was chosen for linear heads, and "lda
+2000" (random features), at what was chosen for "lda". The class order is drawn from the seed. Every finished run is a
 line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
 """
 
@@ -221,11 +221,12 @@ class Study:
 
 
 def named(line: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A run whose ridge has random features, with that head under its own name, too."""
+    """A run whose head has random features, with that head under a name of its own, too."""
     width = line["config"].get("head_width") if line else None
     if not width or not line["heads"]:
         return line
-    return line | {"heads": line["heads"] | {f"ridge {width}": line["heads"]["ridge"]}}
+    head = line["config"]["head"]
+    return line | {"heads": line["heads"] | {f"{head} {width}": line["heads"][head]}}
 
 
 @until_closed

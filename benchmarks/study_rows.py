@@ -102,7 +102,7 @@ def _of_five(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[s
 # Heads that take longer than a fit: whose chosen settings they take over, and what their runs are told.
 OWN_RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "aligned": ("linear", _of_five({"head": "aligned"}, {})),
-    "ridge 2000": ("ridge", _of_five({"head": "ridge", "head_width": 2000}, {"epochs": None})),
+    "lda 2000": ("lda", _of_five({"head": "lda", "head_width": 2000}, {"epochs": None})),
 }
 ALL_HEADS = (*HEADS, *OWN_RUNS)
 
@@ -125,7 +125,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "nothing, drift": {"method": "lora", "drift": "ridge"},
     "OE + GR + DML, exact, drift": {"drift": "ridge"},
     "OE + GR + DML, exact, half merged": {"merge_scale": 0.5},
-    "OE + GR + DML, exact, ridge of 2000": {"head": "ridge", "head_width": 2000} | OFF,  # random features
+    "OE + GR + DML, exact, lda of 2000": {"head": "lda", "head_width": 2000} | OFF,  # random features
 }
 
 

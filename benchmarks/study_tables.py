@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LEARNERS = [m for m in METHODS if m not in ("joint", "first task only", "frozen")]  # those that learn task after task
 RIVALS = ("lora", "lora-gpm", "inflora", "lora-drs", "bilora")
-CLOSED = ("ncm", "lda", "ridge", "ridge 2000")
+CLOSED = ("ncm", "lda", "ridge", "lda 2000")
 CONFIDENCE = 0.95
 
 
@@ -83,7 +83,7 @@ PARTS = {
     "drift where nothing is protected": ("nothing, drift", "nothing"),
     "drift behind all": ("OE + GR + DML, exact, drift", "OE + GR + DML, exact"),
     "merging half behind all": ("OE + GR + DML, exact, half merged", "OE + GR + DML, exact"),
-    "2000 random features for ridge": ("OE + GR + DML, exact, ridge of 2000", "OE + GR + DML, exact"),
+    "2000 random features for lda": ("OE + GR + DML, exact, lda of 2000", "OE + GR + DML, exact"),
 }
 
 

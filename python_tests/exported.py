@@ -22,7 +22,7 @@ METHODS = {
     "janus, ncm": {"head": "ncm"},
     "janus, lda": {"head": "lda"},
     "janus, ridge": {"head": "ridge"},
-    "janus, ridge of random features": {"head": "ridge", "head_width": 40},
+    "janus, lda of random features": {"head": "lda", "head_width": 40},
     "janus, aligned": {"head": "aligned"},
     "janus, all targets": {"targets": ("fc2", "q", "v", "proj", "fc1"), "scale": 0.7},
     "janus, one map": {"targets": ("proj",)},

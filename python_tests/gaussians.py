@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from janus_ext.heads.expansion import Expansion
 from janus_ext.heads.knowledge import Knowledge
 
 SEED = 7  # of what a head draws
@@ -22,15 +23,30 @@ def gaussians(counts: list[int], dim: int, distance: float = 1.0, seed: int = 0)
     return (0.5 + means[labels] + noise @ (root + 0.3 * torch.eye(dim))).float(), labels
 
 
-def known_of(features: Tensor, labels: Tensor, sizes: list[int], width: int | None = None) -> Knowledge:
-    """What is known after tasks of so many classes each: linear heads as torch makes them, and the features."""
+def known_of(
+    features: Tensor, labels: Tensor, sizes: list[int], width: int | None = None, head: str = "ridge"
+) -> Knowledge:
+    """What is known after tasks of so many classes each: linear heads as torch makes them, and the features.
+
+    With a width ``head`` works on random features.
+    """
     dim, ends = features.shape[1], torch.tensor(sizes).cumsum(0)
-    known = Knowledge(nn.ModuleList(), dim, features.device, width)
+    known = Knowledge(nn.ModuleList(), dim, features.device, width, head)
     tasks = torch.bucketize(labels, ends.to(labels), right=True)
     for task, size in enumerate(sizes):
         known.heads.append(nn.Linear(dim, size, device=features.device))
         known.add(features[tasks == task], labels[tasks == task], SEED)
     return known
+
+
+def expanded(expansion: Expansion | None, features: Tensor) -> Tensor:
+    """What lda and ridge see of features [n, d]: themselves, or 10 g and relu(g P), g = (f - mean) R; float64."""
+    f = features.double()
+    if expansion is None:
+        return f
+    mean, root, P = (tensor.double() for tensor in expansion)
+    g = (f - mean) @ root
+    return torch.cat([10 * g, (g @ P).clamp_min(0)], 1)
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:

@@ -78,6 +78,7 @@ ALLOWED = {
         "config",
         "exports",
         "heads.base",
+        "heads.expansion",
         "injection",
         "ops",
         "runs.checkpoint",

@@ -92,7 +92,7 @@ def test_every_field_is_explained_to_the_user():
         ({"temperature": 0.0}, "--temperature"),
         ({"margin_weight": -1.0}, "--margin-weight"),
         ({"clip_norm": 0.0}, "--clip-norm"),
-        ({"head_width": 100}, "--head-width belongs to --head ridge, got --head lda"),
+        ({"head_width": 100, "head": "ncm"}, "--head-width belongs to --head lda or ridge, got --head ncm"),
         ({"head_width": 0, "head": "ridge"}, "--head-width"),
         ({"head_width": 9, "head": "ridge", "drift": "ridge"}, "--drift moves statistics of features"),
         ({"merge_scale": 1.1}, "--merge-scale"),

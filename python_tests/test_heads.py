@@ -8,17 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close
-from gaussians import gaussians, known_of, one_hot
+from gaussians import expanded, gaussians, known_of, one_hot
 from torch import Tensor
 
 from janus_ext.errors import ArgumentError
 from janus_ext.heads import HEADS, aligned
 from janus_ext.heads.base import LOWEST, NEVER, Decision
+from janus_ext.heads.expansion import Expansion
 from janus_ext.heads.knowledge import Knowledge
 
 DIM = 8
 COUNTS, SIZES = [12, 9, 20, 7, 15], [2, 3]
-FITTED = [*((name, None) for name in HEADS if name != "linear"), ("ridge", 30)]
+FITTED = [*((name, None) for name in HEADS if name != "linear"), ("lda", 30), ("ridge", 30)]
 
 
 def everything(known: Knowledge) -> dict[str, Tensor]:
@@ -36,15 +37,14 @@ def share_right(one: Decision, features: Tensor, labels: Tensor) -> float:
 @pytest.mark.parametrize(("name", "width"), [("linear", None), *FITTED], ids=str)
 def test_a_fit_changes_nothing_and_comes_out_the_same_again(device: str, name: str, width: int | None) -> None:
     features, labels = (t.to(device) for t in gaussians(COUNTS, DIM))
-    known = known_of(features, labels, SIZES, width)
+    known = known_of(features, labels, SIZES, width, name)
     before, random = everything(known), torch.get_rng_state()
     with torch.no_grad():
         first = HEADS[name](known)
     second = HEADS[name](known)
     assert torch.equal(torch.get_rng_state(), random)
-    for part in ("weight", "bias", "projection"):
-        one, other = getattr(first, part), getattr(second, part)
-        assert one is other is None or torch.equal(one, other), part
+    assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
+    assert (first.expansion is None) == (width is None) and first.expansion is second.expansion
     assert first.weight.dtype == first.bias.dtype == torch.float32 and not first.weight.requires_grad
     assert first.weight.device.type == first.bias.device.type == device
     after = everything(known)
@@ -55,14 +55,14 @@ def test_a_fit_changes_nothing_and_comes_out_the_same_again(device: str, name: s
 @pytest.mark.parametrize(("name", "width"), FITTED, ids=str)
 def test_classes_never_seen_never_win(name: str, width: int | None) -> None:
     features, labels = gaussians(COUNTS, DIM)
-    known = known_of(features, torch.tensor([0, 2, 3, 4, 6])[labels], [3, 4], width)
+    known = known_of(features, torch.tensor([0, 2, 3, 4, 6])[labels], [3, 4], width, name)
     decision = HEADS[name](known)
     never = [1, 5]
     at = torch.cat([torch.randn(50, DIM) * 10.0**power for power in (-4, 0, 4)])
     p = decision.scores(at).softmax(1)
     assert decision.weight.shape[0] == 7 and (decision.bias[never] == NEVER).all()
     assert not p[:, never].any() and p.isfinite().all()
-    if decision.projection is None:
+    if decision.expansion is None:
         scores = F.linear(at, *decision.rows())
         assert scores.isfinite().all() and not torch.isin(scores.argmax(1), torch.tensor(never)).any()
 
@@ -70,7 +70,7 @@ def test_classes_never_seen_never_win(name: str, width: int | None) -> None:
 @pytest.mark.parametrize(("name", "width"), FITTED, ids=str)
 def test_a_head_classifies_what_is_easy_to_tell_apart(name: str, width: int | None) -> None:
     """One class a task: linear heads know nothing of each other, and their rows are random here."""
-    known = known_of(*gaussians([40] * 4, DIM, 2.0), [1] * 4, width)
+    known = known_of(*gaussians([40] * 4, DIM, 2.0), [1] * 4, width, name)
     at, labels = gaussians([50] * 4, DIM, 2.0, seed=1)
     right = [share_right(HEADS[head](known), at, labels) for head in (name, "linear")]
     assert right[0] > 0.8 > 0.6 > right[1]
@@ -102,9 +102,10 @@ def test_classes_learned_without_statistics_are_refused(name: str) -> None:
 
 
 def decision(unit: bool, width: int | None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Decision:
-    P = None if width is None else torch.randn(DIM, width).to(device, dtype)
-    weight = torch.randn(5, width or DIM).to(device, dtype)
-    return Decision(weight, torch.randn(5).to(device, dtype), unit=unit, projection=P)
+    made = None if width is None else (torch.randn(DIM), torch.randn(DIM, DIM), torch.randn(DIM, width))
+    expansion = made and Expansion(*(tensor.to(device, dtype) for tensor in made))
+    weight = torch.randn(5, DIM + (width or 0)).to(device, dtype)
+    return Decision(weight, torch.randn(5).to(device, dtype), unit, expansion)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -113,11 +114,11 @@ def test_scores_equal_float64(device: str, unit: bool, width: int | None, dtype:
     one = decision(unit, width, device, dtype)
     f = 3 * torch.randn(30, DIM).to(device, dtype)
     x = f.double()
-    if unit or width:
+    if unit:
         x = x / x.norm(dim=1, keepdim=True)
     if width:
-        x = (x @ one.projection.double()).clamp_min(0)
-    assert_close(one.scores(f), x @ one.weight.double().mT + one.bias.double(), dtype)
+        x = expanded(one.expansion, x)
+    assert_close(one.scores(f), x @ one.weight.double().mT + one.bias.double(), dtype, 5 if width else 1)
     assert one.is_linear == (not unit and width is None)
     assert one.scores(f[:0]).shape == (0, 5)
 
@@ -141,7 +142,7 @@ def test_rows_of_unit_features_are_cosines_times_the_length() -> None:
     assert_close(F.linear(at, weight, bias), known.prototypes.cosines(at).double() * lengths, torch.float32)
 
 
-def test_there_are_no_rows_behind_a_projection() -> None:
+def test_there_are_no_rows_behind_random_features() -> None:
     with pytest.raises(ArgumentError, match="--head-width makes random features .* there is no linear classifier"):
         decision(False, 20).rows()
 
@@ -149,7 +150,7 @@ def test_there_are_no_rows_behind_a_projection() -> None:
 def test_made_from_float64_it_is_float32_and_unseen_classes_are_out() -> None:
     weight, bias = torch.randn(3, DIM).double(), torch.randn(3).double()
     one = Decision.of(weight, bias, torch.tensor([True, False, True]), unit=True)
-    assert torch.equal(one.weight, weight.float()) and one.unit and one.projection is None
+    assert torch.equal(one.weight, weight.float()) and one.unit and one.expansion is None
     assert one.bias.tolist() == [float(bias[0].float()), -math.inf, float(bias[2].float())]
 
 

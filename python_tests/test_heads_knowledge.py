@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import assert_close
-from gaussians import SEED, gaussians, known_of
+from gaussians import SEED, expanded, gaussians, known_of
 from torch import Tensor, nn
 
 from janus_ext.errors import ArgumentError, StatisticsError
@@ -33,22 +32,39 @@ def test_what_is_taken_up_of_features() -> None:
     known = known_of(features, labels, SIZES, WIDTH)
     assert known.sizes == SIZES and known.classes == 5 and known.seed == SEED
     assert known.prototypes.classes == [0, 1, 2, 3, 4] and known.statistics.counts.tolist() == COUNTS
-    x = F.normalize(features.double(), dim=1) @ known.projection.double()
-    x = x.clamp_min(0)
+    x = expanded(known.expansion, features)
     assert known.expanded.counts.tolist() == COUNTS
     assert_close(known.expanded.gram, x.mT @ x, torch.float32)
     assert_close(known.expanded.sums, torch.stack([x[labels == c].sum(0) for c in range(5)]), torch.float32)
-    assert known_of(features, labels, SIZES).projection is None
+    assert known_of(features, labels, SIZES).expansion is None
 
 
-def test_the_projection_is_gaussian_and_of_the_seed_alone() -> None:
+def test_random_directions_are_gaussian_and_of_the_seed_alone() -> None:
     features, labels = gaussians(COUNTS, DIM)
     torch.manual_seed(1)
-    one = known_of(features, labels, SIZES, 2000).projection
+    one = known_of(features, labels, SIZES, 2000).expansion.projection
     torch.manual_seed(2)
-    other = known_of(2 * features, labels, [5], 2000).projection  # of one task instead of two
+    other = known_of(2 * features, labels, [5], 2000).expansion.projection  # of one task instead of two
     assert torch.equal(one, other)
-    assert abs(float(one.mean())) < 0.03 and abs(float(one.std()) - 1) < 0.03
+    assert abs(float(one.mean())) < 0.03 / DIM**0.5 and abs(float(one.std()) * DIM**0.5 - 1) < 0.03
+
+
+def test_features_are_whitened_by_the_first_task_alone() -> None:
+    """Within its classes their covariance, shrunk, is I then, and their mean is 0; later tasks change nothing of it."""
+    features, labels = gaussians(COUNTS, DIM)
+    first = labels < 2
+    alone, later = known_of(features[first], labels[first], [2], WIDTH), known_of(features, labels, SIZES, WIDTH)
+    mean, root, _ = (tensor.double() for tensor in later.expansion)
+    assert all(map(torch.equal, alone.expansion, later.expansion))
+    assert_close(mean, features[first].double().mean(0), torch.float32)
+    assert_close(root.mT @ alone.statistics.spread() @ root, torch.eye(DIM, dtype=torch.float64), torch.float32, 50)
+
+
+def test_the_width_is_that_of_one_head() -> None:
+    known = known_of(*gaussians(COUNTS, DIM), SIZES, WIDTH, "lda")
+    assert known.seen_by("lda") == (known.expanded, known.expansion)
+    assert known.seen_by("ridge") == (known.statistics, None)
+    assert lda.fit(known).weight.shape == (5, DIM + WIDTH) and ridge.fit(known).weight.shape == (5, DIM)
 
 
 def test_means_age_from_task_to_task() -> None:
@@ -81,7 +97,7 @@ def test_state_goes_round_and_goes_on(width: int | None) -> None:
         known.add(features[late], labels[late], SEED)
     one, other = whole.state_dict(), second.state_dict()
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert ("projection" in one) == (width is not None)
+    assert ("expansion.projection" in one) == (width is not None)
     for name in HEADS:
         assert torch.equal(HEADS[name](whole).scores(features), HEADS[name](second).scores(features)), name
 
@@ -89,13 +105,27 @@ def test_state_goes_round_and_goes_on(width: int | None) -> None:
 def test_an_empty_state_goes_round() -> None:
     known = empty([], WIDTH)
     known.load_state_dict(empty([], WIDTH).state_dict())
-    assert known.projection is None and known.statistics.rows == known.expanded.rows == 0
+    assert known.expansion is None and known.statistics.rows == known.expanded.rows == 0
 
 
 def test_a_state_of_another_width_is_refused() -> None:
     known = known_of(*gaussians(COUNTS, DIM), SIZES, WIDTH)
-    with pytest.raises(ArgumentError, match=r"state must have sums \[5, 31\], got \[5, 30\]"):
+    with pytest.raises(ArgumentError, match=r"state must have sums \[5, 39\], got \[5, 38\]"):
         empty(SIZES, WIDTH + 1).load_state_dict(known.state_dict())
+
+
+def test_an_expansion_of_other_sizes_is_refused() -> None:
+    state = known_of(*gaussians(COUNTS, DIM), SIZES, WIDTH).state_dict()
+    for name, tensor, said in (
+        ("projection", torch.zeros(DIM, WIDTH - 1), r"Expansion: projection must be floating \[8, 30\], got \[8, 29\]"),
+        ("mean", torch.zeros(DIM + 1), r"Expansion: mean must be floating \[8\], got \[9\]"),
+        ("root", torch.zeros(DIM, DIM, dtype=torch.int64), "Expansion: root must be floating"),
+    ):
+        with pytest.raises(ArgumentError, match=said):
+            empty(SIZES, WIDTH).load_state_dict(state | {f"expansion.{name}": tensor})
+    lacking = {name: tensor for name, tensor in state.items() if not name.startswith("expansion.")}
+    with pytest.raises(ArgumentError, match="Expansion: state must be .* with mean, root, projection, got nothing"):
+        empty(SIZES, WIDTH).load_state_dict(lacking)
 
 
 def old_state(known: Knowledge) -> dict[str, Tensor]:
@@ -170,7 +200,7 @@ def test_an_empty_state_leaves_nothing_of_what_came_after_it() -> None:
     before = known.state_dict()
     known.add(features, labels, SEED)
     known.load_state_dict(before)
-    assert known.expanded.rows == 0 and known.projection is None
+    assert known.expanded.rows == 0 and known.expansion is None
     known.add(features, labels, SEED)
     fresh = empty(SIZES, WIDTH)
     fresh.add(features, labels, SEED)

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from conftest import assert_close, orthonormal, relative_error
-from gaussians import gaussians, known_of
+from gaussians import expanded, gaussians, known_of
 from torch import Tensor
 
 from janus_ext.heads import lda
 from janus_ext.heads.base import Decision
+from janus_ext.heads.knowledge import Knowledge
 from janus_ext.heads.statistics import shrunk
 
 COUNTS = [20, 35, 50, 24]
@@ -28,6 +29,11 @@ def oas(S: Tensor, rows: int) -> Tensor:
 def scores(features: Tensor, labels: Tensor, at: Tensor) -> Tensor:
     """Of one task with all classes."""
     return lda.fit(known_of(features, labels, [int(labels.max()) + 1])).scores(at)
+
+
+def wide(features: Tensor, labels: Tensor, width: int) -> Knowledge:
+    """The same with random features."""
+    return known_of(features, labels, [int(labels.max()) + 1], width, "lda")
 
 
 def level(scores: Tensor) -> Tensor:
@@ -53,6 +59,28 @@ def test_scores_equal_float64(counts: list[int], dim: int) -> None:
     features, labels = gaussians(counts, dim)
     at, _ = gaussians([5] * len(counts), dim, seed=1)
     assert_close(level(scores(features, labels, at)), level(plain(features, labels, at)), torch.float32, 5)
+
+
+@pytest.mark.parametrize("width", [25, 200])
+@pytest.mark.parametrize(("counts", "dim"), [(COUNTS, DIM), ([9, 5], 3), ([4, 4, 4], 30), ([3] * 50, 96)], ids=str)
+def test_scores_with_random_features_equal_float64(counts: list[int], dim: int, width: int) -> None:
+    features, labels = gaussians(counts, dim)
+    at, _ = gaussians([5] * len(counts), dim, seed=1)
+    known = wide(features, labels, width)
+    want = plain(expanded(known.expansion, features), labels, expanded(known.expansion, at))
+    assert_close(level(lda.fit(known).scores(at)), level(want), torch.float32, 20)
+
+
+def test_random_features_tell_apart_what_no_line_does() -> None:
+    """A ring around a blob: their means are one."""
+    angle = 2 * torch.pi * torch.rand(400, generator=torch.Generator().manual_seed(3))
+    ring, blob = 3 * torch.stack([angle.cos(), angle.sin()], 1), torch.randn(400, 2) / 3
+    features, labels = torch.cat([ring, blob]), torch.arange(2).repeat_interleave(400)
+    right = [
+        float((one.scores(features).argmax(1) == labels).double().mean())
+        for one in (lda.fit(known_of(features, labels, [2])), lda.fit(wide(features, labels, 300)))
+    ]
+    assert right[0] < 0.7 < 0.97 < right[1]
 
 
 @pytest.mark.parametrize(

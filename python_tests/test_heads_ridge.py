@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import assert_close, orthonormal
-from gaussians import gaussians, known_of, one_hot
+from gaussians import expanded, gaussians, known_of, one_hot
 from torch import Tensor
 
 from janus_ext.heads import ridge
@@ -47,20 +47,12 @@ def solved(X: Tensor, Y: Tensor, spent: int = 0) -> ridge.Ridge:
     return ridge.ridge(X.mT @ X, X.mT @ Y, float(Y.square().sum()), len(X), spent)
 
 
-def expanded(known: Knowledge, features: Tensor) -> Tensor:
-    """What the regression sees of features: themselves, or relu(f / |f| P); float64."""
-    f = features.double()
-    if known.projection is None:
-        return f
-    return torch.relu(f / f.norm(dim=1, keepdim=True) @ known.projection.double())
-
-
 def plain(known: Knowledge, features: Tensor, labels: Tensor, at: Tensor) -> Tensor:
     """Scores y / v of centred targets regressed on centred features; v of the C - 1 directions that targets have."""
-    X, Y = expanded(known, features), one_hot(labels, known.classes)
+    X, Y = expanded(known.expansion, features), one_hot(labels, known.classes)
     found = best(X - X.mean(0), Y - Y.mean(0), spent=1)
     v = found.variance * Y.shape[1] / (Y.shape[1] - 1)
-    return ((expanded(known, at) - X.mean(0)) @ found.W + Y.mean(0)) / v
+    return ((expanded(known.expansion, at) - X.mean(0)) @ found.W + Y.mean(0)) / v
 
 
 def probabilities(features: Tensor, labels: Tensor, at: Tensor, width: int | None = None) -> Tensor:
@@ -163,12 +155,13 @@ def test_rotations_scales_and_shifts_change_nothing(scale: float) -> None:
     assert_close(probabilities(moved, labels, moved_at), probabilities(features, labels, at), torch.float32, 10)
 
 
-def test_random_features_do_not_see_the_length_of_a_feature() -> None:
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_scales_and_shifts_change_nothing_with_random_features(scale: float) -> None:
     features, labels = gaussians(COUNTS, DIM, 0.5)
     at, _ = gaussians([5] * 4, DIM, 0.5, seed=1)
-    lengths = torch.logspace(-3, 3, len(features))[:, None]
-    got, want = probabilities(lengths * features, labels, 1e3 * at, 50), probabilities(features, labels, at, 50)
-    assert_close(got, want, torch.float32, 50)
+    shift = scale * torch.randn(DIM)
+    got = probabilities(scale * features + shift, labels, scale * at + shift, 50)
+    assert_close(got, probabilities(features, labels, at, 50), torch.float32, 50)
 
 
 @pytest.mark.parametrize(("width", "off"), [(None, 0.02), (300, 0.1)])
@@ -217,7 +210,7 @@ def test_a_class_without_images_changes_nothing_for_the_others(width: int | None
     features, labels = gaussians(COUNTS, DIM, 0.5)
     at, _ = gaussians([5] * 4, DIM, 0.5, seed=1)
     gaps = torch.tensor([0, 2, 3, 5])
-    got = ridge.fit(known_of(features, gaps[labels], [3, 3], width)).scores(at)
+    got = ridge.fit(known_of(features, gaps[labels], [6], width)).scores(at)
     want = ridge.fit(known_of(features, labels, [4], width)).scores(at)
     assert_close(got[:, gaps], want, torch.float32, 10)
     assert (got[:, [1, 4]] == -math.inf).all()

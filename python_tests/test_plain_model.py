@@ -70,7 +70,7 @@ def test_rows_decide_as_the_head(patterns, weights, tmp_path, images):
 
 
 def test_random_features_leave_no_linear_classifier(patterns, weights, tmp_path):
-    contents = contents_of(run_of("janus, ridge of random features", patterns, weights, tmp_path / "run"))
+    contents = contents_of(run_of("janus, lda of random features", patterns, weights, tmp_path / "run"))
     with pytest.raises(ArgumentError, match="--head-width makes random features .*: ONNX and pt2 hold them"):
         contents.decision.rows()
 

@@ -24,7 +24,7 @@ def study(monkeypatch, tmp_path):
         accuracy_of: Callable[[str, int, str], float]
 
         def line(self, change: dict[str, Any], seed: int) -> dict[str, Any]:
-            own = "aligned" if change.get("head") == "aligned" else "ridge 2000" if "head_width" in change else None
+            own = "aligned" if change.get("head") == "aligned" else "lda 2000" if "head_width" in change else None
             heads = [*SHARES, own] if own else SHARES
             known = dict(module.candidate("emoji", m, at) for m, grid in module.METHODS.items() for at in grid.every())
             alike = [row for row, c in known.items() if c.items() <= change.items()]
@@ -99,13 +99,13 @@ def test_a_run_that_diverged_is_done_and_never_chosen(study):
     assert made.reported("janus", "lda")
 
 
-@pytest.mark.parametrize(("head", "settings_of"), [("aligned", "linear"), ("ridge 2000", "ridge")])
+@pytest.mark.parametrize(("head", "settings_of"), [("aligned", "linear"), ("lda 2000", "lda")])
 def test_runs_of_their_own_follow_another_heads_choice_without_the_guard(study, head, settings_of):
-    made = study(lambda row, seed, head: plain(row, seed, head) + (9 if head == "ridge" and "lr 0.001" in row else 0))
+    made = study(lambda row, seed, head: plain(row, seed, head) + (9 if head == "lda" and "lr 0.001" in row else 0))
     row, change = made.pick("inflora", head)
     assert row.startswith("inflora | lr 0.004" if settings_of == "linear" else "inflora | lr 0.001")
     assert row.endswith(f" | {head}") and change["head"] == head.split()[0] and change["drift_budget"] == 1e9
-    assert change.get("head_width") == {"aligned": None, "ridge 2000": 2000}[head]
+    assert change.get("head_width") == {"aligned": None, "lda 2000": 2000}[head]
     assert made.pick("bilora", head) is None
 
 
@@ -118,9 +118,9 @@ def test_runs_of_their_own_can_run_and_their_head_has_its_own_name(study):
     for head, (_, changes) in OWN_RUNS.items():
         for method in changes:
             assert cell_config(made.pick(method, head)[1], 0)["head"] == head.split()[0]
-    heads = {"linear": {"acc": 1.0}, "ridge": {"acc": 2.0}}
-    wide = {"config": {"head_width": 2000}, "heads": heads}
-    assert named(wide)["heads"] == heads | {"ridge 2000": {"acc": 2.0}}
+    heads = {"linear": {"acc": 1.0}, "lda": {"acc": 2.0}}
+    wide = {"config": {"head": "lda", "head_width": 2000}, "heads": heads}
+    assert named(wide)["heads"] == heads | {"lda 2000": {"acc": 2.0}}
     assert named({"config": {"head_width": None}, "heads": heads})["heads"] == heads
     assert named(wide | {"heads": {}})["heads"] == {} and named(None) is None
 

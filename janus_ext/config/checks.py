@@ -163,8 +163,8 @@ def _check_energies(config: LearnConfig) -> None:
 
 
 def _check_head(config: LearnConfig) -> None:
-    if config.head_width is not None and config.head != "ridge":
-        raise ArgumentError(f"--head-width belongs to --head ridge, got --head {config.head}")
+    if config.head_width is not None and config.head not in ("lda", "ridge"):
+        raise ArgumentError(f"--head-width belongs to --head lda or ridge, got --head {config.head}")
     if config.head_width is not None and config.drift != "none":
         raise ArgumentError("--drift moves statistics of features, those of --head-width cannot be: leave one out")
 

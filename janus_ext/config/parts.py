@@ -153,7 +153,7 @@ class ModelConfig(Settings):
     head: Head = "auto"
     """Classifier: lda (the default), the tasks' linear heads (--preset paper), ncm (of lora-drs), ridge, or aligned."""
     head_width: Maybe[int] = None
-    """Random ReLU features that --head ridge works on (RanPAC); by default it works on the features themselves."""
+    """Random ReLU features beside the network's own, for --head lda or ridge (after RanPAC): 2000, say; else none."""
     normalize: Normalize = "auto"
     """Colours of the images: as the backbone was pretrained (model), or in [0, 1] (identity, --preset paper)."""
     scale: Maybe[float] = None

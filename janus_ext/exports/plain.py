@@ -15,7 +15,23 @@ from janus_ext.errors import ArgumentError
 from janus_ext.exports.contents import Contents
 from janus_ext.exports.folder import random_images
 from janus_ext.heads.base import LOWEST, Decision
+from janus_ext.heads.expansion import Expansion
 from janus_ext.injection import uninject
+
+
+class Classifier(nn.Module):
+    """A head's decision as a module: features [b, d] -> scores [b, C], all of them finite."""
+
+    def __init__(self, decision: Decision) -> None:
+        super().__init__()
+        self.unit, self.expands = decision.unit, decision.expansion is not None
+        tensors = {"weight": decision.weight, "bias": decision.bias.clamp_min(LOWEST)}
+        for name, tensor in (tensors | (decision.expansion._asdict() if self.expands else {})).items():
+            self.register_buffer(name, tensor.cpu().clone())
+
+    def forward(self, features: Tensor) -> Tensor:
+        expansion = Expansion(self.mean, self.root, self.projection) if self.expands else None
+        return Decision(self.weight, self.bias, self.unit, expansion).scores(features)
 
 
 class Scorer(nn.Module):
@@ -28,20 +44,16 @@ class Scorer(nn.Module):
     def __init__(self, model: nn.Module, mean: Tensor, std: Tensor, decision: Decision | None = None) -> None:
         super().__init__()
         self.model = model
-        tensors = {} if decision is None else {"weight": decision.weight, "bias": decision.bias.clamp_min(LOWEST)}
-        for name, buffer in ({"mean": mean, "std": std} | tensors).items():
+        self.classifier = None if decision is None else Classifier(decision)
+        for name, buffer in {"mean": mean, "std": std}.items():
             self.register_buffer(name, buffer.cpu().clone())
-        self.decides = decision is not None
-        if decision is not None:
-            projection = decision.projection
-            self.register_buffer("projection", None if projection is None else projection.cpu().clone())
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = (images.float() - self.mean) / self.std
-        if not self.decides:
+        if self.classifier is None:
             return self.model(pixels).softmax(-1)
         features = self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
-        return Decision(self.weight, self.bias, True, self.projection).scores(features).softmax(-1)
+        return self.classifier(features).softmax(-1)
 
 
 def scorer(contents: Contents) -> Scorer:

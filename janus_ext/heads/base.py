@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from janus_ext.errors import ArgumentError
+from janus_ext.heads.expansion import Expansion
 
 if TYPE_CHECKING:
     from janus_ext.heads.knowledge import Knowledge
@@ -21,24 +22,24 @@ LOWEST = torch.finfo(torch.float32).min  # the same where it has to be a number:
 
 @dataclass(frozen=True)
 class Decision:
-    """Scores of features f [b, d]: x W^T + bias, with x = f, x = f / |f| (``unit``), or x = relu(f / |f| P).
+    """Scores of features f [b, d]: x W^T + bias, with x = f, x = f / |f| (``unit``), or x = `Expansion` of f.
 
     Their softmax are probabilities, the largest wins.
 
     Attributes:
-        weight: W [C, d], or [C, M] behind a projection.
+        weight: W [C, d], or [C, d + M] behind an expansion.
         bias: [C]; `NEVER` for classes of which nothing is known.
         unit: whether features are brought to length 1.
-        projection: P [d, M], or None.
+        expansion: by M random features, or None.
     """
 
     weight: Tensor
     bias: Tensor
     unit: bool = False
-    projection: Tensor | None = None
+    expansion: Expansion | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor, seen: Tensor, **options: Tensor | bool) -> Decision:
+    def of(cls, weight: Tensor, bias: Tensor, seen: Tensor, **options: Any) -> Decision:
         """In float32; classes that are not ``seen`` (bool [C]) never win."""
         bias = torch.where(seen, bias.double(), NEVER)
         return cls(weight.float(), bias.float(), **options)
@@ -46,7 +47,7 @@ class Decision:
     @property
     def is_linear(self) -> bool:
         """Whether scores are an affine map of the features as they are."""
-        return not self.unit and self.projection is None
+        return not self.unit and self.expansion is None
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """(weight [C, d], bias [C]) of an affine map of the features as they are, by which the same class wins.
@@ -55,20 +56,20 @@ class Decision:
         length.
 
         Raises:
-            ArgumentError: there is a projection, so that there is no such map.
+            ArgumentError: there is an expansion, so that there is no such map.
         """
-        if self.projection is not None:
+        if self.expansion is not None:
             raise ArgumentError(
                 "--head-width makes random features between backbone and classifier, so that there is no linear "
-                "classifier of its features: ONNX and pt2 hold them, or take --head lda, or ridge without a width"
+                "classifier of its features: ONNX and pt2 hold them, or take another --head, which works without them"
             )
         return (F.normalize(self.weight, dim=1) if self.unit else self.weight), self.bias.clamp_min(LOWEST)
 
     def scores(self, features: Tensor) -> Tensor:
         """[b, d] -> [b, C]."""
-        x = features if self.is_linear else F.normalize(features, dim=-1)
-        if self.projection is not None:
-            x = F.relu(x @ self.projection)
+        x = F.normalize(features, dim=-1) if self.unit else features
+        if self.expansion is not None:
+            x = self.expansion(x)
         return F.linear(x, self.weight, self.bias)
 
 

@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.errors import ArgumentError
+from janus_ext.heads.expansion import Expansion
 from janus_ext.heads.statistics import FeatureStatistics
 from janus_ext.margin import ClassPrototypes
 from janus_ext.named_tensors import below, prefixed
@@ -23,18 +23,22 @@ class Knowledge:
         heads: the model's linear heads, one a task.
         prototypes: unit mean features.
         statistics: of the features.
-        expanded: of ``width`` random ReLU features relu(f / |f| P), None without a width.
-        projection: P [d, width], drawn once from the seed; None without a width.
+        expanded: of `Expansion` of the features, None without a width.
+        expansion: of ``width`` random features, made once, of the first task; None before, and without a width.
+        head: the one that works on expanded features, where there is a width.
         untrained: the tasks whose linear head was never trained, because a fitted one stood in its place.
         seed: of what a head draws.
     """
 
-    def __init__(self, heads: nn.ModuleList, dim: int, device: torch.device, width: int | None = None) -> None:
+    def __init__(
+        self, heads: nn.ModuleList, dim: int, device: torch.device, width: int | None = None, head: str = "lda"
+    ) -> None:
         self.heads = heads
+        self.head = head
         self.prototypes = ClassPrototypes(dim, device)
         self.statistics = FeatureStatistics(dim, device)
-        self.expanded = FeatureStatistics(width, device) if width else None
-        self.projection: Tensor | None = None
+        self.expanded = FeatureStatistics(dim + width, device) if width else None
+        self.expansion: Expansion | None = None
         self.untrained: list[int] = []
         self.seed = 0
 
@@ -94,6 +98,12 @@ class Knowledge:
                 "that kept none: take head 'linear' or 'ncm'"
             )
 
+    def seen_by(self, head: str) -> tuple[FeatureStatistics, Expansion | None]:
+        """The statistics that ``head`` is fitted to, and what they are of, unless it is the features themselves."""
+        if self.expanded is None or head != self.head:
+            return self.statistics, None
+        return self.expanded, self.expansion
+
     def ages(self) -> Tensor:
         """0.9 + 0.1 (t + 1) / T, float64 [C]: by how much classifier alignment scales the means of task t of T."""
         shares = [0.9 + 0.1 * (t + 1) / len(self.sizes) for t in range(len(self.sizes))]
@@ -107,10 +117,9 @@ class Knowledge:
         self.prototypes.add(features, labels)
         self.statistics.observe(features, labels)
         if self.expanded is not None:
-            if self.projection is None:
-                generator = torch.Generator().manual_seed(seed)
-                self.projection = torch.randn(features.shape[1], self.expanded.dim, generator=generator).to(features)
-            self.expanded.observe(F.relu(F.normalize(features, dim=-1) @ self.projection), labels)
+            if self.expansion is None:
+                self.expansion = Expansion.of(self.statistics, self.expanded.dim - self.statistics.dim, seed)
+            self.expanded.observe(self.expansion(features), labels)
         for statistics in (self.statistics, self.expanded):
             if statistics is not None:
                 statistics.reserve(self.classes)  # the last classes may have no images
@@ -132,8 +141,9 @@ class Knowledge:
         state = prefixed("prototypes", self.prototypes.state_dict())
         state |= prefixed("statistics", self.statistics.state_dict()) | {"head_seed": torch.tensor(self.seed)}
         state["untrained"] = torch.tensor(self.untrained, dtype=torch.int64)
-        if self.expanded is not None and self.projection is not None:
-            state |= prefixed("expanded", self.expanded.state_dict()) | {"projection": self.projection}
+        if self.expanded is not None and self.expansion is not None:
+            state |= prefixed("expanded", self.expanded.state_dict())
+            state |= prefixed("expansion", self.expansion._asdict())
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -145,5 +155,6 @@ class Knowledge:
                 statistics.load_state_dict(below(name, state) or empty)
         self.seed = int(state.get("head_seed", 0))
         self.untrained = state["untrained"].tolist() if "untrained" in state else []
-        drawn = state.get("projection") if self.expanded is not None else None
-        self.projection = None if drawn is None else drawn.to(self.prototypes.matrix)
+        self.expansion = None
+        if self.expanded is not None and self.expanded.rows:
+            self.expansion = Expansion.loaded(below("expansion", state), self.statistics, self.expanded.dim)

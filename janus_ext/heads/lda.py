@@ -1,6 +1,7 @@
 """``lda``: linear discriminant analysis, the best linear rule for Gaussian classes that share a covariance.
 
-The covariance is shrunk towards a multiple of I (see `shrunk`), which needs no parameter.
+The covariance is shrunk towards a multiple of I (see `shrunk`), which needs no parameter. It works on the features, or
+with a width on their `Expansion`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def fit(known: Knowledge) -> Decision:
     float32 would lose the differences between classes in an offset of all features.
     """
     known.require("lda")
-    statistics = known.statistics
+    statistics, expansion = known.seen_by("lda")
     means, mean = statistics.means(), statistics.sums.sum(0) / statistics.rows
     weight = torch.cholesky_solve((means - mean).mT, torch.linalg.cholesky(statistics.spread())).mT
-    return Decision.of(weight, -(weight * (means + mean)).sum(1) / 2, statistics.seen)
+    return Decision.of(weight, -(weight * (means + mean)).sum(1) / 2, statistics.seen, expansion=expansion)

@@ -1,6 +1,6 @@
 """``ridge``: ridge regression of one-hot targets, its strength by generalised cross-validation.
 
-On the features, or on M random ReLU features of them (``--head-width``; RanPAC, McDonnell et al., NeurIPS 2023).
+On the features, or with a width on their `Expansion`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def fit(known: Knowledge) -> Decision:
     softmax(y / v): scores are y / v. There are C - 1 directions, since targets add up to 1.
     """
     known.require("ridge")
-    statistics = known.expanded or known.statistics
+    statistics, expansion = known.seen_by("ridge")
     counts, rows = statistics.counts.double(), max(1, statistics.rows)
     mean, share = statistics.sums.sum(0) / rows, counts / rows
     G = statistics.gram - rows * torch.outer(mean, mean)
@@ -45,7 +45,7 @@ def fit(known: Knowledge) -> Decision:
     variance = found.variance * len(counts) / max(1, int(statistics.seen.sum()) - 1)
     sharpness = 1 / variance if variance > 0 else 1.0
     weight, bias = found.W.mT, share - mean @ found.W
-    return Decision.of(sharpness * weight, sharpness * bias, statistics.seen, projection=known.projection)
+    return Decision.of(sharpness * weight, sharpness * bias, statistics.seen, expansion=expansion)
 
 
 def ridge(G: Tensor, Q: Tensor, total: float, rows: int, spent: int = 0) -> Ridge:

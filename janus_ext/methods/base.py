@@ -118,7 +118,7 @@ class Method(Declared, ABC):
         self.config = config
         self.own = None if self.Own is None else self.Own(**(config.own or {}))
         self.layers: Mapping[str, nn.Module] = {}
-        self.known = Knowledge(model.heads, model.feature_dim, model.mean.device, config.head_width)
+        self.known = Knowledge(model.heads, model.feature_dim, model.mean.device, config.head_width, config.head)
         self.learns = True
         self._decisions: dict[str, Decision] = {}
         self._before: Tensor | None = None  # features of the task's images, of all where old statistics will move

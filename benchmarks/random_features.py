@@ -1,0 +1,167 @@
+"""Which random features help which head? With the frozen backbone, on held-out training images of three data sets.
+
+    python benchmarks/random_features.py run --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist [--json FILE]
+    python benchmarks/random_features.py table FILE
+
+Every seed holds out other images and draws another order of the classes and other directions. Features come task by
+task, as in a run with `--learn none`; what `--head-width` makes of them stands beside what RanPAC does, and beside what
+lies between the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from run import about, new_file, write
+from study_rows import DATA, VALIDATION, located
+from study_tables import shown
+from torch import Tensor, nn
+
+from janus_ext.assembly import make_learner
+from janus_ext.config import TrainConfig
+from janus_ext.data import load_benchmark
+from janus_ext.heads import HEADS
+from janus_ext.heads.expansion import OWN_WEIGHT, Expansion
+from janus_ext.heads.knowledge import Knowledge
+from janus_ext.heads.statistics import FeatureStatistics
+
+SEEDS = (100, 101, 102, 103, 104)
+Features = list[tuple[Tensor, Tensor]]
+Expands = Callable[[Tensor], Tensor]
+
+
+def ours(first: FeatureStatistics, width: int, seed: int, weight: float = OWN_WEIGHT) -> Expands:
+    """Of whitened features; the features themselves with another weight."""
+    made = Expansion.of(first, width, seed)
+    dim = first.dim
+
+    def expand(f: Tensor) -> Tensor:
+        x = made(f)
+        return torch.cat([weight / OWN_WEIGHT * x[:, :dim], x[:, dim:]], dim=1) if weight else x[:, dim:]
+
+    return expand
+
+
+def of_unit_length(first: FeatureStatistics, width: int, seed: int, weight: float = 0.0) -> Expands:
+    """relu(f / |f| P), as RanPAC has it; ``weight``: beside f / |f|, brought to the same scale."""
+    P = torch.randn(first.dim, width, generator=torch.Generator().manual_seed(seed))
+
+    def expand(f: Tensor) -> Tensor:
+        u = F.normalize(f, dim=1)
+        x = F.relu(u @ P)
+        return torch.cat([weight * first.dim**0.5 * u, x], dim=1) if weight else x
+
+    return expand
+
+
+# name: head, width, what makes the features
+VARIANTS: dict[str, tuple[str, int, Callable[..., Expands]]] = {
+    "ridge, RanPAC's 2000": ("ridge", 2000, of_unit_length),
+    "lda, RanPAC's 2000": ("lda", 2000, of_unit_length),
+    "lda, RanPAC's 2000 and f / &#124;f&#124; ten times": (
+        "lda",
+        2000,
+        lambda *made: of_unit_length(*made, weight=10.0),
+    ),
+    "lda, 2000 of whitened features alone": ("lda", 2000, lambda *made: ours(*made, weight=0.0)),
+    "lda, 2000 and whitened features once": ("lda", 2000, lambda *made: ours(*made, weight=1.0)),
+    "**lda, 2000 and whitened features ten times**": ("lda", 2000, ours),
+    "lda, 2000 and whitened features thirty times": ("lda", 2000, lambda *made: ours(*made, weight=30.0)),
+    "**ridge, 2000 and whitened features ten times**": ("ridge", 2000, ours),
+    "lda, 500 and whitened features ten times": ("lda", 500, ours),
+    "lda, 4000 and whitened features ten times": ("lda", 4000, ours),
+}
+
+
+@torch.no_grad()
+def features_of(data: str, folder: Path | None, seed: int) -> tuple[Features, Features]:
+    """Features and labels of the training and of the held-out images, task by task."""
+    settings = {name: value for name, value in DATA[data].items() if name != "epochs"}
+    own = {"validation": VALIDATION[data], "seed": (seed,), "shuffle_classes": True}
+    config = TrainConfig(**settings, **located(data, folder), **own, learn="none", device="cpu", amp="off").resolved()
+    benchmark = load_benchmark(config)
+    learner = make_learner(config, seed, len(benchmark.tasks))
+    benchmark, model = benchmark.at(learner.model.input_size), learner.model.eval()
+    sides = []
+    for images_of in (benchmark.training, benchmark.testing):
+        batches = [list(learner.clean_batches(images_of(task))) for task in range(len(benchmark.tasks))]
+        sides.append([(torch.cat([model.features(x) for x, _ in b]), torch.cat([y for _, y in b])) for b in batches])
+    return sides[0], sides[1]
+
+
+def accuracy(head: str, known: Knowledge, held_out: Features) -> float:
+    """Per cent of all held-out images that ``head`` has right behind the last task: the mean over the tasks."""
+    decision = HEADS[head](known)
+    return statistics.fmean(100 * float((decision.scores(f).argmax(1) == y).double().mean()) for f, y in held_out)
+
+
+def known_of(train: Features, head: str, width: int | None = None, expand: Expands | None = None, seed: int = 0) -> Any:
+    """What is known behind the last task."""
+    dim = train[0][0].shape[1]
+    known = Knowledge(nn.ModuleList(), dim, torch.device("cpu"), width, head)
+    if expand is not None:
+        known.expansion = expand
+        known.expanded = FeatureStatistics(expand(train[0][0][:1]).shape[1])
+    for features, labels in train:
+        known.heads.append(nn.Linear(dim, len(labels.unique())))
+        known.add(features, labels, seed)
+    return known
+
+
+def measure(data: str, folder: Path | None, seed: int) -> dict[str, float]:
+    """ACC of every variant, and of the heads without random features."""
+    train, held_out = features_of(data, folder, seed)
+    first = known_of(train[:1], "lda").statistics
+    plain = known_of(train, "lda")
+    found = {head: accuracy(head, plain, held_out) for head in ("lda", "ridge")}
+    for name, (head, width, expansion) in VARIANTS.items():
+        known = known_of(train, head, width, expansion(first, width, seed), seed)
+        found[name] = accuracy(head, known, held_out)
+    return found
+
+
+def table(path: Path) -> str:
+    """ACC of ``lda``, and how far each of the others is ahead of it, by data set."""
+    cases = json.loads(path.read_text())["cases"]
+    sets = list(dict.fromkeys(case["data"] for case in cases))
+    of = {data: [case["acc"] for case in cases if case["data"] == data] for data in sets}
+    lines = [f"| head, features | {' | '.join(sets)} |", "|" + "---|" * (len(sets) + 1)]
+    means = [statistics.fmean(found["lda"] for found in of[data]) for data in sets]
+    lines.append(f"| lda, ACC | {' | '.join(format(mean, '.2f') for mean in means)} |")
+    for name in of[sets[0]][0]:
+        if name != "lda":
+            cells = [shown([found[name] - found["lda"] for found in of[data]]) for data in sets]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure all of them")
+    run.add_argument("--glyphs", type=Path, required=True, help="folder of the images")
+    run.add_argument("--fashion-mnist", type=Path, required=True, help="folder of the files")
+    run.add_argument("--json", type=new_file, help="where to keep what was measured")
+    commands.add_parser("table", help="print a JSON file as Markdown").add_argument("file", type=Path)
+    options = parser.parse_args()
+    if options.command == "table":
+        print(table(options.file))
+        return
+    result: dict[str, Any] = {"about": about("cpu"), "cases": []}
+    for data, folder in (("emoji", None), ("glyphs", options.glyphs), ("fashion-mnist", options.fashion_mnist)):
+        for seed in SEEDS:
+            result["cases"].append({"data": data, "seed": seed, "acc": measure(data, folder, seed)})
+            print(result["cases"][-1], flush=True)
+            if options.json is not None:
+                write(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
