@@ -65,11 +65,7 @@ def of_unit_length(first: FeatureStatistics, width: int, seed: int, weight: floa
 VARIANTS: dict[str, tuple[str, int, Callable[..., Expands]]] = {
     "ridge, RanPAC's 2000": ("ridge", 2000, of_unit_length),
     "lda, RanPAC's 2000": ("lda", 2000, of_unit_length),
-    "lda, RanPAC's 2000 and f / &#124;f&#124; ten times": (
-        "lda",
-        2000,
-        lambda *made: of_unit_length(*made, weight=10.0),
-    ),
+    "lda, RanPAC's 2000 and unit features ten times": ("lda", 2000, lambda *made: of_unit_length(*made, weight=10.0)),
     "lda, 2000 of whitened features alone": ("lda", 2000, lambda *made: ours(*made, weight=0.0)),
     "lda, 2000 and whitened features once": ("lda", 2000, lambda *made: ours(*made, weight=1.0)),
     "**lda, 2000 and whitened features ten times**": ("lda", 2000, ours),

@@ -159,6 +159,10 @@ class Study:
         found = [self.line(picked[1], seed) for seed in SEEDS] if picked else []
         return [x for x in found if x is not None]
 
+    def heads(self) -> list[str]:
+        """Those that were measured on a reported seed."""
+        return [head for head in ALL_HEADS if any(self.reported(method, head) for method in METHODS)]
+
     def ablation(self) -> dict[str, dict[str, Any]]:
         """The ablation's rows at the settings that janus has with linear heads, and with its best closed-form head."""
         heads = ["linear", best_head(self, "janus")]
@@ -184,9 +188,10 @@ class Study:
 
     def table(self) -> str:
         """ACC of methods times heads, mean and deviation."""
-        text = [f"| ACC | {' | '.join(ALL_HEADS)} |", "|" + "---|" * (len(ALL_HEADS) + 1)]
-        known = [m for m in METHODS if any(self.reported(m, head) for head in ALL_HEADS)]
-        text += [f"| {m} | {' | '.join(self._cell(m, head, 'acc') for head in ALL_HEADS)} |" for m in known]
+        heads = self.heads()
+        text = [f"| ACC | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
+        known = [m for m in METHODS if any(self.reported(m, head) for head in heads)]
+        text += [f"| {m} | {' | '.join(self._cell(m, head, 'acc') for head in heads)} |" for m in known]
         return "\n".join(text)
 
     def details(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scipy.stats import t as student
-from study_rows import ALL_HEADS, HEADS, METHODS, SEEDS, SELECTION_SEEDS
+from study_rows import HEADS, METHODS, SEEDS, SELECTION_SEEDS
 
 if TYPE_CHECKING:
     from study import Study
@@ -59,10 +59,11 @@ def gains(study: Study, ours: tuple[str, str], theirs: tuple[str, str], metric: 
 
 def paired(study: Study, against: str) -> str:
     """How far each method is ahead of `against` with the same head, seed by seed: mean ± half of the interval."""
-    text = [f"| ACC less that of {against} | {' | '.join(ALL_HEADS)} |", "|" + "---|" * (len(ALL_HEADS) + 1)]
+    heads = study.heads()
+    text = [f"| ACC less that of {against} | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
     for method in METHODS:
-        if method != against and any(study.reported(method, head) for head in ALL_HEADS):
-            cells = [shown(gains(study, (method, head), (against, head))) for head in ALL_HEADS]
+        if method != against and any(study.reported(method, head) for head in heads):
+            cells = [shown(gains(study, (method, head), (against, head))) for head in heads]
             text.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(text)
 
