@@ -93,7 +93,7 @@ def features_of(data: str, folder: Path | None, seed: int) -> tuple[Features, Fe
 
 
 def accuracy(head: str, known: Knowledge, held_out: Features) -> float:
-    """Per cent of all held-out images that ``head`` has right behind the last task: the mean over the tasks."""
+    """ACC of ``head`` behind the last task: the mean over the tasks of the per cent of held-out images it has right."""
     decision = HEADS[head](known)
     return statistics.fmean(100 * float((decision.scores(f).argmax(1) == y).double().mean()) for f, y in held_out)
 

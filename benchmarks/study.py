@@ -45,7 +45,7 @@ from study_rows import (
     candidate,
     located,
 )
-from study_tables import CLOSED, best_head, draw, hypotheses, paired, parts, spread
+from study_tables import best_head, draw, hypotheses, paired, parts, spread
 
 from janus_ext.terminal import until_closed
 
@@ -112,14 +112,18 @@ class Study:
         return sorted((key for key in known if scores[key] is not None), key=lambda key: -scores[key])
 
     def finalists(self, method: str, head: str) -> list[str]:
-        """The best two of the first selection seed."""
-        return self.ranked(method, head, list(self.candidates(method)), SELECTION_SEEDS[:1])[:2]
+        """The best two of the first selection seed; of the first nine while some beyond are still to be run."""
+        known, first = self.candidates(method), SELECTION_SEEDS[:1]
+        is_whole = all(self.line(self.trial(change), *first) is not None for change in known.values())
+        rows = list(known) if is_whole else list(known)[: len(METHODS[method].start())]
+        return self.ranked(method, head, rows, first)[:2]
 
     def chosen(self, method: str, head: str) -> str | None:
         """The candidate that goes to the reported seeds; None while trials are missing."""
-        finalists = self.finalists(method, head)
-        ranked = self.ranked(method, head, finalists, SELECTION_SEEDS)
-        return ranked[0] if finalists and len(ranked) == len(finalists) else None
+        known, finalists = self.candidates(method), self.finalists(method, head)
+        if any(self.line(self.trial(known[row]), seed) is None for row in finalists for seed in SELECTION_SEEDS):
+            return None
+        return next(iter(self.ranked(method, head, finalists, SELECTION_SEEDS)), None)  # some may have diverged
 
     def run(self, methods: list[str], jobs: int) -> None:
         """Runs what is missing, trials first."""
@@ -130,10 +134,7 @@ class Study:
         again = {row: known[m][row] for m in methods for head in HEADS for row in self.finalists(m, head)}
         self._run([(row, self.trial(c), second) for row, c in again.items()], jobs)
         best = {row: known[m][row] for m in methods for head in HEADS if (row := self.chosen(m, head))}
-        own = {head: dict(cell for m in methods if (cell := self.pick(m, head))) for head in OWN_RUNS}
-        tried = {row: c for head in own if head in CLOSED for row, c in own[head].items()}
-        self._run([(row, self.trial(c), seed) for seed in SELECTION_SEEDS for row, c in tried.items()], jobs)
-        best |= {row: c for rows in own.values() for row, c in rows.items()}
+        best |= dict(cell for m in methods for head in OWN_RUNS if (cell := self.pick(m, head)))
         for rows in (best, self.ablation() if "janus" in methods else {}):
             self._run([(row, c, seed) for seed in SEEDS for row, c in rows.items()], jobs)
 
@@ -204,7 +205,8 @@ class Study:
                 if lines:
                     setting = self.pick(method, head)[0].split(" | ")[1]
                     cells = [self._cell(method, head, metric) for metric in metrics]
-                    text.append(f"| {method}, {head} | {setting} | {' | '.join(cells)} | {len(lines)} |")
+                    count = sum(head in line["heads"] for line in lines)
+                    text.append(f"| {method}, {head} | {setting} | {' | '.join(cells)} | {count} |")
         return "\n".join(text)
 
     def trials(self) -> str:
@@ -221,8 +223,10 @@ class Study:
         return "\n".join(text)
 
     def _cell(self, method: str, head: str, metric: str) -> str:
-        lines = [x for x in self.reported(method, head) if head in x["heads"]]
-        return spread([x["heads"][head][metric] for x in lines]) if lines else "–"
+        lines = self.reported(method, head)
+        values = [x["heads"][head][metric] for x in lines if head in x["heads"]]
+        diverged = f" ({len(values)} of {len(lines)})" if len(values) < len(lines) else ""
+        return spread(values) + diverged
 
 
 def named(line: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -73,7 +73,10 @@ def run_cell(cell: tuple[str, dict[str, Any], int, int, dict[str, Any]]) -> dict
         with preconditioned(change.get("preconditioned", False)):
             try:
                 results = train(TrainConfig(**of_program(change), **where, **own))[0]
-            except TrainingError as error:  # of a rate that is too large, which is a result as well
+            except TrainingError as error:
+                if "not finite" not in str(error):
+                    raise
+                # of a rate that is too large, which is a result as well
                 return line | {"heads": {}, "diverged": str(error), "commit": commit(*TRACKED)}
     line |= {metric: total_of(metric, results[metric]) for metric in METRICS}
     shown = ("acc", "maa", "bwt", "plasticity")

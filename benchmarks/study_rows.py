@@ -99,7 +99,7 @@ def _of_five(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[s
     return learners | {"joint": change, "frozen": change | frozen}
 
 
-# Heads that take longer than a fit: whose chosen settings they take over, and what their runs are told.
+# Heads that not every run measures: whose chosen settings they take over, and what their runs are told.
 OWN_RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "aligned": ("linear", _of_five({"head": "aligned"}, {})),
     "lda 2000": ("lda", _of_five({"head": "lda", "head_width": 2000}, {"epochs": None})),

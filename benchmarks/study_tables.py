@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LEARNERS = [m for m in METHODS if m not in ("joint", "first task only", "frozen")]  # those that learn task after task
 RIVALS = ("lora", "lora-gpm", "inflora", "lora-drs", "bilora")
-CLOSED = ("ncm", "lda", "ridge", "lda 2000")
+CLOSED = [head for head in HEADS if head != "linear"]
 CONFIDENCE = 0.95
 
 
@@ -109,10 +109,9 @@ def best_head(study: Study, method: str) -> str | None:
     """The closed-form head that did best on the held-out images of both selection seeds."""
     scores = {}
     for head in CLOSED:
-        picked = study.pick(method, head)
-        score = study.accuracy(picked[1], head, SELECTION_SEEDS) if picked else None
-        if score is not None:
-            scores[head] = score
+        row = study.chosen(method, head)
+        if row is not None:
+            scores[head] = study.accuracy(study.candidates(method)[row], head, SELECTION_SEEDS)
     return max(scores, key=scores.__getitem__) if scores else None
 
 

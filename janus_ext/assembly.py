@@ -109,7 +109,7 @@ def stored_config(
             raise ArgumentError(f"head must be one of {', '.join(HEADS)}, got {found}")
         unguarded = config.drift_budget is None and settings.get("preset") != "paper"
         guard = presets.HEADS.get(head, {}) if unguarded else {}
-        config = replace(config, head=head, head_width=config.head_width if head == config.head else None, **guard)
+        config = replace(config, head=head, head_width=None, **guard)
     amp = config.amp if chosen.type == torch.device(config.device).type else pick_amp("auto", chosen)
     return replace(config, device=str(chosen), amp=amp)
 

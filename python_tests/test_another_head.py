@@ -56,6 +56,27 @@ def test_it_is_kept(photos, saved, tmp_path):
     assert plain.get_classifier().out_features == 6
 
 
+def test_random_features_stay_the_runs_own_and_a_head_that_is_named_has_none(weights, photos, tmp_path):
+    """Also where it is the run's own head: so it may be exported as a plain model."""
+    wide, plain = (learner_of(weights, head="lda", drift_budget=1e9, **more) for more in ({"head_width": 40}, {}))
+    for learner in (wide, plain):
+        for names in (FIRST, SECOND):
+            learner.learn(photos, names)
+    wide.save(tmp_path / "wide")
+    again = ContinualLearner.load(tmp_path / "wide")
+    assert again.config.head_width == 40 and again.predict(photos, top=4) == wide.predict(photos, top=4)
+    again.learn(photos, THIRD)
+    assert len(again._core.method.decision().weight[0]) == 40 + plain._core.method.known.statistics.dim
+    for head in ("lda", "ridge", "ncm"):
+        named = ContinualLearner.load(tmp_path / "wide", head=head)
+        assert named.config.head_width is None and named._core.method.decision().expansion is None
+    named = ContinualLearner.load(tmp_path / "wide", head="lda")
+    assert named.predict(photos, top=4) == plain.predict(photos, top=4) != wide.predict(photos, top=4)
+    with pytest.raises(ArgumentError, match="--head-width makes random features .* name a --head, which then works"):
+        wide.model()
+    assert named.model().get_classifier().out_features == 4
+
+
 def test_predicting_fits_nothing_twice(photos, saved):
     learner = ContinualLearner.load(saved, head="lda")
     method = learner._core.method

@@ -120,9 +120,12 @@ def test_an_expansion_of_other_sizes_is_refused() -> None:
         ("projection", torch.zeros(DIM, WIDTH - 1), r"Expansion: projection must be floating \[8, 30\], got \[8, 29\]"),
         ("mean", torch.zeros(DIM + 1), r"Expansion: mean must be floating \[8\], got \[9\]"),
         ("root", torch.zeros(DIM, DIM, dtype=torch.int64), "Expansion: root must be floating"),
+        ("root", torch.full((DIM, DIM), torch.nan), "Expansion: root must be finite, got NaN"),
     ):
         with pytest.raises(ArgumentError, match=said):
             empty(SIZES, WIDTH).load_state_dict(state | {f"expansion.{name}": tensor})
+    with pytest.raises(ArgumentError, match="--head-width: an earlier version .* name a --head, or train again"):
+        empty(SIZES, WIDTH).load_state_dict(state | {"projection": torch.zeros(DIM, WIDTH)})
     lacking = {name: tensor for name, tensor in state.items() if not name.startswith("expansion.")}
     with pytest.raises(ArgumentError, match="Expansion: state must be .* with mean, root, projection, got nothing"):
         empty(SIZES, WIDTH).load_state_dict(lacking)

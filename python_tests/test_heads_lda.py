@@ -8,10 +8,11 @@ from conftest import assert_close, orthonormal, relative_error
 from gaussians import expanded, gaussians, known_of
 from torch import Tensor
 
+from janus_ext.errors import StatisticsError
 from janus_ext.heads import lda
 from janus_ext.heads.base import Decision
 from janus_ext.heads.knowledge import Knowledge
-from janus_ext.heads.statistics import shrunk
+from janus_ext.heads.statistics import factor_of, shrunk
 
 COUNTS = [20, 35, 50, 24]
 DIM = 10
@@ -112,6 +113,13 @@ def test_shrinkage_is_scikit_learns_oas(rows: int, dim: int) -> None:
     want, _ = covariance.oas(x)
     got = shrunk(torch.from_numpy(covariance.empirical_covariance(x)), rows)
     assert_close(got, torch.from_numpy(want), torch.float64)
+
+
+def test_a_covariance_that_rounding_hides_is_an_error_of_ours() -> None:
+    with pytest.raises(StatisticsError, match="scatter too little within their classes"):
+        factor_of(torch.diag(torch.tensor([1.0, -1e-12], dtype=torch.float64)))
+    S = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64)
+    assert_close(factor_of(S) @ factor_of(S).mT, S, torch.float64)
 
 
 def test_softmax_is_the_posterior_of_gaussians() -> None:

@@ -109,6 +109,56 @@ def test_runs_of_their_own_follow_another_heads_choice_without_the_guard(study, 
     assert made.pick("bilora", head) is None
 
 
+def test_a_finalist_that_diverges_later_leaves_the_other(study):
+    made = study(plain)
+    found = made.line
+    made.line = lambda change, seed: (
+        found(change, seed) | ({"heads": {}} if change.get("lr") == 0.004 and seed == 101 else {})
+    )
+    assert made.finalists("lora", "lda")[0].startswith("lora | lr 0.004")
+    assert made.chosen("lora", "lda") == made.finalists("lora", "lda")[1]
+
+
+def test_seeds_that_diverged_are_counted_out(study):
+    made = study(plain)
+    found = made.line
+    made.line = lambda change, seed: found(change, seed) | ({"heads": {}} if seed in (3, 4) else {})
+    row = next(line for line in made.table().splitlines() if line.startswith("| lora |"))
+    assert row.count("(3 of 5)") == 6
+    assert next(line for line in made.details().splitlines() if line.startswith("| lora, lda |")).endswith("| 3 |")
+
+
+def test_only_the_first_nine_count_while_some_beyond_are_to_be_run(study):
+    made = study(lambda row, seed, head: 50.0 + ("lr 0.064" in row) + 0.5 * ("lr 0.016" in row))
+    assert "lr 0.064" in made.chosen("janus", "lda")
+    made._grown.clear()
+    found = made.line
+    made.line = lambda change, seed: None if change.get("energy_start") == 0.5 else found(change, seed)
+    assert len(made.candidates("janus")) > 9 and "lr 0.016" in made.chosen("janus", "lda")
+
+
+@pytest.mark.parametrize(("message", "is_kept"), [("task 2: the loss is not finite", True), ("--compile fails", False)])
+def test_numbers_that_end_at_infinity_are_a_result_and_other_errors_are_none(study, monkeypatch, message, is_kept):
+    study(plain)
+    from study_cells import run_cell
+    from study_rows import candidate
+
+    import janus_ext.train
+    from janus_ext.errors import TrainingError
+
+    def fails(config):
+        raise TrainingError(message)
+
+    monkeypatch.setattr(janus_ext.train, "train", fails)
+    cell = (*candidate("emoji", "lora", (3,)), 100, torch.get_num_threads(), {})
+    if not is_kept:
+        with pytest.raises(TrainingError):
+            run_cell((cell[0], cell[1], *cell[2:]))
+        return
+    line = run_cell(cell)
+    assert line["heads"] == {} and line["diverged"] == message and line["seed"] == 100
+
+
 def test_runs_of_their_own_can_run_and_their_head_has_its_own_name(study):
     made = study(plain)
     from study import named

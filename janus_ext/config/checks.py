@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from janus_ext.arguments import WIDEST, shown
+from janus_ext.arguments import shown
 from janus_ext.config.foreign import BENCHMARK, loaded_method
 from janus_ext.config.parts import BenchmarkName, Settings, Split, flag
 from janus_ext.errors import ArgumentError
@@ -27,7 +27,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 1, MANY),
     ("frequencies", 1, MANY),
     ("estimator_rank", 1, MANY),
-    ("head_width", 1, WIDEST),
+    ("head_width", 1, 2**16),
     ("merge_scale", 0, 1),
     ("drift_budget", 0, 1e9),
     ("energy_start", 0, 1),

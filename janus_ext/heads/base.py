@@ -61,7 +61,7 @@ class Decision:
         if self.expansion is not None:
             raise ArgumentError(
                 "--head-width makes random features between backbone and classifier, so that there is no linear "
-                "classifier of its features: ONNX and pt2 hold them, or take another --head, which works without them"
+                "classifier of its features: ONNX and pt2 hold them, or name a --head, which then works without them"
             )
         return (F.normalize(self.weight, dim=1) if self.unit else self.weight), self.bias.clamp_min(LOWEST)
 

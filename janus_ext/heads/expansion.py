@@ -3,7 +3,8 @@
 After RanPAC (McDonnell et al., NeurIPS 2023), whose features are relu(P^T f / |f|) alone. Two things are ours. Features
 are whitened first, by the first task's covariance within classes: else all random directions see those few in which
 features vary most. And they stand beside the random ones with ten times the weight, so that a penalty or a shrunk
-covariance takes the curved part for the smaller one: with few images it does no harm.
+covariance takes the curved part for the smaller one, which matters where images are few. A first task of one image a
+class says nothing of a covariance: its mean is all that changes features then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from janus_ext.arguments import check_floats, check_state
-from janus_ext.heads.statistics import FeatureStatistics
+from janus_ext.errors import ArgumentError
+from janus_ext.heads.statistics import FeatureStatistics, factor_of
 
 OWN_WEIGHT = 10.0  # of the features themselves
 
@@ -38,7 +40,7 @@ class Expansion(NamedTuple):
         generator = torch.Generator().manual_seed(seed)
         projection = torch.randn(d, width, generator=generator) / d**0.5
         identity = torch.eye(d, dtype=gram.dtype, device=gram.device)
-        root = torch.linalg.solve_triangular(torch.linalg.cholesky(statistics.spread()), identity, upper=False).mT
+        root = torch.linalg.solve_triangular(factor_of(statistics.spread()), identity, upper=False).mT
         mean = statistics.sums.sum(0) / statistics.rows
         return cls(mean.float(), root.float().contiguous(), projection.to(gram.device))
 
@@ -49,6 +51,8 @@ class Expansion(NamedTuple):
         d = statistics.dim
         for name, shape in (("mean", [d]), ("root", [d, d]), ("projection", [d, dim - d])):
             check_floats(f"Expansion: {name}", state[name], shape)
+            if not bool(state[name].isfinite().all()):
+                raise ArgumentError(f"Expansion: {name} must be finite, got NaN or infinity")
         return cls(*(state[name].to(statistics.gram.device, torch.float32, copy=True) for name in cls._fields))
 
     def __call__(self, features: Tensor) -> Tensor:

@@ -148,6 +148,10 @@ class Knowledge:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores what `state_dict` gave; of runs before there were statistics, what they have."""
+        if self.expanded is not None and "projection" in state:
+            raise ArgumentError(
+                "--head-width: an earlier version made this, with other random features; name a --head, or train again"
+            )
         self.prototypes.load_state_dict(below("prototypes", state))
         for name, statistics in (("statistics", self.statistics), ("expanded", self.expanded)):
             if statistics is not None:

@@ -10,6 +10,7 @@ import torch
 
 from janus_ext.heads.base import Decision
 from janus_ext.heads.knowledge import Knowledge
+from janus_ext.heads.statistics import factor_of
 
 
 def fit(known: Knowledge) -> Decision:
@@ -21,5 +22,5 @@ def fit(known: Knowledge) -> Decision:
     known.require("lda")
     statistics, expansion = known.seen_by("lda")
     means, mean = statistics.means(), statistics.sums.sum(0) / statistics.rows
-    weight = torch.cholesky_solve((means - mean).mT, torch.linalg.cholesky(statistics.spread())).mT
+    weight = torch.cholesky_solve((means - mean).mT, factor_of(statistics.spread())).mT
     return Decision.of(weight, -(weight * (means + mean)).sum(1) / 2, statistics.seen, expansion=expansion)

@@ -186,6 +186,16 @@ class FeatureStatistics:
         )
 
 
+def factor_of(S: Tensor) -> Tensor:
+    """L [d, d] with L L^T = S, a `spread`; StatisticsError where rounding has left none."""
+    L, info = torch.linalg.cholesky_ex(S)
+    if int(info):
+        raise StatisticsError(
+            "features scatter too little within their classes, against their length: rounding hides their covariance"
+        )
+    return L
+
+
 def shrunk(S: Tensor, rows: int, least: float = 0.0) -> Tensor:
     """(1 - rho) S + rho m I, m the mean of the diagonal; I where the trace is at most ``least``.
 
