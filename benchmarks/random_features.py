@@ -5,7 +5,8 @@
 
 Every seed holds out other images and draws another order of the classes and other directions. Features come task by
 task, as in a run with `--learn none`; what `--head-width` makes of them stands beside what RanPAC does, and beside what
-lies between the two.
+lies between the two. (RanPAC itself has up to 10,000, and finds the penalty on images that it holds out; here it is found
+by `ridge`, as ever.)
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def ours(first: FeatureStatistics, width: int, seed: int, weight: float = OWN_WE
 
 
 def of_unit_length(first: FeatureStatistics, width: int, seed: int, weight: float = 0.0) -> Expands:
-    """relu(f / |f| P), as RanPAC has it; ``weight``: beside f / |f|, brought to the same scale."""
+    """relu(f / |f| P); ``weight``: beside f / |f|, brought to the same scale."""
     P = torch.randn(first.dim, width, generator=torch.Generator().manual_seed(seed))
 
     def expand(f: Tensor) -> Tensor:
@@ -61,11 +62,19 @@ def of_unit_length(first: FeatureStatistics, width: int, seed: int, weight: floa
     return expand
 
 
+def ranpacs(first: FeatureStatistics, width: int, seed: int) -> Expands:
+    """relu(f P), as RanPAC has it."""
+    P = torch.randn(first.dim, width, generator=torch.Generator().manual_seed(seed))
+    return lambda f: F.relu(f @ P)
+
+
 # name: head, width, what makes the features
 VARIANTS: dict[str, tuple[str, int, Callable[..., Expands]]] = {
-    "ridge, RanPAC's 2000": ("ridge", 2000, of_unit_length),
-    "lda, RanPAC's 2000": ("lda", 2000, of_unit_length),
-    "lda, RanPAC's 2000 and unit features ten times": ("lda", 2000, lambda *made: of_unit_length(*made, weight=10.0)),
+    "ridge, 2000 (RanPAC's)": ("ridge", 2000, ranpacs),
+    "lda, 2000 (RanPAC's)": ("lda", 2000, ranpacs),
+    "ridge, 2000 of unit features": ("ridge", 2000, of_unit_length),
+    "lda, 2000 of unit features": ("lda", 2000, of_unit_length),
+    "lda, 2000 and unit features ten times": ("lda", 2000, lambda *made: of_unit_length(*made, weight=10.0)),
     "lda, 2000 of whitened features alone": ("lda", 2000, lambda *made: ours(*made, weight=0.0)),
     "lda, 2000 and whitened features once": ("lda", 2000, lambda *made: ours(*made, weight=1.0)),
     "**lda, 2000 and whitened features ten times**": ("lda", 2000, ours),

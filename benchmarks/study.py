@@ -16,10 +16,10 @@ A run trains once and measures all heads, which training does not know of. Every
 All are run on seed 100 with `--validation`, so that the test images are not seen. Where the best of a head lies at the
 edge of what was tried, the settings beyond are tried as well, until it does not, or their ladder ends. For every head
 the best two are run on seed 101, too, and the better mean ACC goes to seeds 0 to 4, which are trained on all training
-images and tested on the test images. Two heads take longer than a fit, so they are measured in runs of their own, for
-three methods, joint training and the frozen backbone alone: "aligned", at what was chosen for linear heads, and "lda
-2000" (random features), at what was chosen for "lda". The class order is drawn from the seed. Every finished run is a
-line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
+images and tested on the test images. Two heads are not measured in every run, but in runs of their own, of three
+methods, joint training and the frozen backbone: "aligned", at what was chosen for linear heads, and "lda 2000" (random
+features), at what was chosen for "lda". The class order is drawn from the seed. Every finished run is a line in
+benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
 """
 
 from __future__ import annotations

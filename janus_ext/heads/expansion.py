@@ -1,6 +1,6 @@
 """Random ReLU features beside the features themselves (``--head-width``): a linear rule of both has curved borders.
 
-After RanPAC (McDonnell et al., NeurIPS 2023), whose features are relu(P^T f / |f|) alone. Two things are ours. Features
+After RanPAC (McDonnell et al., NeurIPS 2023), whose features are relu(P^T f) alone. Two things are ours. Features
 are whitened first, by the first task's covariance within classes: else all random directions see those few in which
 features vary most. And they stand beside the random ones with ten times the weight, so that a penalty or a shrunk
 covariance takes the curved part for the smaller one, which matters where images are few. A first task of one image a
