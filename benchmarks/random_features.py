@@ -5,8 +5,8 @@
 
 Every seed holds out other images and draws another order of the classes and other directions. Features come task by
 task, as in a run with `--learn none`; what `--head-width` makes of them stands beside what RanPAC does, and beside what
-lies between the two. (RanPAC itself has up to 10,000, and finds the penalty on images that it holds out; here it is found
-by `ridge`, as ever.)
+lies between the two. (RanPAC itself has up to 10,000, and finds the penalty on images that it holds out; here `ridge`
+finds it, as ever.)
 """
 
 from __future__ import annotations
