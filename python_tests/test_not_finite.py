@@ -6,16 +6,20 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_trainer, weights_of, without_time
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_resuming import assert_same_files
 from torch import Tensor
 
 from janus_ext.errors import TrainingError
 from janus_ext.methods.base import Step
 from janus_ext.runs.checkpoint import read_tensors
+from janus_ext.training import progress as progress_module
 from janus_ext.training.loop import Learner
 from janus_ext.training.trainer import Trainer
 
@@ -103,14 +107,14 @@ def spoil_optimizer(learner: Learner) -> None:
 
 
 def spoil_features(learner: Learner) -> None:
-    """Those of the whole task, behind its merge."""
-    take = learner.method._features
+    """Those of passes behind the merge, and no module's output."""
+    take = learner.model.features
 
-    def after(batches: Callable) -> tuple[Tensor, Tensor]:
-        features, labels = take(batches)
-        return (features * bad if learner.method.layers[LAYER].B.count_nonzero() == 0 else features), labels
+    def after(images: Tensor) -> Tensor:
+        merged = not learner.model.training and learner.method.layers[LAYER].B.count_nonzero() == 0
+        return take(images) * bad if merged else take(images)
 
-    learner.method._features = after
+    learner.model.features = after
 
 
 WEIGHT = rf"backbone\.{LAYER}\.\S*"
@@ -118,7 +122,7 @@ CASES = {  # (step of a task, what happens, what is said: where T stands for the
     "loss": (5, spoil_loss, r"the loss is (nan|inf) in task T, epoch 3, step 1"),
     "input": (6, spoil_input, r"the loss is nan in task T, epoch 3, step 2"),
     "statistics": (5, spoil_statistics, rf"{LAYER}\.\S* is not finite in task T, behind epoch 3 and step 0"),
-    "features": (6, spoil_features, r"task T: the features of the task's 16 images are not finite"),
+    "features": (6, spoil_features, r"task T: the features of 16 .* are not finite: every module's output is finite$"),
     "gradient": (3, spoil_gradient, r"the loss is nan in task T, epoch 2, step 2.*not finite by then: backbone\."),
     "last gradient": (6, spoil_gradient, rf"{WEIGHT} is not finite in task T, behind epoch 3 and step 0"),
     "gradient, signal": (4, spoil_gradient_and_stop, rf"{WEIGHT} is not finite in task T, behind epoch 1 and step 2"),
@@ -165,6 +169,70 @@ def test_it_ends_in_a_line_and_what_was_kept_is_good(
     assert without_time(again.run()) == results
     assert all(torch.equal(value, tensors[name]) for name, value in weights_of(again).items())
     assert_same_files(tmp_path / "run", folder)
+
+
+def weights_that_overflow(weights: Path, folder: Path, module: str) -> Path:
+    """Finite ones, with which a module gives numbers that float16 does not hold."""
+    with safe_open(weights, "pt") as file:
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        about = file.metadata()
+    state[f"{module}.weight"] *= 1e7
+    path = folder / "overflow.safetensors"
+    save_file(state, path, about)
+    return path
+
+
+MODULES = ["blocks.0.mlp.fc1", "blocks.1.attn.qkv"]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_float16_does_not_hold_is_found_in_the_network(patterns, weights, tmp_path, module):
+    spoiled = weights_that_overflow(weights, tmp_path, module)
+    said = rf"task 1: the features of 16 .* are not finite: the first output .* is that of backbone\.{module}$"
+    with pytest.raises(TrainingError, match=said):
+        make_trainer(patterns, spoiled, tmp_path / "run", amp="fp16").run()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_and_at_the_step_where_it_begins(patterns, weights, tmp_path, monkeypatch, module):
+    """The scaler leaves such steps out: no weight tells of it."""
+
+    def overflow(learner: Learner) -> None:
+        name = f"backbone.{module}" + (".linear" if "qkv" in module else "")
+        with torch.no_grad():
+            learner.model.get_submodule(name).weight.mul_(1e7)
+
+    at_step(monkeypatch, TASK + 4, overflow)
+    said = rf"the loss is (nan|inf) in task 2, epoch 2, step 2;.* is not finite is that of backbone\.{module} there$"
+    with pytest.raises(TrainingError, match=said) as ended:
+        make_trainer(patterns, weights, tmp_path / "run", amp="fp16").run()
+    assert "\n" not in str(ended.value)
+
+
+def test_features_that_are_not_finite_are_traced_to_their_module(patterns, weights, tmp_path, monkeypatch):
+    def overflowing(learner: Learner) -> None:
+        close = learner.method.close_task
+
+        def closing(task):
+            report = close(task)
+            with torch.no_grad():
+                learner.model.get_submodule("backbone.blocks.1.mlp.fc2").weight.fill_(3e38)
+            return report
+
+        learner.method.close_task = closing
+
+    at_step(monkeypatch, TASK + 6, overflowing)
+    said = r"task 2: the features.*not finite is that of backbone\.blocks\.1\.mlp\.fc2$"
+    with pytest.raises(TrainingError, match=said):
+        make_trainer(patterns, weights, tmp_path / "run").run()
+
+
+def test_statistics_are_looked_at_with_the_losses(patterns, weights, tmp_path, monkeypatch):
+    """Every 20 steps; here every step."""
+    monkeypatch.setattr(progress_module, "READ_EVERY", 1)
+    at_step(monkeypatch, TASK + 5, spoil_statistics)
+    with pytest.raises(TrainingError, match=rf"{LAYER}\.\S* is not finite in task 2, behind epoch 2 and step 1"):
+        make_trainer(patterns, weights, tmp_path / "run").run()
 
 
 @pytest.mark.parametrize("moment", [3, 6])

@@ -19,6 +19,7 @@ from janus_ext import processes
 from janus_ext.errors import Interrupted
 from janus_ext.methods.janus import Janus
 from janus_ext.runs import checkpoint
+from janus_ext.training import keeping as keeping_module
 from janus_ext.training.keeping import Keeping
 from janus_ext.training.trainer import Trainer
 
@@ -183,3 +184,22 @@ def test_what_a_method_draws_behind_its_last_epoch_is_the_same(patterns, weights
     second = trainer_of(patterns, weights, tmp_path / "run")
     second.restore()
     assert without_time(second.run()) == wanted
+
+
+@pytest.mark.parametrize(("seconds", "apart"), [(0.001, 20), (0.25, 8), (5.0, 1)])
+def test_several_agree_soon_however_slow_a_step_is(monkeypatch, seconds, apart):
+    """Behind the first step, which tells how long one takes, and about every two seconds from then on."""
+    steps, agreed, now = 40, [], 100.0
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "largest", lambda values: agreed.append(step) or list(values))
+    monkeypatch.setattr(keeping_module.time, "monotonic", lambda: now)
+    keeping = Keeping()
+    for step in range(1, steps + 1):
+        now += seconds
+        keeping.step_done(None, 0, step)
+    assert agreed == list(range(1, steps + 1, apart))
+    keeping.epoch_done(None, 0, 2)  # at once behind a step: says nothing of how long one takes
+    for step in range(steps + 1, steps + apart + 1):
+        now += seconds
+        keeping.step_done(None, 1, step)
+    assert agreed[-1] == steps + apart and agreed.count(steps + apart) == 1

@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from janus_ext.heads import HEADS
 from janus_ext.heads.base import Decision
 from janus_ext.heads.drift import ShareSearch, drift_map, movement
 from janus_ext.heads.knowledge import Knowledge
+from janus_ext.overflow import said_of_overflow
 
 if TYPE_CHECKING:  # names for the reader; a method gets these objects handed in
     from janus_ext.classifier import ContinualClassifier
@@ -138,7 +140,7 @@ class Method(Declared, ABC):
             features, labels = self._features(task.probe_batches)
             if self.config.drift == "ridge" and task.index:
                 self._before = self._features(task.clean_batches)[0]
-            self.open_task(task)  # which names the layer, where inputs are not finite
+            self.open_task(task)
             self._probe = features, self.known.spread(features, labels)
 
     def open_task(self, task: Task) -> None:  # noqa: B027 - a hook, most methods need none
@@ -226,9 +228,6 @@ class Method(Declared, ABC):
         """Closes the task, measures its features against the old prototypes, adds what they say, fits the head."""
         report = self._consolidate(task) if self.learns else TaskReport()
         features, labels = self._features(task.clean_batches)
-        for found in (self._before, features):
-            if found is not None and not bool(torch.isfinite(found).all()):
-                raise StatisticsError(f"the features of the task's {len(found)} images are not finite")
         if self._before is not None:
             self.known.move(drift_map(self._before, features))
         self._measure(features, labels, report)
@@ -283,6 +282,12 @@ class Method(Declared, ABC):
         """
         return {}
 
+    def added_up(self) -> dict[str, Tensor]:
+        """What of `state_within_task` this process has added up by itself; looked at now and then, whether it is
+        finite.
+        """
+        return {}
+
     def load_state_within_task(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - likewise
         """Restores what ``state_within_task`` gave."""
 
@@ -299,14 +304,22 @@ class Method(Declared, ABC):
 
     @torch.no_grad()
     def _features(self, batches: Batches) -> tuple[Tensor, Tensor]:
-        """Features [N, d] and labels [N] of a pass over images, in evaluation mode; of all processes' images."""
+        """Features [N, d] and labels [N] of a pass over images, in evaluation mode; of all processes' images.
+
+        Raises:
+            StatisticsError: one is not finite.
+        """
         training, device = self.model.training, self.model.mean.device
         self.model.eval()
         passes = [(self.model.features(images), labels) for images, labels in batches()]
         self.model.train(training)
         none = torch.zeros(0, self.model.feature_dim, device=device), torch.zeros(0, dtype=torch.int64, device=device)
         features, labels = (torch.cat(parts) for parts in zip(none, *passes, strict=True))
-        return processes.rows_of_all(features), processes.rows_of_all(labels)
+        features, labels = processes.rows_of_all(features), processes.rows_of_all(labels)
+        if not bool(features.isfinite().all()):
+            origin = said_of_overflow(self.model, (partial(self.model.features, images) for images, _ in batches()))
+            raise StatisticsError(f"the features of {len(features)} of the task's images are not finite: {origin}")
+        return features, labels
 
     def _measure(self, features: Tensor, labels: Tensor, report: TaskReport) -> None:
         """Fills in danger and the similarities per class."""

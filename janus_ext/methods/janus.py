@@ -68,6 +68,9 @@ class Janus(ProtectedLoRA):
     def state_within_task(self) -> dict[str, Tensor]:
         for estimator in self.estimators.values():
             estimator.collect()  # what is kept is the first process's state
+        return self.added_up()
+
+    def added_up(self) -> dict[str, Tensor]:
         return states("estimators", self.estimators)
 
     def load_state_within_task(self, state: dict[str, Tensor]) -> None:

@@ -4,8 +4,9 @@ SIGUSR1 (a cluster's warning) writes it behind the step that is computed, and go
 there is nothing to write. SIGTERM and SIGINT (Ctrl-C) write it behind that step, too, and end the process; outside the
 epochs, and at the second time, they end it at once.
 
-Several processes agree every `READ_EVERY` steps on whether one of them was asked, so that all stop behind the same one.
-A launcher asks them more than once, and ends by itself what does not end: there a second time changes nothing.
+Several processes agree now and then on whether one of them was asked, so that all stop behind the same step: every
+`AGREE_EVERY` seconds or so, and every `READ_EVERY` steps at least. A launcher asks them more than once, and ends by
+itself what does not end: there a second time changes nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from janus_ext.training.progress import READ_EVERY
 from janus_ext.training.underway import State, Underway
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
+AGREE_EVERY = 2.0  # seconds; a launcher that has asked them to end waits 30
 
 
 class Keeping:
@@ -43,7 +45,10 @@ class Keeping:
         self.write, self.start = write, start
         self.epochs = int(every) if every.isdigit() else math.inf
         self.seconds = 60 * float(every[:-1]) if every.endswith("m") else math.inf
-        self._written = time.monotonic()
+        self._written = self._agreed = time.monotonic()
+        self._since = 0  # steps behind the last agreement
+        self._apart = 1  # so many lie between two: the first one tells how long a step takes
+        self._pace = 0.0  # seconds that one took last time
         self._asked = False
         self._ending: int | None = None
         self._stepping = False
@@ -65,7 +70,8 @@ class Keeping:
 
     def step_done(self, underway: Underway, epoch: int, step: int) -> None:
         """Behind every step; raises `Interrupted` once the state is written, where the process is to end."""
-        if processes.count() == 1 or step % READ_EVERY == 0:
+        self._since += 1
+        if processes.count() == 1 or self._since >= self._apart:
             self._keep(underway, epoch, step, due=time.monotonic() - self._written >= self.seconds)
 
     def epoch_done(self, underway: Underway, epoch: int, epochs: int) -> None:
@@ -75,13 +81,22 @@ class Keeping:
         self._keep(underway, done, 0, due=last or done % self.epochs == 0)
 
     def _keep(self, underway: Underway, epoch: int, step: int, due: bool) -> None:
-        wanted, ending = processes.largest([due or self._asked, self._ending or 0])
+        wanted, ending = self._agree(due)
         if wanted or ending:
             self._asked = False
             self.write(underway.state(epoch, step))
             self._written = time.monotonic()
         if ending:
             raise Interrupted(ending)
+
+    def _agree(self, due: bool) -> tuple[int, int]:
+        """Whether a state is wanted, and the signal that ends all, if one came; and when they will agree again."""
+        if self._since:
+            self._pace = (time.monotonic() - self._agreed) / self._since
+        wanted, ending, slowest = processes.largest([due or self._asked, self._ending or 0, round(1e6 * self._pace)])
+        self._apart = max(1, min(READ_EVERY, int(1e6 * AGREE_EVERY) // max(1, slowest)))
+        self._since, self._agreed = 0, time.monotonic()
+        return wanted, ending
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +26,12 @@ from janus_ext.arguments import first_of
 from janus_ext.config.parts import TRAINED_HEADS
 from janus_ext.errors import StatisticsError, TrainingError
 from janus_ext.methods.base import Step, Task
+from janus_ext.overflow import said_of_overflow
 from janus_ext.runs.metrics import hits
 from janus_ext.training.keeping import Keeping
 from janus_ext.training.optimization import make_optimizer, schedule
 from janus_ext.training.parallel import add_up_gradients, align
+from janus_ext.training.progress import LossError
 from janus_ext.training.underway import Underway
 
 if TYPE_CHECKING:
@@ -83,7 +86,7 @@ class Learner:
             TrainingError: the loss, a layer's statistics or the gradients are not finite; torch.compile or a kernel
                 without a repeatable form fails.
         """
-        with naming_task(len(self.sizes), self.model), compiling(), repeatable():
+        with naming_task(len(self.sizes), self.model), compiling(), repeatable(), self._naming_module(images):
             report = self._learn(self._task(images, classes), images, progress, record, keeping or Keeping())
             align(self, with_method=True)
             return report
@@ -117,6 +120,22 @@ class Learner:
             )
         return report
 
+    @contextmanager
+    def _naming_module(self, images: Selection) -> Iterator[None]:
+        """Says of a loss that is not finite where it began, unless the weights are spoiled by then and would tell all.
+
+        So it is in float16, which holds no large numbers, and whose spoiled steps are left out.
+        """
+        try:
+            yield
+        except LossError as error:
+            if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+                raise
+            batches = self._training_batches(images, len(self.sizes) - 1, error.epoch, error.step)
+            batch = next(batches)[0]
+            passes = [partial(self.model, batch)] if len(batch) else []
+            raise TrainingError(f"{error}; {said_of_overflow(self.model, passes)} there") from error
+
     def _train_epoch(
         self,
         task: Task,
@@ -141,9 +160,11 @@ class Learner:
             size = min(self.config.batch_size, len(images) - progress.step * self.config.batch_size)
             step = self._step(batch, labels - task.first, size, optimizer, scaler)
             progress.add(step.loss, step.correct, size)
+            if not progress.pending:  # the device was read anyway
+                underway.require_finite(epoch, progress.step)
             keeping.step_done(underway, epoch, progress.step)
         progress.read()
-        underway.require_finite(epoch)
+        underway.require_finite(epoch + 1, 0)
         if scaler.get_scale() < 1:  # 1 without a scaler; halved at every step that was left out
             raise TrainingError(
                 f"float16 does not hold the gradients of task {task.index + 1}, epoch {epoch + 1}, however small "

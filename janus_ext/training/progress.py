@@ -27,6 +27,14 @@ def make_bar(steps: int, done: int) -> tqdm:
     return tqdm(total=steps, initial=done, bar_format=BAR, disable=quiet, dynamic_ncols=True)
 
 
+class LossError(TrainingError):
+    """The loss of a step, counted from 0 within its epoch, is not finite."""
+
+    def __init__(self, message: str, epoch: int, step: int) -> None:
+        super().__init__(message)
+        self.epoch, self.step = epoch, step
+
+
 @dataclass
 class Progress:
     """The progress bar of a whole run of ``tasks`` with ``epochs`` each, and the losses not yet read from the device.
@@ -69,7 +77,7 @@ class Progress:
             self.read()
 
     def read(self) -> None:
-        """Fetches the pending losses in one transfer; TrainingError names the first that is not finite."""
+        """Fetches the pending losses in one transfer; LossError names the first that is not finite."""
         if not self.pending:
             return
         steps, losses, correct, images = zip(*self.pending, strict=True)
@@ -78,10 +86,8 @@ class Progress:
         values = processes.add_up(values).tolist()
         for step, value in zip(steps, values[0], strict=True):
             if not math.isfinite(value):
-                raise TrainingError(
-                    f"the loss is {value} in task {self.task + 1}, epoch {self.epoch + 1}, step {step + 1}; "
-                    "a smaller --lr, --clip-norm 1 or --amp off may help"
-                )
+                message = f"the loss is {value} in task {self.task + 1}, epoch {self.epoch + 1}, step {step + 1}; "
+                raise LossError(message + "a smaller --lr, --clip-norm 1 or --amp off may help", self.epoch, step)
         for value, n in zip(values[0], images, strict=True):  # one by one: when they are read must not change the sum
             self.totals[0] += value * n
         self.totals[1] += sum(values[1])

@@ -78,9 +78,13 @@ class Underway:
         about = {"epoch": epoch, "step": step, "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
         return State(tensors, about)
 
-    def require_finite(self, epoch: int) -> None:
-        """TrainingError where the steps of ``epoch`` left a parameter that is not finite: no loss tells of the last."""
-        self._require_finite({f"parameters.{i}": p.detach() for i, p in enumerate(self.parameters)}, epoch + 1, 0)
+    def require_finite(self, epoch: int, step: int) -> None:
+        """TrainingError where the steps so far left a parameter or a statistic that is not finite.
+
+        No loss tells of the last step, nor of an input whose square is too large.
+        """
+        tensors = {f"parameters.{i}": p.detach() for i, p in enumerate(self.parameters)}
+        self._require_finite(tensors | prefixed("method", self.method.added_up()), epoch, step)
 
     def _require_finite(self, tensors: dict[str, Tensor], epoch: int, step: int) -> None:
         broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
