@@ -3,7 +3,8 @@
     python benchmarks/traffic.py measure     # two processes on this machine, counted, beside what the model says
     python benchmarks/traffic.py plan        # the model for a ViT-B/16 on 8, 64 and 1024 GPUs
 
-Bytes are what one process hands over to torch.distributed. Status 1 where the count is not what the model says.
+Bytes are what the first process hands over to torch.distributed, or takes from another one. Status 1 where the count is
+not what the model says, or a transfer is of no kind that it knows: activations within the network would be such.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import pickle
 import sys
 import tempfile
 from collections import Counter
@@ -25,7 +27,17 @@ import torch.distributed as dist
 RANKS = 2
 TASKS = 4
 CALL = f"--tasks {TASKS} --amp off --no-plots --margin-weight 0 --drift-budget 0.1 --lr 0.05".split()
+FEW = 64  # numbers of a transfer that counts, adds up losses or agrees
 KINDS = ("gradients", "statistics", "features")
+OTHERS = {
+    "labels": "labels of the features",
+    "agreement": f"losses, counts, whether to stop: {FEW} numbers at most",
+    "objects": "Python objects",
+    "unknown": "anything else",
+}
+WIDE = 192  # of the run that is counted: inputs and features
+RANK = 16  # of its sketches, where these are the statistics
+OBJECT = 64_000  # bytes of a Python object: digests, random states and settings are less
 PROBED = 256  # images whose features are compared before and behind a task
 
 
@@ -40,22 +52,26 @@ class Shape:
     images: int
     batch: int
     epochs: int
+    sketch: int = 0  # rank l of an incremental SVD; 0: Gram matrices
 
     @property
     def steps(self) -> int:
         return self.epochs * math.ceil(self.images / self.batch)
 
     def sent(self, tries: float = 0) -> dict[str, int]:
-        """Bytes a task by kind: gradients every step; Gram matrices once and behind every epoch; features of all.
+        """Bytes a task by kind: gradients every step; statistics once and behind every epoch; features of all.
 
-        The guard may try some shares of the update (ten at most), and measures some features again for each.
+        Sketches U [n, l] and S [l] go from process to process, and at the task's end from the first one to all. The
+        guard may try some shares of the update (ten at most), and measures some features again for each.
         """
+        sums = 4 * self.width**2 * (1 + self.epochs)
+        factors = 4 * self.sketch * (self.width + 1) * (2 + self.epochs)
         head = self.classes * (self.width + 1)
         marks = 2 * self.layers + 2  # one a tensor: whether it has a gradient at all
         features = self.images + (2 + tries) * min(PROBED, self.images)
         return {
             "gradients": 4 * self.steps * (self.trained + head + marks),
-            "statistics": 4 * self.layers * self.width**2 * (1 + self.epochs),
+            "statistics": self.layers * (factors if self.sketch else sums),
             "features": round(4 * self.width * features),
         }
 
@@ -63,11 +79,15 @@ class Shape:
 # the count ------------------------------------------------------------------------------------------------------------
 def kind_of(name: str, tensor: torch.Tensor) -> str:
     """What a transfer is for: gradients are one vector, statistics matrices, features rows that are gathered."""
-    if tensor.dtype != torch.float32:
-        return "agreement"
-    if name == "all_gather":
-        return "features"
-    return {1: "gradients", 2: "statistics"}.get(tensor.ndim, "agreement")
+    numbers = tensor.dtype == torch.float32
+    shape = list(tensor.shape)
+    if name == "all_gather" and (shape[1:] == [WIDE] if numbers else tensor.dtype == torch.int64 and len(shape) == 1):
+        return "features" if numbers else "labels"
+    if name in ("recv", "broadcast") and numbers and shape in ([WIDE, RANK], [RANK]):
+        return "statistics"
+    if name in ("all_reduce", "reduce") and numbers and (len(shape) == 1 or shape == [WIDE, WIDE]):
+        return "gradients" if len(shape) == 1 else "statistics"
+    return "agreement" if tensor.numel() <= FEW else "unknown"
 
 
 def counting(name: str, send: Callable[..., Any], counts: Counter[str]) -> Callable[..., Any]:
@@ -83,6 +103,18 @@ def counting(name: str, send: Callable[..., Any], counts: Counter[str]) -> Calla
     return counted
 
 
+def counting_objects(name: str, send: Callable[..., Any], counts: Counter[str]) -> Callable[..., Any]:
+    """The same of what sends Python objects, as it pickles them."""
+
+    def counted(first: Any, *rest: Any, **options: Any) -> Any:
+        size = len(pickle.dumps(rest[0] if name == "all_gather_object" else first))
+        counts["objects" if size <= OBJECT else "unknown"] += size
+        counts["objects, transfers"] += 1
+        return send(first, *rest, **options)
+
+    return counted
+
+
 def train_and_count(rank: int, folder: str, flags: list[str]) -> None:
     """One of the two processes; the first writes down what it sent."""
     from janus_ext.methods.base import Method
@@ -92,8 +124,10 @@ def train_and_count(rank: int, folder: str, flags: list[str]) -> None:
     store = dist.FileStore(f"{folder}/store", RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     counts: Counter[str] = Counter()
-    for name in ("all_reduce", "reduce", "all_gather"):
+    for name in ("all_reduce", "reduce", "all_gather", "broadcast", "send", "recv"):
         setattr(dist, name, counting(name, getattr(dist, name), counts))
+    for name in ("all_gather_object", "broadcast_object_list"):
+        setattr(dist, name, counting_objects(name, getattr(dist, name), counts))
     look = Method._movement
 
     def looking(self: Method, *arguments: Any) -> float:
@@ -108,21 +142,24 @@ def train_and_count(rank: int, folder: str, flags: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def measure(epochs: int, limit: int) -> int:
+def measure(epochs: int, limit: int, estimator: str) -> int:
     """The table of the count beside the model, of so many epochs of so many images a class."""
-    flags = ["--epochs", str(epochs), "--limit-per-class", str(limit)]
+    flags = ["--epochs", str(epochs), "--limit-per-class", str(limit), "--estimator", estimator]
+    sketch = {"gram": 0, "isvd": RANK}[estimator]
+    flags += ["--estimator-rank", str(sketch), "--energy-start", "0.5", "--energy-end", "0.6"] if sketch else []
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(train_and_count, args=(folder, flags), nprocs=RANKS)
         counts = Counter(json.loads(Path(folder, "counts.json").read_text()))
-    shape = Shape(layers=6, width=192, trained=36_864, classes=50, images=50 * limit, batch=32, epochs=epochs)
+    shape = Shape(6, WIDE, trained=36_864, classes=50, images=50 * limit, batch=32, epochs=epochs, sketch=sketch)
     tries = counts["movements"] - TASKS  # of the guard: every task measures once what it has moved
     wanted = {kind: TASKS * size for kind, size in shape.sent(tries / TASKS).items()}
     print(f"The guard tried {tries} shares.\n")
     print(f"| sent by a process in {TASKS} tasks | model, bytes | counted, bytes | transfers |\n|---|---|---|---|")
     for kind in KINDS:
         print(f"| {kind} | {wanted[kind]:,} | {counts[kind]:,} | {counts[f'{kind}, transfers']:,} |")
-    print(f"| to agree | – | {counts['agreement']:,} | {counts['agreement, transfers']:,} |")
-    return int(any(wanted[kind] != counts[kind] for kind in KINDS))
+    for kind, what in OTHERS.items():
+        print(f"| {what} | – | {counts[kind]:,} | {counts[f'{kind}, transfers']:,} |")
+    return int(any(wanted[kind] != counts[kind] for kind in KINDS) or counts["unknown"] > 0)
 
 
 # the model for machines that we do not have ---------------------------------------------------------------------------
@@ -173,7 +210,8 @@ def tasks() -> Iterator[str]:
         for gpus in GPUS:
             busy = min(gpus, shape.batch)  # more have no image to compute
             sent, passes = shape.sent(), shape.images * (shape.epochs + 1)
-            waits = seconds(sum(sent.values()), shape.steps + 2 * LAYERS, gpus)
+            transfers = shape.steps + 2 * LAYERS * (1 + shape.epochs)  # a matrix a layer, and how many rows it is of
+            waits = seconds(sum(sent.values()), transfers, gpus)
             row = f"| {name}, one of {number} tasks | {gpus} | {shape.batch / gpus:g} | {passes / busy / COMPUTED:.1f} "
             yield row + f"| {passes / busy / DECODED / CORES:.1f} | {waits:.2f} | {sum(sent.values()) / 1e6:,.0f} |"
 
@@ -183,5 +221,7 @@ if __name__ == "__main__":
     parser.add_argument("action", choices=["measure", "plan"])
     parser.add_argument("--epochs", type=int, default=2, help="of the run that is counted")
     parser.add_argument("--limit-per-class", type=int, default=3, help="its images")
+    parser.add_argument("--estimator", choices=["gram", "isvd"], default="gram", help="its statistics")
     arguments = parser.parse_args()
-    sys.exit(plan() if arguments.action == "plan" else measure(arguments.epochs, arguments.limit_per_class))
+    counted = arguments.epochs, arguments.limit_per_class, arguments.estimator
+    sys.exit(plan() if arguments.action == "plan" else measure(*counted))

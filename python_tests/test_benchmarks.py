@@ -85,8 +85,9 @@ def test_a_table_is_refilled_and_nothing_else_is_touched(module) -> None:
 
 
 @pytest.mark.xdist_group("together")
-def test_what_two_processes_send_is_what_the_model_says() -> None:
-    done = call("python benchmarks/traffic.py measure --epochs 1 --limit-per-class 1")
+@pytest.mark.parametrize("estimator", ["gram", "isvd"])
+def test_what_two_processes_send_is_what_the_model_says(estimator) -> None:
+    done = call(f"python benchmarks/traffic.py measure --epochs 1 --limit-per-class 1 --estimator {estimator}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "The guard tried 0 shares" not in done.stdout and "| features |" in done.stdout
 

@@ -19,6 +19,7 @@ from janus_ext.errors import CheckpointError
 from janus_ext.reports import plots
 from janus_ext.runs import checkpoint
 from janus_ext.runs import folder as run_folder
+from janus_ext.runs import run as run_module
 from janus_ext.training import trainer as trainer_module
 
 FLAGS = "--tasks 4 --limit-per-class 1 --epochs 3 --batch-size 64 --no-plots --resume"
@@ -31,14 +32,21 @@ class CutOff(BaseException):
 
 def files_of(folder) -> dict:
     """What a run leaves that another one must repeat: tensors, results and epochs, without their times."""
-    tensors = {path.name: checkpoint.read_tensors(path)[0] for path in (folder / "checkpoints").iterdir()}
+    read = {path.name: checkpoint.read_tensors(path) for path in (folder / "checkpoints").iterdir()}
     epochs = [without_time(line) for line in checkpoint.read_json_lines(folder / "metrics.jsonl")]
-    return {"tensors": tensors, "epochs": epochs}
+    about = {name: without_time(metadata) for name, (_, metadata) in read.items()}
+    for metadata in about.values():
+        for seal in {run_module.CONFIG, "state"} & set(metadata):  # of config.json, which names the folder
+            del metadata[seal]
+        if "results" in metadata:
+            metadata["results"] = without_time(json.loads(metadata["results"]))
+    return {"tensors": {name: tensors for name, (tensors, _) in read.items()}, "about": about, "epochs": epochs}
 
 
 def assert_same_files(folder, other) -> None:
     found, wanted = files_of(folder), files_of(other)
     assert found["epochs"] == wanted["epochs"]
+    assert found["about"] == wanted["about"]
     assert found["tensors"].keys() == wanted["tensors"].keys()
     for name, tensors in wanted["tensors"].items():
         assert found["tensors"][name].keys() == tensors.keys()

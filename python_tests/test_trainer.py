@@ -116,9 +116,12 @@ def test_exact_rectification_on_the_embedded_benchmark(tmp_path):
     ids=str,
 )
 def test_backbone_and_factors_give_the_final_weights_bit_for_bit(patterns, weights, tmp_path, changes):
-    """The backbone's file and the factors of the tasks, all of them; no checkpoint has another copy of it."""
+    """The backbone's file and the factors of the tasks, all of them; the model of the last task is the only copy."""
     trainer = make_trainer(patterns, weights, tmp_path / "run", **changes)
     trainer.run()
+    files = {path.name: checkpoint.read_tensors(path)[0] for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    frozen = set(trainer.learner.model.state_dict()) - set(trainer.learner.moving()[0])
+    assert [name for name, tensors in files.items() if frozen & set(tensors)] == ["model.safetensors"]
     start = {name: tensor.float() for name, tensor in load_file(weights).items()}
     rebuilt = {name: tensor.clone() for name, tensor in start.items()}
     adapted = [f"blocks.{block}.attn.qkv" for block in range(len(trainer.learner.method.layers))]
