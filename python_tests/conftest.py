@@ -164,18 +164,29 @@ def web_server(tmp_path):
 @pytest.fixture(scope="session")
 def patterns() -> Benchmark:
     """Six classes in three tasks, a class being a pattern of coloured patches under noise; class order 5 .. 0."""
+    return patterns_under(25)
+
+
+@pytest.fixture(scope="session")
+def hard() -> Benchmark:
+    """The same under so much noise that every head is wrong now and then, on more test images."""
+    return patterns_under(150, test=12)
+
+
+def patterns_under(noise: float, train: int = 8, test: int = 4) -> Benchmark:
+    """With so many images of a class to learn from and to test with."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (6, 3, 4, 4), generator=generator).float()
     pictures = pictures.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
     def split(name: str, per_class: int) -> MemorySplit:
         labels = torch.arange(6).repeat_interleave(per_class)
-        noise = 25 * torch.randn(len(labels), 3, 32, 32, generator=generator)
-        images = (pictures[labels] + noise).clamp(0, 255).to(torch.uint8)
+        added = noise * torch.randn(len(labels), 3, 32, 32, generator=generator)
+        images = (pictures[labels] + added).clamp(0, 255).to(torch.uint8)
         return MemorySplit(images, labels, [f"{name}/{i}" for i in range(len(labels))])
 
     names = tuple("abcdef")
-    return Benchmark("patterns", names, split("train", 8), split("test", 4), ((5, 4), (3, 2), (1, 0)))
+    return Benchmark("patterns", names, split("train", train), split("test", test), ((5, 4), (3, 2), (1, 0)))
 
 
 def make_trainer(

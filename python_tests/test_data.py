@@ -5,7 +5,7 @@ import zipfile
 
 import pytest
 import torch
-from test_training_together import noisy
+from together import noisy
 
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji

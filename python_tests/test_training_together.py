@@ -11,16 +11,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trees
-from conftest import make_trainer, relative_error, subspace, weights_of, without_time
+from conftest import relative_error
 from learners import learner_of, state_of
-from torch import Tensor
+from together import Outcome, assert_as_one, assert_same, assert_unsaturated, copied, outcome_of, trainer_of
 
 from janus_ext import ArgumentError, processes
 from janus_ext.data.benchmark import Benchmark
@@ -31,7 +30,6 @@ from janus_ext.training import keeping as keeping_module
 from janus_ext.training.loop import Learner
 from janus_ext.training.parallel import add_up_gradients
 from janus_ext.training.progress import make_bar
-from janus_ext.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("together")
 
@@ -53,29 +51,9 @@ CASES: dict[str, dict[str, Any]] = {
     "bilora": {"method": "bilora", "frequencies": 20, "optimizer": "sgd", "lr": 100.0},
     "joint": {"method": "joint"},
 }
+PROTECTING = ("janus", "lora-gpm", "inflora", "lora-drs")  # they keep a basis of what they protect
 # The triplets of lora-drs lie within what a process has, as within a piece of a batch.
 ALONE: dict[str, dict[str, Any]] = {"lora-drs": {"accumulate": RANKS}}
-Outcome = dict[str, Any]
-
-
-def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
-    return (images.int() + torch.randint(9, images.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
-
-
-def trainer_of(benchmark: Benchmark, weights: Path, folder: Path, **changes: Any) -> Trainer:
-    """Batches of 5 of 16 images: of the last one there is an image for the first process alone."""
-    train = benchmark.train.take(torch.arange(len(benchmark.train)))
-    train.augmentation = noisy
-    benchmark = replace(benchmark, train=train)
-    if changes.get("method") == "joint":
-        benchmark = replace(benchmark, tasks=(benchmark.class_order,))
-    return make_trainer(benchmark, weights, folder, **{"batch_size": 5, "epochs": 2} | changes)
-
-
-def outcome_of(trainer: Trainer) -> Outcome:
-    results = without_time(trainer.run())
-    method = {name: tensor.clone() for name, tensor in trainer.learner.method.state_dict().items()}
-    return {"results": results, "weights": weights_of(trainer), "method": method}
 
 
 # what each process does -----------------------------------------------------------------------------------------------
@@ -231,12 +209,6 @@ def work(rank: int, folder: Path, benchmark: Benchmark, weights: Path, tree: Pat
     torch.distributed.destroy_process_group()
 
 
-def copied(folder: Path, other: Path) -> None:
-    import shutil
-
-    shutil.copytree(folder, other)
-
-
 # what comes of it -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -246,10 +218,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, patterns: Benchmark, weights: Path, tree: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, hard: Benchmark, weights: Path, tree: Path) -> Path:
     """Where the two processes have left what they have to say."""
     folder: Path = tmp_path_factory.mktemp("together")
-    torch.multiprocessing.spawn(work, args=(folder, patterns, weights, tree), nprocs=RANKS)
+    torch.multiprocessing.spawn(work, args=(folder, hard, weights, tree), nprocs=RANKS)
     return folder
 
 
@@ -259,48 +231,25 @@ def both(folder: Path) -> Callable[[str], list[Outcome]]:
     return lambda matter: [outcome[matter] for outcome in outcomes]
 
 
-def assert_as_one(together: Outcome, alone: Outcome, rounding: float = 1e-3) -> None:
-    """At most one test image a task apart; projectors to 1e-4, and weights as near as the steps' rounding leaves."""
-    tasks = alone["results"]["test_sizes"]
-    for name in ("accuracy_matrix", "accuracy_matrix_task_known"):
-        for found, wanted in zip(together["results"][name], alone["results"][name], strict=True):
-            assert all(abs(f - w) <= 100 / n + 1e-9 for f, w, n in zip(found, wanted, tasks, strict=False))
-    for name, wanted in alone["method"].items():
-        found = together["method"][name]
-        if name.startswith("known.") and wanted.is_floating_point():
-            assert relative_error(found, wanted) < 10 * rounding, name
-        elif not wanted.is_floating_point():
-            assert torch.equal(found, wanted), name
-        if name.endswith(".basis"):
-            assert float((subspace(found) - subspace(wanted)).abs().max()) < rounding / 10, name
-    for name, wanted in alone["weights"].items():
-        if not name.endswith(".basis"):  # whose signs are arbitrary
-            assert relative_error(together["weights"][name], wanted) < rounding, name
-
-
-def assert_same(one: Outcome, other: Outcome) -> None:
-    assert one["results"] == other["results"]
-    for part in ("weights", "method"):
-        assert one[part].keys() == other[part].keys()
-        assert all(torch.equal(tensor, other[part][name]) for name, tensor in one[part].items())
-
-
 def test_every_method_is_a_case() -> None:
     assert {changes.get("method", "janus") for changes in CASES.values()} == set(METHODS)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_learn_what_one_learns(both, patterns, weights, tmp_path, case) -> None:
+def test_two_learn_what_one_learns(both, hard, weights, tmp_path, case) -> None:
     one, other = both(case)
     assert_same(one, other)
     assert one["results"]["versions"]["processes"] == RANKS
-    alone = outcome_of(trainer_of(patterns, weights, tmp_path / "run", **CASES[case] | ALONE.get(case, {})))
+    alone = outcome_of(trainer_of(hard, weights, tmp_path / "run", **CASES[case] | ALONE.get(case, {})))
     assert_as_one(one, alone, rounding=1e-2 if "fp16" in case else 1e-3)
+    assert_unsaturated(one["results"])
+    bases = [tensor for part in ("weights", "method") for name, tensor in one[part].items() if name.endswith(".basis")]
+    assert any(basis.shape[1] for basis in bases) == (CASES[case].get("method", "janus") in PROTECTING)
     assert one["results"]["acc"] > 100 / 6
 
 
-def test_the_first_one_writes_the_run(both, folder, patterns, weights) -> None:
-    trainer = trainer_of(patterns, weights, folder / "janus")
+def test_the_first_one_writes_the_run(both, folder, hard, weights) -> None:
+    trainer = trainer_of(hard, weights, folder / "janus")
     trainer.restore()
     assert trainer.matrix == both("janus")[0]["results"]["accuracy_matrix"]
     assert len(trainer.run_on_disk.epochs()) == 6
@@ -312,8 +261,8 @@ def test_asked_alone_one_ends_all_behind_the_same_step(both) -> None:
     assert both("cut") == [{"number": signal.SIGTERM, "steps": 11, "tasks": 1}] * RANKS
 
 
-def test_each_scores_its_share(both, patterns) -> None:
-    seen = sum(3 - task for task in range(3)) * len(patterns.test) // 3
+def test_each_scores_its_share(both, hard) -> None:
+    seen = sum(3 - task for task in range(3)) * len(hard.test) // 3
     shares = both("evaluated")
     assert sum(shares) == seen and min(shares) > seen // 3
 
@@ -333,8 +282,8 @@ def test_a_run_cut_off_is_taken_up_by_two(both) -> None:
     assert_same(one, both("janus")[0])
 
 
-def test_a_run_cut_off_is_taken_up_by_one(both, folder, patterns, weights) -> None:
-    found = taken_up(patterns, weights, folder / "cut for one")
+def test_a_run_cut_off_is_taken_up_by_one(both, folder, hard, weights) -> None:
+    found = taken_up(hard, weights, folder / "cut for one")
     assert found["position"] == (0, 3)
     assert_as_one(found, both("janus")[0])
 
@@ -346,10 +295,10 @@ def test_where_bits_differ_all_take_those_of_the_first(both) -> None:
     assert [line for line in one["said"] if line.startswith("the processes computed other bits")]
 
 
-def test_what_a_process_saw_before_the_first_step_is_its_own(both, patterns, weights, tmp_path) -> None:
+def test_what_a_process_saw_before_the_first_step_is_its_own(both, hard, weights, tmp_path) -> None:
     one, other = both("watching")
     assert_same(one, other)
-    assert_as_one(one, watching(patterns, weights, tmp_path / "run"))
+    assert_as_one(one, watching(hard, weights, tmp_path / "run"))
 
 
 def test_gradients_are_added_up_where_there_are_any(both) -> None:
