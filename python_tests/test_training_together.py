@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ from together import Outcome, assert_as_one, assert_same, assert_unsaturated, co
 
 from janus_ext import ArgumentError, processes
 from janus_ext.data.benchmark import Benchmark
-from janus_ext.errors import Interrupted, ProcessError
+from janus_ext.errors import Interrupted, ProcessError, TrainingError
 from janus_ext.methods import METHODS
 from janus_ext.methods.janus import Janus
 from janus_ext.training import keeping as keeping_module
@@ -68,14 +69,37 @@ def cut(benchmark: Benchmark, weights: Path, folder: Path, rank: int) -> Outcome
             os.kill(os.getpid(), signal.SIGTERM)
         return take(self, *args)
 
-    Learner._step, keeping_module.READ_EVERY = asked, 3
+    Learner._step = asked
+    keeping_module.READ_EVERY, keeping_module.AGREE_EVERY = 3, 1e6  # behind every third step, however slow it is
     try:
         trainer.run()
     except Interrupted as stop:
         return {"number": stop.number, "steps": len(steps), "tasks": len(trainer.matrix)}
     finally:
-        Learner._step, keeping_module.READ_EVERY = take, 20
+        Learner._step = take
+        keeping_module.READ_EVERY, keeping_module.AGREE_EVERY = 20, 2.0
     return {"number": None}
+
+
+def spoiled(benchmark: Benchmark, weights: Path, folder: Path, rank: int, amp: str) -> str:
+    """A network in which the second process alone computes what is not finite, in the second step."""
+    trainer, steps, take = trainer_of(benchmark, weights, folder, amp=amp), [], Learner._step
+    module = trainer.learner.model.get_submodule("backbone.blocks.1.mlp.fc1")
+
+    def step(self: Learner, *args: Any) -> Any:
+        steps.append(None)
+        if rank == 1 and len(steps) == 2:
+            module.register_forward_hook(lambda module, given, output: output * torch.inf)
+        return take(self, *args)
+
+    Learner._step = step
+    try:
+        trainer.run()
+    except TrainingError as error:
+        return str(error)
+    finally:
+        Learner._step = take
+    return "nothing"
 
 
 def taken_up(benchmark: Benchmark, weights: Path, folder: Path) -> Outcome:
@@ -198,6 +222,7 @@ def work(rank: int, folder: Path, benchmark: Benchmark, weights: Path, tree: Pat
     outcome["led astray"] = led_astray(benchmark, weights, folder / "led astray", rank)
     outcome["learned"] = learned(weights, tree, folder / "learner", rank)
     outcome["watching"] = watching(benchmark, weights, folder / "watching")
+    outcome["spoiled"] = [spoiled(benchmark, weights, folder / f"spoiled {amp}", rank, amp) for amp in ("off", "fp16")]
     outcome["gradients"] = gradients(rank)
     outcome["evaluated"] = evaluated(benchmark, weights, folder / "evaluated")
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}  # as torchrun says
@@ -259,6 +284,15 @@ def test_the_first_one_writes_the_run(both, folder, hard, weights) -> None:
 def test_asked_alone_one_ends_all_behind_the_same_step(both) -> None:
     """The tenth step is the second of its epoch; they agree behind the third."""
     assert both("cut") == [{"number": signal.SIGTERM, "steps": 11, "tasks": 1}] * RANKS
+
+
+def test_what_one_alone_spoils_ends_all_with_the_same_line(both) -> None:
+    """In float16, where no weight is spoiled, the module is known of the process that has it."""
+    one, other = both("spoiled")
+    assert one == other
+    said = r"the loss is nan in task 1, epoch 1, step 2; .*"
+    assert re.fullmatch(said + r"not finite by then: backbone\..*", one[0])
+    assert re.fullmatch(said + r"not finite is that of backbone\.blocks\.1\.mlp\.fc1 there", one[1])
 
 
 def test_each_scores_its_share(both, hard) -> None:

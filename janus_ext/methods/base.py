@@ -316,9 +316,9 @@ class Method(Declared, ABC):
         none = torch.zeros(0, self.model.feature_dim, device=device), torch.zeros(0, dtype=torch.int64, device=device)
         features, labels = (torch.cat(parts) for parts in zip(none, *passes, strict=True))
         features, labels = processes.rows_of_all(features), processes.rows_of_all(labels)
-        if not bool(features.isfinite().all()):
+        if spoiled := len(features) - int(features.isfinite().all(-1).sum()):
             origin = said_of_overflow(self.model, (partial(self.model.features, images) for images, _ in batches()))
-            raise StatisticsError(f"the features of {len(features)} of the task's images are not finite: {origin}")
+            raise StatisticsError(f"the features of {spoiled} of {len(features)} images are not finite: {origin}")
         return features, labels
 
     def _measure(self, features: Tensor, labels: Tensor, report: TaskReport) -> None:
