@@ -83,13 +83,16 @@ def give_up() -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether this process should say why all end: the one whose error came first. True where nobody can tell."""
+    """Whether this process should say why all end: the one whose error came first.
+
+    Where nobody can tell, one of each machine says it: the launcher that kept the store may be gone with its processes.
+    """
     if _store is None:
         return True
     try:
         return _store.add("failed", 1) == 1
     except RuntimeError:  # the store went with the process that kept it
-        return is_first()
+        return on_this_machine()[0] == 0
 
 
 # sharing out and adding up --------------------------------------------------------------------------------------------
