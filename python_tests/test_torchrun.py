@@ -43,14 +43,31 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+def processes_of(folder: Path) -> list[int]:
+    """All that have a path below ``folder`` in their command line: launchers, processes that train, their workers."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if os.fsencode(folder) in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path: Path) -> Iterator[None]:
     """Ends what a test that fails has left behind: torchrun's processes are in sessions of their own."""
     yield
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            if os.fsencode(tmp_path) in (process / "cmdline").read_bytes():
-                os.kill(int(process.name), signal.SIGKILL)
+    for process in processes_of(tmp_path):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def assert_all_end(folder: Path) -> None:
+    """Without anybody's help; a worker looks every few seconds whether its parent is there."""
+    deadline = time.monotonic() + 60
+    while processes_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(folder)
 
 
 @pytest.fixture(scope="module")
@@ -75,23 +92,100 @@ def workers_of(run: subprocess.Popen) -> list[int]:
     return [pid for pid in children if b"janus_ext.train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def test_a_killed_process_ends_all_and_the_run_goes_on(tree, weights, tmp_path) -> None:
-    """Within seconds, and with another number of processes than before."""
-    folder = tmp_path / "run"
-    run = begun(call(weights, tree, folder, "--epochs", "300"), folder)
-    workers = workers_of(run)
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
+def assert_goes_on(arguments: list[str]) -> None:
+    """From what is kept of its task; what goes on is ended then."""
+    resumed = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    assert any("and within the next: epochs done" in line for line in iter(resumed.stdout.readline, ""))
+    resumed.kill()
+    resumed.communicate()
+
+
+@pytest.mark.parametrize(("rank", "workers"), [(1, 0), (0, 2)])
+def test_a_killed_process_ends_all_and_the_run_goes_on(tree, weights, tmp_path, rank, workers) -> None:
+    """Within seconds, and with another number of processes than before; those that decode images end, too."""
+    folder, flags = tmp_path / "run", ("--epochs", "300", "--workers", str(workers))
+    run = begun(call(weights, tree, folder, *flags), folder)
+    ranks = workers_of(run)
+    assert len(ranks) == 2 and len(processes_of(tmp_path)) == 1 + 2 * (1 + workers)
+    os.kill(ranks[rank], signal.SIGKILL)
     killed = time.monotonic()
     _, stderr = run.communicate(timeout=60)
     assert time.monotonic() - killed < 30 and run.returncode != 0
     assert len(said(stderr)) == 1, stderr
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    alone = call(weights, tree, folder, "--resume", "--epochs", "300", processes=1)
-    resumed = subprocess.Popen(alone, stdout=subprocess.PIPE, text=True)
-    assert any("and within the next: epochs done" in line for line in iter(resumed.stdout.readline, ""))
-    resumed.kill()
-    resumed.communicate()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert_all_end(tmp_path)
+    assert_goes_on(call(weights, tree, folder, "--resume", *flags, processes=1))
+
+
+@pytest.mark.parametrize(("number", "node"), [(signal.SIGTERM, 1), (signal.SIGKILL, 0)])
+def test_one_machine_of_two_ends_all(tree, weights, tmp_path, number, node) -> None:
+    """Asked to end, its launcher has the run kept; killed with what it has begun, it leaves nobody waiting.
+
+    With the launcher of the first one goes what all agree by, on who says why they end.
+    """
+    folder = tmp_path / "run"
+    calls = on_two_machines(weights, tree, folder, "--epochs", "300")
+    other = subprocess.Popen(calls[1 - node], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = begun(calls[node], folder)
+    for process in (run.pid, *(workers_of(run) if number == signal.SIGKILL else [])):
+        os.kill(process, number)
+    ended = time.monotonic()
+    lines = [line for process in (run, other) for line in said(process.communicate(timeout=60)[1])]
+    assert time.monotonic() - ended < 30 and run.returncode != 0 and other.returncode != 0
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("another process ended" if number == signal.SIGKILL else "interrupted; the same call")
+    assert_all_end(tmp_path)
+
+
+HANGING = """
+import os, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+from janus_ext import processes, train
+from janus_ext.training.loop import Learner
+
+processes.{limit} = timedelta(seconds=4)
+load, step, since = train.load_benchmark, Learner._step, Path({since!r})
+
+def hang(seconds, *arguments):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    since.touch()
+    time.sleep(seconds)
+
+def preparing(config):
+    if processes.rank() == 0:
+        hang({preparing})
+    return load(config)
+
+def stepping(*arguments):
+    if processes.rank() == 1:
+        hang({stepping})
+    return step(*arguments)
+
+train.load_benchmark, Learner._step = preparing, stepping
+since.with_name("here-" + os.environ["RANK"]).touch()
+while len(list(since.parent.glob("here-*"))) < 2:  # both have imported what they need
+    time.sleep(0.02)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "preparing", "stepping"), [("PATIENCE", 6, 600), ("PREPARING", 600, 0)], ids=["a step", "preparing"]
+)
+def test_a_process_that_hangs_is_given_up(tree, weights, tmp_path, limit, preparing, stepping) -> None:
+    """Who trains, after a shorter time than who prepares something for the others."""
+    since, script = tmp_path / "since", tmp_path / "hanging.py"
+    script.write_text(HANGING.format(limit=limit, since=str(since), preparing=preparing, stepping=stepping))
+    words = call(weights, tree, tmp_path / "run")
+    place = words.index("janus_ext.train") - 1
+    words[place : place + 2] = [str(script)]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert 3 < time.time() - since.stat().st_mtime < 60 and run.returncode != 0
+    assert (tmp_path / "run").exists() == (limit == "PATIENCE"), "what is prepared may take longer than a step"
+    assert len(said(run.stderr)) == 1, run.stderr
+    assert said(run.stderr)[0].startswith("another process ended, or does not answer: ")
+    assert_all_end(tmp_path)
 
 
 PASSED_ON = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout", "5")
@@ -116,11 +210,7 @@ def test_a_signal_to_torchrun_keeps_the_run(tree, weights, tmp_path, number, tor
     _, stderr = run.communicate(timeout=60)
     assert kept.exists(), stderr
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-    alone = call(weights, tree, folder, *flags, "--resume", processes=1)
-    resumed = subprocess.Popen(alone, stdout=subprocess.PIPE, text=True)
-    assert any("and within the next: epochs done" in line for line in iter(resumed.stdout.readline, ""))
-    resumed.kill()
-    resumed.communicate()
+    assert_goes_on(call(weights, tree, folder, *flags, "--resume", processes=1))
 
 
 def test_two_processes_make_one_run(tree, weights, tmp_path) -> None:
@@ -149,15 +239,18 @@ def test_several_seeds_and_their_plots(tree, weights, tmp_path) -> None:
     assert again.returncode == 0 and plots[1].exists(), again.stderr
 
 
-def test_two_machines_make_one_run(tree, weights, tmp_path) -> None:
+def on_two_machines(weights: Path, tree: Path, folder: Path, *flags: str) -> list[list[str]]:
     """Two launchers, as on two machines, of a process each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port))
-    calls = [
-        call(weights, tree, tmp_path / "run", processes=1, torchrun=("--node-rank", str(i), *group)) for i in range(2)
-    ]
+    nodes = [("--node-rank", str(i), *group) for i in range(2)]
+    return [call(weights, tree, folder, *flags, processes=1, torchrun=node) for node in nodes]
+
+
+def test_two_machines_make_one_run(tree, weights, tmp_path) -> None:
+    calls = on_two_machines(weights, tree, tmp_path / "run")
     runs = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for words in calls]
     printed = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], printed
