@@ -1,18 +1,22 @@
 """Checks of what a caller hands in: ArgumentError names the argument, what was wanted and what was found."""
 
 import difflib
+import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from janus_ext.errors import ArgumentError, on_one_line
+from janus_ext.errors import ArgumentError, JanusError, on_one_line
 
+P = ParamSpec("P")
+T = TypeVar("T")
 MOST_BITS = 256  # of an integer that is written out
 WIDEST = 2**20  # a width or a number of classes beyond it is a slip, for which no memory is asked
 
@@ -104,11 +108,37 @@ def check_device(name: str, value: Any) -> None:
 
 @contextmanager
 def naming(who: str) -> Iterator[None]:
-    """Within it, an ArgumentError begins with the name of the function that was called."""
+    """Within it, an error of ours begins with a name: of the function that was called, or of an argument of it."""
     try:
         yield
-    except ArgumentError as error:
-        raise ArgumentError(f"{who}: {error}") from error
+    except JanusError as error:
+        raise type(error)(f"{who}: {error.text}") from error
+
+
+def called(function: Callable[P, T]) -> Callable[P, T]:
+    """Errors of ours that leave ``function`` say its name; of several such, one within the other, the outermost's."""
+
+    @functools.wraps(function)
+    def named(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except JanusError as error:
+            error.function = function.__qualname__.removesuffix(".__init__")
+            raise
+
+    return named
+
+
+def methods_called(kind: type[T]) -> type[T]:
+    """`called` for whatever of a class its users call: its constructor and its public methods."""
+    for name, member in list(vars(kind).items()):
+        if name.startswith("_") and name != "__init__":
+            continue
+        if isinstance(member, classmethod):
+            setattr(kind, name, classmethod(called(member.__func__)))
+        elif inspect.isfunction(member):
+            setattr(kind, name, called(member))
+    return kind
 
 
 def shown(value: Any) -> str:

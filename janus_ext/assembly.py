@@ -13,7 +13,8 @@ from torch import nn
 
 from janus_ext.arguments import nearest
 from janus_ext.arguments import shown as shown_value
-from janus_ext.backbone import adopt, attach, load_backbone, probe, rebuild, recompute_blocks
+from janus_ext.backbone import load_backbone
+from janus_ext.backbone.network import adopted, attach, probe, rebuild, recompute_blocks
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig, presets
 from janus_ext.config.checks import check_learning
@@ -130,7 +131,7 @@ def network_of(settings: Mapping[str, Any], backbone: nn.Module | None = None) -
     if network is not None and not (isinstance(network, dict) and wanted <= network.keys()):
         raise CheckpointError(f"config.json must describe the network by {', '.join(sorted(wanted))}")
     if network is not None and backbone is not None:
-        made = adopt(backbone)
+        made = adopted("backbone", backbone)
         kept = {key: network[key] for key in ("name", "options", "cfg")}
         return attach(made, network["mean"], network["std"], network["size"], kept)
     if network is not None and network["name"] is not None:

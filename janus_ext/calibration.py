@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from janus_ext.arguments import check_number
 from janus_ext.errors import ArgumentError
 
 COLDEST, HOTTEST = 1e-3, 1e3
@@ -29,11 +30,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         ArgumentError: there is no image, or one of a class that cannot be.
     """
     if not len(labels):
-        raise ArgumentError("calibrate needs at least one labelled image, got none")
+        raise ArgumentError("labels must be of one image at least, got none")
     logits = logits.double()
     possible = torch.isfinite(logits)
     if not bool(possible.gather(1, labels[:, None]).all()):
-        raise ArgumentError("calibrate needs images of classes with finite scores, got one without: leave it out")
+        raise ArgumentError("images must be of classes with finite scores, got one without: leave it out")
     smoothing = 1 / (len(labels) + 2)
     uniform = possible / possible.sum(1, keepdim=True)
     targets = smoothing * uniform + (1 - smoothing) * F.one_hot(labels, logits.shape[1])
@@ -55,6 +56,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             inner[1] = low + GOLDEN * (high - low)
             values[1] = loss(inner[1])
     return math.exp((low + high) / 2)
+
+
+def checked_temperature(temperature: float) -> float:
+    """``temperature`` if it is one."""
+    check_number("temperature", temperature, lambda T: 0 < T < math.inf, "positive and finite")
+    return temperature
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:

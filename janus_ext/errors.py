@@ -23,8 +23,16 @@ def visible(text: str) -> str:
 class JanusError(Exception):
     """Base class of the errors below. Their texts are one line, whatever the names in them hold."""
 
-    def __str__(self) -> str:
+    function = ""
+    """The function of ours that was called, before the text; commands leave it out: there nobody has called it."""
+
+    @property
+    def text(self) -> str:
+        """What is wrong."""
         return on_one_line(super().__str__())
+
+    def __str__(self) -> str:
+        return f"{self.function}: {self.text}" if self.function else self.text
 
 
 class ArgumentError(JanusError, ValueError):
@@ -34,7 +42,8 @@ class ArgumentError(JanusError, ValueError):
 class NativeError(JanusError, ImportError):
     """The compiled library is missing, was built for another PyTorch, or cannot be loaded; or so its loader says."""
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
         return visible(ImportError.__str__(self))
 
 
@@ -49,7 +58,8 @@ class TaskBoundaryError(JanusError, RuntimeError):
 class DataError(JanusError):
     """A data set is missing, incomplete or unlike its description, which stands on the lines behind the first."""
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
         return visible(Exception.__str__(self))
 
 

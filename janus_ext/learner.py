@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext import processes
-from janus_ext.arguments import check_flag, check_integer, checked_path
+from janus_ext.arguments import check_flag, check_integer, checked_path, methods_called, naming
 from janus_ext.assembly import (
     check_network,
     make_learner,
@@ -30,9 +30,9 @@ from janus_ext.assembly import (
     stored_numbers,
     take_classifier,
 )
-from janus_ext.backbone import adopt
-from janus_ext.calibration import fit_temperature, probabilities
-from janus_ext.data.benchmark import Selection
+from janus_ext.backbone.network import adopted
+from janus_ext.calibration import checked_temperature, fit_temperature, probabilities
+from janus_ext.data.benchmark import Selection, Split
 from janus_ext.data.collect import checked_names, checked_split, labelled, labelled_as, require_readable, unlabelled
 from janus_ext.data.images import View, checked_workers, default_workers
 from janus_ext.data.layout import shorten
@@ -50,12 +50,10 @@ from janus_ext.training.progress import Progress, make_bar
 
 if TYPE_CHECKING:
     from janus_ext.config import LearnConfig
-    from janus_ext.data.benchmark import Split
     from janus_ext.methods.base import Method, TaskReport
 
-PLANNED = 10
 
-
+@methods_called
 class ContinualLearner:
     """A classifier that learns one set of classes after another and keeps no image: the trainer's own loop.
 
@@ -82,10 +80,10 @@ class ContinualLearner:
         head: str = "auto",
         *,
         seed: int = 0,
-        planned_tasks: int = PLANNED,
+        planned_tasks: int = 10,
         **settings: Any,
     ) -> None:
-        made = None if isinstance(backbone, str) else adopt(backbone)
+        made = None if isinstance(backbone, str) else adopted("backbone", backbone, "a name or a model of timm's")
         name = backbone if made is None else type(backbone).__name__
         check_integer("seed", seed, lambda n: n >= 0, "not negative")
         check_integer("planned_tasks", planned_tasks, lambda n: n >= 1, "positive")
@@ -113,10 +111,10 @@ class ContinualLearner:
         Raises:
             ArgumentError: the model has no such classifier, or another number of outputs.
         """
-        names = checked_names(class_names)
+        names = checked_names(class_names, "class_names")
         if settings.get("head", "auto") == "auto":
             settings["head"] = "linear"
-        learner = cls(model, method, **settings)
+        learner = cls(adopted("model", model), method, **settings)
         with learner._at_work():
             take_classifier(learner._core, model, names)
         learner._past.add(names, {})
@@ -235,14 +233,18 @@ class ContinualLearner:
             Per image [(class name, score), ...], the best first; images of a folder or pattern are sorted by path, in
             the order of `janus_ext.data.collect.find_images`.
         """
-        temperature = 1.0 if calibrate is None else self.temperature(calibrate)
-        return list(self.classify(unlabelled(images, self.view, self.workers()), top, temperature))
+        split = unlabelled(images, self.view, self.workers())
+        check_integer("top", top, lambda n: n >= 1, "positive")  # before long work
+        with naming("calibrate"):
+            temperature = 1.0 if calibrate is None else self.temperature(calibrate)
+        return list(self.classify(split, top, temperature))
 
     def classify(self, split: Split, top: int = 5, temperature: float = 1.0) -> Iterator[list[tuple[str, float]]]:
         """`predict` image by image for a split, as its images are decoded."""
         self._require_classes()
         check_integer("top", top, lambda n: n >= 1, "positive")
-        return self._classify(self._core.scores(Selection.all_of(checked_split(split), (0,))), top, temperature)
+        selection = Selection.all_of(checked_split(split), (0,))
+        return self._classify(self._core.scores(selection), top, checked_temperature(temperature))
 
     def _classify(
         self, batches: Iterator[tuple[Tensor, Tensor]], top: int, temperature: float
@@ -284,7 +286,7 @@ class ContinualLearner:
             DataError: it has no image of a class that the learner knows.
         """
         outputs = {name: output for output, name in enumerate(self.classes)}
-        known = [c for c, name in enumerate(checked_names(class_names)) if name in outputs]
+        known = [c for c, name in enumerate(checked_names(class_names, "class_names")) if name in outputs]
         rows = checked_split(split).of_classes(known)
         if not len(rows):
             raise DataError(f"images must be of classes that were learned ({shorten(self.classes)}), got none of them")
@@ -367,8 +369,7 @@ class ContinualLearner:
 
     def _settings(self) -> dict[str, Any]:
         """What ``config.json`` holds of a saved learner."""
-        core = self._core
-        own = {"seed": [core.seed], "tasks": core.planned, "network": core.model.backbone.description}
+        own = {"seed": [self._core.seed], "tasks": self._core.planned, "network": self._core.model.backbone.description}
         return self.config.to_json() | own | self._past.to_json()
 
     def _write(self, folder: Path) -> None:

@@ -97,7 +97,8 @@ def command(name: str, interrupted: str = "interrupted") -> Callable[[Callable[P
                 raise
             except (JanusError, OSError) as error:  # the system's own errors name the file and what is wrong with it
                 if processes.first_to_fail():
-                    print(visible(f"{name}: {error}"), file=sys.stderr, flush=True)
+                    text = error.text if isinstance(error, JanusError) else error
+                    print(visible(f"{name}: {text}"), file=sys.stderr, flush=True)
                 return 2
             except KeyboardInterrupt as stop:
                 if processes.first_to_fail():

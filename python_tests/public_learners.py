@@ -51,8 +51,8 @@ def tiny_model() -> nn.Module:
 
 SETTINGS = {"rank": 2, "epochs": 1, "batch_size": 8, "lr": 1e-2, "energy_start": 0.5, "energy_end": 0.5}
 SETTINGS |= {"energy_power": 1, "workers": 0, "amp": "off", "device": "cpu"}
-A_PATH = "cannot be read"  # where images are one path, it is named in place of the argument
-OF_LEARNERS = ("image", "label", "labels", "class", "classes", "setting", "learner", "saved", "run")
+A_PATH = "cannot be read"  # what `predict` says of a file that it meets: its path stands for the argument
+FLAGS = tuple(name.replace("_", "-") for name in SETTINGS)  # by which settings are named
 
 
 def _images(*names: str) -> list[tuple[Tensor, str]]:
@@ -66,14 +66,16 @@ def _learned() -> ContinualLearner:
     return made
 
 
-def _learning(name: str, **arguments: Any) -> Right:
+def _learning(name: str, *names: str, **arguments: Any) -> Right:
     """A method of a copy of a learner of two classes."""
     made = copy.deepcopy(_learned())
-    return Right(getattr(made, name), arguments, made, who=("",), names=(*OF_LEARNERS, A_PATH))
+    return Right(getattr(made, name), arguments, made, who=(f"ContinualLearner.{name}: ",), names=names)
 
 
 def _classifying() -> Right:
-    right = _learning("classify", split=unlabelled([image for image, _ in _images("ant")], View(16)), top=2)
+    right = _learning(
+        "classify", split=unlabelled([image for image, _ in _images("ant")], View(16)), top=2, temperature=2.0
+    )
     classify = right.call
     right.call = lambda **arguments: list(classify(**arguments))
     return right
@@ -90,17 +92,17 @@ LEARNERS: dict[str, Callable[[], Right]] = {
     "ContinualLearner": lambda: Right(
         ContinualLearner,
         {"backbone": tiny_model(), "method": "janus", "head": "lda", "seed": 1, "planned_tasks": 4, **SETTINGS},
-        who=("",), names=(*OF_LEARNERS, *(name.replace("_", "-") for name in SETTINGS)),
+        who=("ContinualLearner: ",), names=FLAGS,
     ),
     "ContinualLearner.from_classifier": lambda: Right(
         ContinualLearner.from_classifier,
         {"model": tiny_model(), "class_names": ["ant", "bee", "cat"], "method": "janus", **SETTINGS},
-        who=("",), names=(*OF_LEARNERS, *(name.replace("_", "-") for name in SETTINGS), "backbone"),
+        who=("ContinualLearner.from_classifier: ",), names=FLAGS,
     ),
     "ContinualLearner.learn": lambda: _learning("learn", images=_images("cat", "dog"), classes=["dog", "cat"]),
     "ContinualLearner.observe": lambda: _learning("observe", images=_images("ant", "bee"), labelled=False),
     "ContinualLearner.predict": lambda: _learning(
-        "predict", images=[image for image, _ in _images("ant")], top=2, calibrate=_images("ant", "bee")
+        "predict", A_PATH, images=[image for image, _ in _images("ant")], top=2, calibrate=_images("ant", "bee")
     ),
     "ContinualLearner.classify": _classifying,
     "ContinualLearner.temperature": lambda: _learning("temperature", images=_images("ant", "bee")),
@@ -113,6 +115,6 @@ LEARNERS: dict[str, Callable[[], Right]] = {
     "ContinualLearner.load": lambda: Right(
         ContinualLearner.load,
         {"folder": _saved(), "device": "cpu", "backbone": tiny_model(), "head": "ncm", "method": "janus"},
-        who=("",), names=(*OF_LEARNERS, "run", "--device", "--method"),
+        who=("ContinualLearner.load: ",),
     ),
 }  # fmt: skip

@@ -58,12 +58,12 @@ def assert_holds(loaded: nn.Module, source: nn.Module) -> None:
 
 
 def refused(error: type[Exception], name: str, *arguments) -> str:
-    """The one line with which a backbone is refused."""
+    """The one line with which a backbone is refused, behind the name of the function."""
     with pytest.raises(error) as caught:
         load_backbone(name, *arguments)
     line = str(caught.value)
     assert "\n" not in line and f"--backbone {name}" in line
-    return line
+    return line.removeprefix("load_backbone: ")
 
 
 # names ---------------------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def test_a_model_in_half_precision_becomes_float32():
     [
         (lambda: timms(in_chans=1), "must take square images in three colours"),
         (lambda: timms(global_pool=""), "must make one feature"),
-        (lambda: timms().blocks, "backbone must be a name or a model of timm's"),
+        (lambda: timms().blocks, "model must be a model of timm's"),
     ],
 )
 def test_models_that_do_not_fit_are_one_line(make, message):

@@ -220,10 +220,10 @@ def test_a_class_without_images(tree):
     with pytest.raises(DataError, match=message):
         labelled(tree)
     assert labelled(tree, NAMES).class_names == NAMES
-    with pytest.raises(DataError, match="^each class needs an image, 2 of 4 have none: cow, ape$"):
+    with pytest.raises(DataError, match="^images must be of every class, 2 of 4 have none: cow, ape$"):
         labelled([(tree / "cat" / "cat_0.jpg", "cat"), (tree / "eel" / "eel_0.jpg", 3)], ["cat", "cow", "ape", "eel"])
     held = Listed([(pixels(0), 0)], ["a", "b"])
-    with pytest.raises(DataError, match="^each class needs an image, 1 of 2 have none: b$"):
+    with pytest.raises(DataError, match="^images must be of every class, 1 of 2 have none: b$"):
         labelled(held, ["a", "b"])
 
 

@@ -13,7 +13,7 @@ from learners import FIRST, SECOND, SETTINGS, THIRD, assert_same, learner_of, sq
 from PIL import Image
 from torch import nn
 
-from janus_ext import ContinualLearner, train
+from janus_ext import ContinualLearner, predict, train
 from janus_ext.calibration import fit_temperature
 from janus_ext.data.collect import unlabelled
 from janus_ext.errors import ArgumentError, DataError, JanusError
@@ -234,6 +234,11 @@ def test_evaluation_counts_what_predict_says(learned):
         learner.evaluate([(paths[0], "strange")])
 
 
+def test_a_command_names_no_function_of_python(tmp_path, capsys):
+    assert predict.main([str(tmp_path), "photo.jpg"]) == 2
+    assert capsys.readouterr().err.startswith(f"janus_ext.predict: folder {tmp_path} holds no run of this program;")
+
+
 def test_before_anything_was_learned(weights, photos, tmp_path):
     learner = learner_of(weights)
     for call, argument in ((learner.predict, photos), (learner.evaluate, photos), (learner.save, tmp_path / "x")):
@@ -275,6 +280,24 @@ def test_order_is_that_of_the_logits_however_sure_the_scores_are(learned):
     for top in (0, -1, "3", None):
         with pytest.raises(ArgumentError, match="top"):
             learner.predict(photos, top=top)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda learner, photos: learner.learn(5), "learn: images must be a folder of class folders"),
+        (lambda learner, photos: learner.predict(photos, top="8"), "predict: top must be an integer"),
+        (lambda learner, photos: learner.predict(photos, calibrate=5), "predict: calibrate: images must be a folder"),
+        (lambda learner, photos: learner.evaluate(photos / "nowhere"), "evaluate: images: .*nowhere does not exist"),
+        (lambda learner, photos: learner.evaluate_split(unlabelled(photos), [5]), "evaluate_split: class_names must"),
+        (lambda learner, photos: learner.classify(unlabelled(photos), 1, 0), "classify: temperature must be positive"),
+        (lambda learner, photos: learner.load(photos), "load: folder .* holds no run of this program"),
+        (lambda learner, photos: learner.workers(-1), "workers: asked must be from 0 to 1024"),
+    ],
+)
+def test_a_wrong_call_names_method_and_argument(learned, call, message):
+    with pytest.raises(JanusError, match=rf"^ContinualLearner\.{message}"):
+        call(*learned)
 
 
 def test_a_class_that_cannot_be_is_not_calibrated_on():

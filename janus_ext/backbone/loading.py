@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from janus_ext.arguments import WIDEST, check_integer, check_text, shown
+from janus_ext.arguments import WIDEST, called, check_integer, check_text, shown
 from janus_ext.backbone.files import (
     WeightFile,
     as_timm_takes_it,
@@ -33,6 +33,7 @@ TIMMS_OWN = "vit_tiny_patch16_224"  # a VisionTransformer of timm's that takes e
 EMBEDDED = Path(__file__).resolve().parents[1] / "assets" / "backbone.safetensors"
 
 
+@called
 def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: int | None = None) -> nn.Module:
     """A vision transformer without classifier: "emoji" (embedded), or whatever timm can make.
 
@@ -62,11 +63,11 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
         ArgumentError: there is no such name, or the image size does not suit the network.
         CheckpointError: a file is missing, damaged or does not fit, or the hub cannot be reached.
     """
-    check_text("load_backbone: name", name, "a name")
+    check_text("name", name, "a name")
     if not isinstance(weights, (str, os.PathLike)):
-        raise ArgumentError(f"load_backbone: weights must be pretrained, none or a file, got {shown(weights)}")
+        raise ArgumentError(f"weights must be pretrained, none or a file, got {shown(weights)}")
     if image_size is not None:
-        check_integer("load_backbone: image_size", image_size, lambda s: 1 <= s <= WIDEST, f"from 1 to {WIDEST} pixels")
+        check_integer("image_size", image_size, lambda s: 1 <= s <= WIDEST, f"from 1 to {WIDEST} pixels")
     if weights not in ("pretrained", "none") and not os.path.isfile(weights):
         found = "it is no regular file" if os.path.exists(weights) else "no such file, nor pretrained or none"
         raise CheckpointError(f"--weights {weights}: {found}")

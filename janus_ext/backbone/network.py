@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from janus_ext.arguments import called
 from janus_ext.backbone.files import first_line
 from janus_ext.backbone.sources import Source
 from janus_ext.backbone.torchvision_guard import prepare_torchvision
@@ -74,6 +75,7 @@ def recompute_blocks(model: nn.Module) -> None:
         raise ArgumentError(f"--checkpointing: timm's {type(model).__name__} knows none") from error
 
 
+@called
 def adopt(model: nn.Module) -> nn.Module:
     """A copy of somebody's timm model as a backbone: float32, without its classifier, dropout off.
 
@@ -83,25 +85,29 @@ def adopt(model: nn.Module) -> nn.Module:
     Raises:
         ArgumentError: it is none of timm's models, or does not make one feature of a square image in three colours.
     """
+    return adopted("model", model)
+
+
+def adopted(argument: str, model: Any, wanted: str = "a model of timm's") -> nn.Module:
+    """What `adopt` gives, of an argument of that name."""
     missing = [name for name in CALLED if not hasattr(model, name)]
     cfg = getattr(model, "pretrained_cfg", None)
     if not isinstance(model, nn.Module) or missing or not cfg:
         lacking = ", ".join(missing) or "pretrained_cfg"
-        raise ArgumentError(
-            f"backbone must be a name or a model of timm's, got {type(model).__name__} without {lacking}"
-        )
+        raise ArgumentError(f"{argument} must be {wanted}, got {type(model).__name__} without {lacking}")
     model = copy.deepcopy(model).float()
     model.reset_classifier(0)
     if isinstance(getattr(model, "description", None), dict):  # of load_backbone
         return model
-    size = _image_size(model)
+    size = _image_size(argument, model)
     try:
         attach(model, cfg["mean"], cfg["std"], size, {"name": None, "options": {}, "cfg": None})
     except (KeyError, TypeError, ValueError) as error:
-        raise ArgumentError(f"backbone must say in pretrained_cfg what images it takes: {first_line(error)}") from error
-    wanted = _features(model)
+        reason = f"must say in pretrained_cfg what images it takes: {first_line(error)}"
+        raise ArgumentError(f"{argument} {reason}") from error
+    features = _features(argument, model)
     name = cfg.get("architecture")
-    found = next((options for options in ({}, {"img_size": size}) if _makes(name, options, model, wanted)), None)
+    found = next((options for options in ({}, {"img_size": size}) if _makes(name, options, model, features)), None)
     if found is not None:
         model.description |= {"name": name, "options": found}
     return model
@@ -119,19 +125,19 @@ def probe(model: nn.Module) -> Tensor:
     return features.double().cpu()
 
 
-def _features(model: nn.Module) -> Tensor:
+def _features(argument: str, model: nn.Module) -> Tensor:
     """The probe of somebody's model; ArgumentError in one line where it takes or gives something else."""
     kind = type(model).__name__
     try:
         features = probe(model)
     except Exception as error:  # models of timm refuse in any way
         raise ArgumentError(
-            f"backbone must take square images in three colours; {kind} does not take {model.input_size} pixels: "
+            f"{argument} must take square images in three colours; {kind} does not take {model.input_size} pixels: "
             f"{first_line(error)}"
         ) from error
     if features.shape != (2, model.num_features):
         wanted, found = [model.num_features], list(features.shape[1:])
-        raise ArgumentError(f"backbone must make one feature {wanted} of an image, {kind} makes {found}")
+        raise ArgumentError(f"{argument} must make one feature {wanted} of an image, {kind} makes {found}")
     return features
 
 
@@ -168,9 +174,9 @@ def without_dropout(model: nn.Module) -> None:
             module.dropout = 0.0
 
 
-def _image_size(model: nn.Module) -> int:
+def _image_size(argument: str, model: nn.Module) -> int:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.pretrained_cfg["input_size"][-1]
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) > 1:
-        raise ArgumentError(f"backbone must take square images, {type(model).__name__} takes {list(size)}")
+        raise ArgumentError(f"{argument} must take square images, {type(model).__name__} takes {list(size)}")
     return sides.pop()

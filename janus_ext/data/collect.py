@@ -69,7 +69,7 @@ def labelled(images: Any, classes: Sequence[str] | None = None, view: View = SQU
     rows, labels = found.resolve(names, leaving=found.own)
     lacking = [names[label] for label in sorted(set(range(len(names))) - set(labels))]
     if lacking:
-        raise DataError(f"each class needs an image, {len(lacking)} of {len(names)} have none: {shorten(lacking)}")
+        raise DataError(f"images must be of every class, {len(lacking)} of {len(names)} have none: {shorten(lacking)}")
     return Labelled(found.checked_split(rows, labels, view, workers), names)
 
 
@@ -314,17 +314,17 @@ def _require_items(images: Any, wanted: str) -> None:
         raise DataError(f"images is empty; wanted {wanted}")
 
 
-def checked_names(classes: Sequence[str]) -> tuple[str, ...]:
-    """``classes`` if they are different texts, one at least."""
-    if not isinstance(classes, (list, tuple)) or not classes:
-        raise ArgumentError(f"classes must be a list of class names, got {shown(classes)}")
-    for place, name in enumerate(classes):
+def checked_names(names: Sequence[str], argument: str = "classes") -> tuple[str, ...]:
+    """``names`` if they are different texts, one at least."""
+    if not isinstance(names, (list, tuple)) or not names:
+        raise ArgumentError(f"{argument} must be a list of class names, got {shown(names)}")
+    for place, name in enumerate(names):
         if not isinstance(name, str) or not name:
-            raise ArgumentError(f"classes must be names, got {shown(name)} at position {place}")
-    repeated = sorted({name for name in classes if classes.count(name) > 1})
+            raise ArgumentError(f"{argument} must be names, got {shown(name)} at position {place}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ArgumentError(f"classes must be different names, got several times: {shorten(repeated)}")
-    return tuple(classes)
+        raise ArgumentError(f"{argument} must be different names, got several times: {shorten(repeated)}")
+    return tuple(names)
 
 
 def _require_known(names: Sequence[str], there: Sequence[str], where: Any) -> None:

@@ -313,7 +313,7 @@ class ImageSplit(Split):
 
 def checked_workers(asked: Any) -> int:
     """``asked`` if it is a number of processes."""
-    check_integer("workers: asked", asked, lambda n: 0 <= n <= 1024, "from 0 to 1024")
+    check_integer("asked", asked, lambda n: 0 <= n <= 1024, "from 0 to 1024")
     return asked
 
 

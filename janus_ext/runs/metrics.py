@@ -16,8 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext.arguments import WIDEST, check_floats, check_integer, check_tensor, shown
+from janus_ext.arguments import WIDEST, called, check_floats, check_integer, check_tensor, shown
 from janus_ext.errors import ArgumentError
+
+__all__ = [
+    "Confusion",
+    "accuracy",
+    "accuracy_sample_weighted",
+    "accuracy_task_known",
+    "backward_transfer",
+    "forgetting",
+    "mean_and_std",
+    "mean_average_accuracy",
+    "mean_average_accuracy_sample_weighted",
+    "plasticity",
+    "summarize",
+    "summarize_head",
+    "task_recognition",
+    "trajectory",
+    "trajectory_sample_weighted",
+]
 
 Matrix = Sequence[Sequence[float]]
 LARGEST_SIZE = 2**53  # of a test set: all integers up to it are floats
@@ -83,68 +101,80 @@ class Confusion:
             raise ArgumentError("Confusion: scores must be numbers, got NaN")
 
 
+@called
 def accuracy(matrix: Matrix) -> float:
     """ACC, every task weighs the same: mean_j R[T-1][j]."""
     return trajectory(matrix)[-1]
 
 
+@called
 def accuracy_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> float:
     """ACC, every image weighs the same: sum_j n_j R[T-1][j] / sum_j n_j with n_j test images in task j."""
     return trajectory_sample_weighted(matrix, test_sizes)[-1]
 
 
+@called
 def mean_average_accuracy(matrix: Matrix) -> float:
     """MAA, every task weighs the same: mean_t mean_{j<=t} R[t][j]."""
     return _mean(trajectory(matrix))
 
 
+@called
 def mean_average_accuracy_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> float:
     """MAA, every image weighs the same: mean_t (sum_{j<=t} n_j R[t][j] / sum_{j<=t} n_j)."""
     return _mean(trajectory_sample_weighted(matrix, test_sizes))
 
 
+@called
 def accuracy_task_known(known: Matrix) -> float:
     """Accuracy with the task known, every task weighs the same: mean_j K[T-1][j]."""
-    return accuracy(known)
+    return accuracy(_checked("known", known))
 
 
+@called
 def task_recognition(recognised: Matrix) -> float:
     """Share of test images that fall to a class of their own task, every task weighs the same: mean_j D[T-1][j]."""
-    return accuracy(recognised)
+    return accuracy(_checked("recognised", recognised))
 
 
+@called
 def backward_transfer(matrix: Matrix) -> float | None:
     """BWT: mean_{j<T-1} (R[T-1][j] - R[j][j]); None for a single task."""
-    matrix = _checked(matrix)
+    matrix = _checked("matrix", matrix)
     return _mean_or_none([last - matrix[j][j] for j, last in enumerate(matrix[-1][:-1])])
 
 
+@called
 def forgetting(matrix: Matrix) -> float | None:
     """Forgetting: mean_{j<T-1} (max_{j<=t<=T-2} R[t][j] - R[T-1][j]); None for a single task."""
-    matrix = _checked(matrix)
+    matrix = _checked("matrix", matrix)
     best = [max(row[j] for row in matrix[j:-1]) for j in range(len(matrix) - 1)]
     return _mean_or_none([b - last for b, last in zip(best, matrix[-1], strict=False)])
 
 
+@called
 def plasticity(matrix: Matrix) -> float:
     """Plasticity, or learning accuracy (LA): mean_j R[j][j]."""
-    return _mean([row[-1] for row in _checked(matrix)])
+    return _mean([row[-1] for row in _checked("matrix", matrix)])
 
 
+@called
 def trajectory(matrix: Matrix) -> list[float]:
     """ACC after each task, every task weighs the same: mean_{j<=t} R[t][j] for t = 0..T-1."""
-    return [_mean(row) for row in _checked(matrix)]
+    return [_mean(row) for row in _checked("matrix", matrix)]
 
 
+@called
 def trajectory_sample_weighted(matrix: Matrix, test_sizes: Sequence[int]) -> list[float]:
     """ACC after each task, every image weighs the same: sum_{j<=t} n_j R[t][j] / sum_{j<=t} n_j."""
-    matrix = _checked(matrix)
+    matrix = _checked("matrix", matrix)
     test_sizes = _checked_sizes("test_sizes", test_sizes)
     if len(test_sizes) != len(matrix):
         raise ArgumentError(f"test_sizes must be {len(matrix)} positive numbers, got {shown(test_sizes)}")
     return [sum(n * r for n, r in zip(test_sizes, row, strict=False)) / sum(test_sizes[: len(row)]) for row in matrix]
 
 
+@called
 def summarize(matrix: Matrix, known: Matrix, recognised: Matrix, test_sizes: Sequence[int]) -> dict[str, float | None]:
     """All of the above under the names of ``results.json``, in percent or percentage points; of R, K and D."""
     return {
@@ -160,6 +190,7 @@ def summarize(matrix: Matrix, known: Matrix, recognised: Matrix, test_sizes: Seq
     }
 
 
+@called
 def summarize_head(matrix: Matrix) -> dict[str, Any]:
     """R of one of several heads of a run, and what follows from it, under the names of ``results.json``."""
     return {
@@ -172,6 +203,7 @@ def summarize_head(matrix: Matrix) -> dict[str, Any]:
     }
 
 
+@called
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation (n - 1); None instead of a deviation for a single value."""
     if not _are_numbers(values) or not len(values):
@@ -193,14 +225,14 @@ def _checked_sizes(name: str, sizes: Any) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def _checked(matrix: Matrix) -> list[list[float]]:
+def _checked(name: str, matrix: Matrix) -> list[list[float]]:
     """The matrix in Python's floats, whatever numbers it had; rows must have 1, 2, 3, ... of them."""
     if not isinstance(matrix, Sequence) or not all(map(_are_numbers, matrix)):
-        raise ArgumentError(f"an accuracy matrix must be a list of rows of numbers, got {shown(matrix)}")
+        raise ArgumentError(f"{name} must be a list of rows of numbers, got {shown(matrix)}")
     lengths = [len(row) for row in matrix]
     if not lengths or lengths != list(range(1, len(lengths) + 1)):
-        raise ArgumentError(f"an accuracy matrix needs rows of 1, 2, 3, ... entries, got rows of {lengths}")
-    return [_floats("an accuracy matrix", row) for row in matrix]
+        raise ArgumentError(f"{name} must have rows of 1, 2, 3, ... entries, got rows of {lengths}")
+    return [_floats(name, row) for row in matrix]
 
 
 def _floats(name: str, values: Sequence[float]) -> list[float]:

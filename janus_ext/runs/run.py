@@ -67,10 +67,10 @@ class Run:
             seeds = sorted(run.folder.glob("seed-*/config.json"))
             if seeds:
                 raise ArgumentError(
-                    f"{folder} holds the runs of {len(seeds)} seeds: name one, such as {seeds[0].parent}"
+                    f"folder {folder} holds the runs of {len(seeds)} seeds: name one, such as {seeds[0].parent}"
                 )
-            kind = "holds no run of this program" if run.folder.is_dir() else "is no folder"
-            raise ArgumentError(f"{folder} {kind}; wanted is what janus_ext.train or ContinualLearner.save wrote")
+            found = f"folder {folder} holds no run of this program" if run.folder.is_dir() else f"{folder} is no folder"
+            raise ArgumentError(f"{found}; wanted is what janus_ext.train or ContinualLearner.save wrote")
         return run
 
     @property
