@@ -211,6 +211,7 @@ class OnlineEstimator:
         For groups other than all processes, or with distributed=False: `extended` and `commit` do not sum them again.
         Once a task, after its last input; raises TaskBoundaryError at the second time.
         """
+        processes.check_group(f"{self.name}: group", group)
         if self._reduced:
             raise TaskBoundaryError(f"{self.name}: all_reduce() comes once a task, got a second one before the commit")
         self.statistics.all_reduce(group)

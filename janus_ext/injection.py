@@ -14,7 +14,7 @@ from janus_ext.backbone.places import Place, coverage, folded_qkv, places, repla
 from janus_ext.errors import ArgumentError
 from janus_ext.lora import LoRALayer, LoRALinear, LoRAQKV
 from janus_ext.lora_arguments import check_linear, check_rank
-from janus_ext.rectification import Rectification
+from janus_ext.rectification import Rectification, rectification_of
 
 
 class Injection(dict[str, LoRALayer]):
@@ -82,7 +82,7 @@ def inject(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"inject: model must be an nn.Module, got {type(model).__name__}")
-    how = Rectification.of("inject", rectify, options)
+    how = rectification_of("inject", rectify, options)
     with naming("inject"):
         found = places(model, targets)
     before = [name for name, module in model.named_modules() if isinstance(module, Adapter)]

@@ -20,7 +20,7 @@ from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_linear, check_rank, check_scale
 from janus_ext.ops import WORKING_DTYPES
 from janus_ext.protection import orthonormal, project_rows_, violation
-from janus_ext.rectification import Rectification
+from janus_ext.rectification import Rectification, rectification_of
 
 RECTIFY_IN = ("backward", "step")
 
@@ -72,7 +72,7 @@ class LoRALayer(Adapter):
         super().__init__()
         who = type(self).__name__
         check_scale(who, scale)
-        self.rectification = Rectification.of(who, rectify, options)
+        self.rectification = rectification_of(who, rectify, options)
         if not isinstance(rectify_in, str) or rectify_in not in RECTIFY_IN:
             raise ArgumentError(f"{who}: rectify_in must be one of {', '.join(RECTIFY_IN)}, got {shown(rectify_in)}")
         self.linear = linear.requires_grad_(False)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from janus_ext.arguments import check_tensor, shown
 from janus_ext.errors import ArgumentError, JanusError, ProcessError
 
 T = TypeVar("T")
@@ -36,6 +37,14 @@ def count(group: Any = None) -> int:
 def rank(group: Any = None) -> int:
     """The number of this process, from 0 on."""
     return dist.get_rank(group) if count(group) > 1 else 0
+
+
+def check_group(name: str, value: Any) -> None:
+    """ArgumentError unless it is a group of torch.distributed, this process in it or not, or None for all processes."""
+    if value is None or (dist.is_available() and value is dist.GroupMember.NON_GROUP_MEMBER):
+        return
+    if not dist.is_available() or not isinstance(value, dist.ProcessGroup):
+        raise ArgumentError(f"{name} must be a group of torch.distributed or None, got {shown(value)}")
 
 
 def is_first() -> bool:
@@ -102,11 +111,17 @@ def part(rows: Tensor) -> Tensor:
 
 
 def add_up(tensor: Tensor, group: Any = None) -> Tensor:
-    """The sum of all processes' tensors, in place."""
+    """The sum of all processes' tensors, in place; ArgumentError for what is no tensor, or no group."""
+    check_tensor("add_up: tensor", tensor, "with memory for each of its numbers", _has_room)
+    check_group("add_up: group", group)
     if count(group) > 1:
         with _reaching_others():
             dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def _has_room(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def add_up_at_first(tensor: Tensor, group: Any = None) -> None:

@@ -42,30 +42,30 @@ class Rectification:
     def __post_init__(self) -> None:
         _check("Rectification", *self.values)
 
-    @classmethod
-    def of(
-        cls, who: str, rectify: str | Rectification, options: Mapping[str, Any], balance: bool = True
-    ) -> Rectification:
-        """What the caller of `who` asks for: a whole Rectification, or the name of one with `options` of it.
-
-        `balance` holds where they do not say. Raises ArgumentError, which begins with `who`, or TypeError for an option
-        that there is not.
-        """
-        if isinstance(rectify, cls):
-            if options:
-                raise ArgumentError(f"{who}: {', '.join(options)} must be given in the Rectification, got both")
-            return rectify
-        unknown = [name for name in options if name not in _OPTIONS]
-        if unknown:
-            raise TypeError(f"{who}: options must be of {', '.join(_OPTIONS)}, got {', '.join(unknown)}")
-        options = {"damping": DAMPING, "share": SHARE, "balance": balance, **options}
-        _check(who, rectify, *(options[name] for name in _OPTIONS))
-        return cls(rectify, **options)
-
     @property
     def values(self) -> tuple[str, float, float, bool]:
         """The four in the order in which the raw ops take them."""
         return self.rectify, self.damping, self.share, self.balance
+
+
+def rectification_of(
+    who: str, rectify: str | Rectification, options: Mapping[str, Any], balance: bool = True
+) -> Rectification:
+    """What the caller of `who` asks for: a whole Rectification, or the name of one with `options` of it.
+
+    `balance` holds where they do not say. Raises ArgumentError, which begins with `who`, or TypeError for an option
+    that there is not.
+    """
+    if isinstance(rectify, Rectification):
+        if options:
+            raise ArgumentError(f"{who}: {', '.join(options)} must be given in the Rectification, got both")
+        return rectify
+    unknown = [name for name in options if name not in _OPTIONS]
+    if unknown:
+        raise TypeError(f"{who}: options must be of {', '.join(_OPTIONS)}, got {', '.join(unknown)}")
+    options = {"damping": DAMPING, "share": SHARE, "balance": balance, **options}
+    _check(who, rectify, *(options[name] for name in _OPTIONS))
+    return Rectification(rectify, **options)
 
 
 def _check(who: str, rectify: Any, damping: Any, share: Any, balance: Any) -> None:

@@ -26,7 +26,7 @@ from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.estimator import NothingObserved, OnlineEstimator, observing
 from janus_ext.pairs import warn_of_rounded_weights
 from janus_ext.processes import refuse_together
-from janus_ext.rectification import Rectification
+from janus_ext.rectification import Rectification, rectification_of
 from janus_ext.rectified import Rectified, rectified_layers, rectify_group
 from janus_ext.shared_inputs import SharedInputs, share_together
 
@@ -73,7 +73,7 @@ class GradientRectifier:
         **options: Any,
     ) -> None:
         check_number("GradientRectifier: energy", energy, lambda e: 0 <= e <= 1, "in [0, 1]")
-        self._rectification = Rectification.of("GradientRectifier", rectify, options)
+        self._rectification = rectification_of("GradientRectifier", rectify, options)
         if estimator_rank is not None:
             check_integer("GradientRectifier: estimator_rank", estimator_rank, lambda r: r >= 1, "positive")
         check_flag("GradientRectifier: share_inputs", share_inputs)

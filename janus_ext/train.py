@@ -16,7 +16,7 @@ import torch
 
 from janus_ext import processes
 from janus_ext.assembly import make_learner
-from janus_ext.backbone import weight_file
+from janus_ext.backbone.loading import weight_file
 from janus_ext.config import TrainConfig, command_line, flag
 from janus_ext.data import load_benchmark
 from janus_ext.data.benchmark import Benchmark

@@ -30,27 +30,34 @@ from janus_ext import (
     Rectification,
     backbone,
     ops,
+    processes,
     reference,
 )
+from janus_ext.backbone.families import declare_mlp, declare_separate, declare_stacked
+from janus_ext.data.benchmark import Benchmark, MemorySplit
 from janus_ext.runs import metrics
 
 N, R = 12, 3  # width of the inputs, rank
+DOCUMENTED = {  # what docs/ names beside, of modules that are for the program itself otherwise
+    *("families.declare_mlp", "families.declare_separate", "families.declare_stacked"),
+    *("benchmark.Benchmark", "benchmark.MemorySplit", "processes.add_up"),
+}
 
 
 def public_names() -> set[str]:
-    """Every exported callable with an argument, and every public method with one, errors left out."""
+    """Every exported callable with an argument, every public method with one, errors left out, and `DOCUMENTED`."""
     found = set()
     for prefix, module, names in (
         ("", janus_ext, janus_ext.__all__),
         ("ops.", ops, ops.__all__),
         ("backbone.", backbone, backbone.__all__),
-        ("metrics.", metrics, [n for n, v in vars(metrics).items() if not n.startswith("_") and _is_of(metrics, v)]),
+        ("metrics.", metrics, metrics.__all__),
     ):
         for name in names:
             thing = getattr(module, name)
             if callable(thing) and getattr(thing, "__module__", "").startswith("janus_ext"):
                 found |= set(_names(prefix + name, thing))
-    return found | {f"raw.{op}" for op in ops.OPS}
+    return found | {f"raw.{op}" for op in ops.OPS} | DOCUMENTED
 
 
 def _names(name: str, thing: Any) -> Iterator[str]:
@@ -66,10 +73,6 @@ def _names(name: str, thing: Any) -> Iterator[str]:
         ours = owner.__module__.startswith("janus_ext") and not attribute.startswith("_")
         if ours and isinstance(method, types.FunctionType | types.MethodType) and _takes(method):
             yield f"{name}.{attribute}"
-
-
-def _is_of(module: types.ModuleType, thing: Any) -> bool:
-    return getattr(thing, "__module__", None) == module.__name__
 
 
 def _takes(thing: Any) -> bool:
@@ -240,8 +243,16 @@ def _method(
 
 
 def _metric(name: str, **arguments: Any) -> Callable[[], Right]:
-    who = (name, "matrix", "test_sizes", "values")
-    return lambda: Right(getattr(metrics, name), dict(arguments), who=who, names=("matrix",))
+    return lambda: Right(getattr(metrics, name), dict(arguments), who=(f"{name}: ",))
+
+
+def _split_of_four() -> dict[str, Any]:
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    return {"images": images, "labels": torch.tensor([0, 1, 0, 1]), "samples": list("abcd"), "augmentation": None}
+
+
+class Own(nn.Module):
+    """A layer that nobody knows yet."""
 
 
 OF_PAIRS = ("layers", "A", "B", "rank", "scale", "module")
@@ -268,6 +279,7 @@ RIGHT: dict[str, Callable[[], Right]] = {
     "FeatureStatistics": lambda: Right(FeatureStatistics, {"dim": N, "device": "cpu"}, who=("FeatureStatistics",)),
     "FeatureStatistics.observe": lambda: _method(_statistics(), "observe", **_features()),
     "FeatureStatistics.reserve": lambda: _method(_statistics(), "reserve", classes=5),
+    "FeatureStatistics.all_reduce": lambda: _method(_statistics(), "all_reduce", group=None),
     "FeatureStatistics.merge": lambda: _method(_statistics(), "merge", other=_statistics()),
     "FeatureStatistics.transform": lambda: _method(_statistics(), "transform", matrix=torch.randn(N, N).double()),
     "FeatureStatistics.load_state_dict": lambda: _method(
@@ -283,6 +295,7 @@ RIGHT: dict[str, Callable[[], Right]] = {
     "OnlineEstimator.extended": lambda: _method(_estimator(), "extended", "layer", energy=0.5, max_rank=6),
     "OnlineEstimator.commit": lambda: _method(_estimator("isvd"), "commit", "layer", energy=0.5, max_rank=6),
     "OnlineEstimator.adopt": lambda: _method(_estimator(), "adopt", "layer", basis=orthonormal(N, 4, torch.float32)),
+    "OnlineEstimator.all_reduce": lambda: _method(_estimator(), "all_reduce", "layer", group=None),
     "OnlineEstimator.merge": lambda: _method(_estimator(), "merge", "layer", other=_estimator()),
     "OnlineEstimator.check_state": lambda: _method(
         _estimator(), "check_state", "layer", state=_estimator().state_dict()
@@ -324,9 +337,23 @@ RIGHT: dict[str, Callable[[], Right]] = {
     "uninject": lambda: Right(janus_ext.uninject, {"model": _injected()}, None, ("model",), ("uninject",)),
     "backbone.load_backbone": lambda: Right(
         backbone.load_backbone, {"name": "emoji", "weights": "none", "image_size": 64},
-        who=("load_backbone", "--backbone", "--weights"), names=("backbone", "image-size"),
+        who=("load_backbone: ",), names=("backbone", "image-size"),
     ),
-    "backbone.adopt": lambda: Right(backbone.adopt, {"model": tiny_model()}, who=("backbone",)),
+    "backbone.adopt": lambda: Right(backbone.adopt, {"model": tiny_model()}, who=("adopt: ",)),
+    **{
+        f"families.{declare.__name__}": partial(Right, declare, {given: Own}, who=(f"{declare.__name__}: ",))
+        for declare, given in ((declare_stacked, "attention"), (declare_separate, "attention"), (declare_mlp, "mlp"))
+    },
+    "benchmark.MemorySplit": lambda: Right(MemorySplit, _split_of_four(), who=("MemorySplit: ",)),
+    "benchmark.Benchmark": lambda: Right(
+        Benchmark,
+        {"name": "mine", "class_names": ("ant", "bee"), "train": MemorySplit(**_split_of_four()),
+         "test": MemorySplit(**_split_of_four()), "tasks": ((1,), (0,)), "validation": False, "family": str},
+        who=("Benchmark: ",),
+    ),
+    "processes.add_up": lambda: Right(
+        processes.add_up, {"tensor": torch.randn(3), "group": None}, None, ("tensor",), ("add_up: ",)
+    ),
     **{
         f"metrics.{name}": _metric(name, matrix=LOWER)
         for name in ("accuracy", "mean_average_accuracy", "backward_transfer", "forgetting", "plasticity", "trajectory",
@@ -353,20 +380,4 @@ ON_GPU: dict[str, Callable[[], Right]] = {
     for op in names
 }
 
-BY_PROCESSES = "test_processes.py: they need torch.distributed"
-BY_THE_PROGRAM = "what layers, runs and exports hand to each other, checked where it came in"
-ELSEWHERE: dict[str, str] = {
-    "FeatureStatistics.all_reduce": BY_PROCESSES,
-    "OnlineEstimator.all_reduce": BY_PROCESSES,
-    "Injection": "inject makes it",
-    "Rectification.of": "its arguments are the others' own: their names, and their **options",
-    **dict.fromkeys(
-        ["backbone.attach", "backbone.probe", "backbone.rebuild", "backbone.recompute_blocks", "backbone.weight_file"],
-        BY_THE_PROGRAM,
-    ),
-    **dict.fromkeys(["metrics.hits", "metrics.measured_on"], BY_THE_PROGRAM),
-    **dict.fromkeys(
-        ["ops.autocast", "ops.check_differentiation", "ops.check_rectify", "ops.is_empty", "ops.project"],
-        BY_THE_PROGRAM,
-    ),
-}
+ELSEWHERE = {"Injection": "inject makes it, others read it"}

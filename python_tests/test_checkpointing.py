@@ -9,7 +9,7 @@ from conftest import make_trainer, weights_of, without_time
 from torch import nn
 
 from janus_ext import ArgumentError
-from janus_ext.backbone import recompute_blocks
+from janus_ext.backbone.network import recompute_blocks
 from janus_ext.config import TrainConfig
 from janus_ext.methods.janus import Janus
 

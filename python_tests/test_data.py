@@ -110,8 +110,13 @@ def test_a_stream_is_augmented_only_with_a_generator():
 
 
 def test_a_split_of_uneven_parts_is_refused():
-    with pytest.raises(DataError, match="2 names"):
-        MemorySplit(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), torch.zeros(3), ["a", "b"])
+    images = torch.zeros(3, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ArgumentError, match="^MemorySplit: samples must be 3 names, one an image, got 2 names$"):
+        MemorySplit(images, torch.tensor([0, 1, 0]), ["a", "b"])
+    with pytest.raises(
+        ArgumentError, match=r"^MemorySplit: labels must be \[3\] integers, one an image, from 0 on, got"
+    ):
+        MemorySplit(images, torch.zeros(3), ["a", "b", "c"])
 
 
 # the embedded benchmark ----------------------------------------------------------------------------------------------

@@ -310,8 +310,11 @@ def test_the_shared_flags_are_applied_to_what_a_function_gives(here):
         ({"tasks": 7}, "--tasks must lie in 1..6"),
         ({"tasks": 6, "head": "linear"}, "--tasks 6 of 6 classes makes tasks of one class"),
         ({"benchmark": "others_here:nothing"}, "--benchmark others_here:nothing must give a Benchmark, got an object"),
-        ({"benchmark": "others_here:mislabelled"}, "others_here:mislabelled: train has label 2, and there are 2 class"),
-        ({"benchmark": "others_here:twice"}, "others_here:twice: tasks must have each of the class ids 0 .. 5 once"),
+        (
+            {"benchmark": "others_here:mislabelled"},
+            "mislabelled: Benchmark: train must have labels of 2 classes, got 2",
+        ),
+        ({"benchmark": "others_here:twice"}, "twice: Benchmark: tasks must have each of the class ids 0 .. 5 once"),
         ({"benchmark": "others_here:single", "head": "linear"}, "others_here:single: task 1 has one class, from which"),
     ],
 )

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from janus_ext import train
-from janus_ext.backbone import EMBEDDED, prepare_torchvision, weight_file
+from janus_ext.backbone import EMBEDDED, prepare_torchvision
+from janus_ext.backbone.loading import weight_file
 from janus_ext.runs import checkpoint
 from janus_ext.training import trainer as trainer_module
 

@@ -7,8 +7,12 @@ class that computes it stands in the tables below, and refused by its name other
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
+
+from janus_ext.arguments import called, shown
+from janus_ext.errors import ArgumentError
 
 PROJECTIONS = frozenset(  # a module with a child of such a name is taken for an attention layer
     "qkv q k v qk kv q_proj k_proj v_proj qkv_proj to_q to_k to_v to_kv to_qkv "
@@ -88,16 +92,19 @@ MLPS: dict[str, Maps] = {  # by the class whose `forward` runs, likewise tried
 }
 
 
+@called
 def declare_stacked(attention: type[nn.Module]) -> type[nn.Module]:
     """Say of an attention class of your own that its `qkv` is called, and has q, k, v on top of each other.
 
     And that it calls its `proj`, if you want that adapted. Also a decorator. Classes that inherit its `forward` are
     covered.
     """
+    _check_module("attention", attention)
     LAYOUTS[_name_of(attention)] = _as_named
     return attention
 
 
+@called
 def declare_separate(attention: type[nn.Module]) -> type[nn.Module]:
     """Say of an attention class of your own that it calls its projections to q, k and v, and all with one input.
 
@@ -106,10 +113,17 @@ def declare_separate(attention: type[nn.Module]) -> type[nn.Module]:
     return declare_stacked(attention)
 
 
+@called
 def declare_mlp(mlp: type[nn.Module]) -> type[nn.Module]:
     """Say of an MLP class of your own that it calls its `fc1` and its `fc2`. Also a decorator."""
+    _check_module("mlp", mlp)
     MLPS[_name_of(mlp)] = TWO_MAPS
     return mlp
+
+
+def _check_module(name: str, kind: Any) -> None:
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module):
+        raise ArgumentError(f"{name} must be a class that inherits nn.Module, got {shown(kind)}")
 
 
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:

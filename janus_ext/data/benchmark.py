@@ -6,12 +6,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from janus_ext.arguments import are_integers, check_flag, check_tensor, check_text, shown
 from janus_ext.data.layout import shorten
 from janus_ext.data.tasks import draw_share, split_sha256
 from janus_ext.errors import ArgumentError, DataError
@@ -21,6 +23,27 @@ if TYPE_CHECKING:
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 Part = Callable[[Tensor], Tensor]  # of a batch's rows, those that this process is to compute
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+
+
+def _are_lists_of_integers(value: Any) -> bool:
+    lists = (list, tuple, range)
+    return isinstance(value, lists) and all(isinstance(item, lists) and all(map(_is_integer, item)) for item in value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _are_pictures(images: Tensor) -> bool:
+    return images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3
+
+
+def _are_ids(labels: Tensor) -> bool:
+    return are_integers(labels) and not bool((labels < 0).any())
 
 
 def whole(rows: Tensor) -> Tensor:
@@ -86,11 +109,15 @@ class MemorySplit(Split):
     def __init__(
         self, images: Tensor, labels: Tensor, samples: Sequence[str], augmentation: Augmentation | None = None
     ) -> None:
-        if images.dtype != torch.uint8 or images.ndim != 4 or not len(images) == len(labels) == len(samples):
-            raise DataError(
-                f"a split needs uint8 images [N, 3, H, W] with N labels and N names, got {images.dtype} "
-                f"{tuple(images.shape)}, {len(labels)} labels, {len(samples)} names"
-            )
+        check_tensor("MemorySplit: images", images, "uint8 [N, 3, H, W]", _are_pictures)
+        N = len(images)
+        wanted = f"[{N}] integers, one an image, from 0 on"
+        check_tensor("MemorySplit: labels", labels, wanted, lambda y: list(y.shape) == [N] and _are_ids(y))
+        if not _are_texts(samples) or len(samples) != N:
+            found = f"{len(samples)} names" if _are_texts(samples) else shown(samples)
+            raise ArgumentError(f"MemorySplit: samples must be {N} names, one an image, got {found}")
+        if augmentation is not None and not callable(augmentation):
+            raise ArgumentError(f"MemorySplit: augmentation must be a function or None, got {shown(augmentation)}")
         self.images = images
         self.labels = labels.to(torch.int64)
         self.samples = tuple(samples)
@@ -171,6 +198,26 @@ class Benchmark:
     """Whether ``test`` is training images that were held out, and not the benchmark's test images."""
     family: Callable[[str], str] = str
     """Of a sample's name: one text for all samples that stay on one side of a split, as drawings of the same shapes."""
+
+    def __post_init__(self) -> None:
+        """ArgumentError unless the parts are of these types, and labels and tasks of the classes."""
+        check_text("Benchmark: name", self.name, "text")
+        if not _are_texts(self.class_names):
+            raise ArgumentError(f"Benchmark: class_names must be a list of texts, got {shown(self.class_names)}")
+        C = len(self.class_names)
+        for part in ("train", "test"):
+            split = getattr(self, part)
+            if not isinstance(split, Split):
+                raise ArgumentError(f"Benchmark: {part} must be a Split, got {shown(split)}")
+            strange = split.labels[(split.labels < 0) | (split.labels >= C)]
+            if len(strange):
+                raise ArgumentError(f"Benchmark: {part} must have labels of {C} classes, got {int(strange[0])}")
+        if not _are_lists_of_integers(self.tasks) or sorted(self.class_order) != list(range(C)):
+            found = shown(list(self.class_order) if _are_lists_of_integers(self.tasks) else self.tasks)
+            raise ArgumentError(f"Benchmark: tasks must have each of the class ids 0 .. {C - 1} once, got {found}")
+        check_flag("Benchmark: validation", self.validation)
+        if not callable(self.family):
+            raise ArgumentError(f"Benchmark: family must be a function of a name, got {shown(self.family)}")
 
     @property
     def class_order(self) -> tuple[int, ...]:

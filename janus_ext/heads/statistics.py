@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext import ops
+from janus_ext import ops, processes
 from janus_ext.arguments import (
     WIDEST,
     are_integers,
@@ -110,12 +110,18 @@ class FeatureStatistics:
             own[: len(added)] += added.to(own)
 
     def all_reduce(self, group: Any = None) -> None:
-        """Adds up the statistics of all processes of a ``torch.distributed`` group; all have the same afterwards."""
+        """Adds up the statistics of all processes of a ``torch.distributed`` group; all have the same afterwards.
+
+        ArgumentError for what is no group.
+        """
+        processes.check_group("FeatureStatistics: group", group)
+        if processes.count(group) == 1:
+            return
         classes = torch.tensor(len(self.counts), device=self.counts.device)
         torch.distributed.all_reduce(classes, torch.distributed.ReduceOp.MAX, group=group)
         self.reserve(int(classes))
         for name in NAMES:
-            torch.distributed.all_reduce(getattr(self, name), group=group)
+            processes.add_up(getattr(self, name), group)
 
     @torch.no_grad()
     def transform(self, matrix: Tensor) -> None:

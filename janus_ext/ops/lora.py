@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from janus_ext import reference
 from janus_ext.arguments import shown
 from janus_ext.ops.registry import RECTIFICATION, define, require_reverse_mode
-from janus_ext.rectification import Rectification
+from janus_ext.rectification import Rectification, rectification_of
 from janus_ext.reference.lora import padded_rank
 
 TARGETS = ("q", "k", "v")  # slices of a fused qkv projection, in this order
@@ -48,7 +48,7 @@ def lora_linear(
         [..., m], x's dtype.
     """
     check_differentiation("lora_linear", x, weight, bias, A, B)
-    how = Rectification.of("lora_linear", rectify, options, balance=False)
+    how = rectification_of("lora_linear", rectify, options, balance=False)
     return torch.ops.janus_ext.lora_linear(x, weight, bias, A, B, basis, scale, *how.values, defer)[0]
 
 
@@ -83,7 +83,7 @@ def lora_qkv(
     unknown = [t for t in targets if not isinstance(t, str) or t not in TARGETS] if named else [targets]
     if unknown:
         raise ValueError(f"lora_qkv: targets must be of q, k, v, got {', '.join(map(shown, unknown))}")
-    how = Rectification.of("lora_qkv", rectify, options, balance=False)
+    how = rectification_of("lora_qkv", rectify, options, balance=False)
     slices = [TARGETS.index(t) for t in targets]
     return torch.ops.janus_ext.lora_qkv(x, weight, bias, A, B, basis, scale, *how.values, defer, slices)[0]
 

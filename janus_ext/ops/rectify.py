@@ -10,7 +10,7 @@ from torch import Tensor
 from janus_ext import reference
 from janus_ext.arguments import shown
 from janus_ext.ops.registry import RECTIFICATION, define
-from janus_ext.rectification import Rectification
+from janus_ext.rectification import Rectification, rectification_of
 from janus_ext.reference.checks import check_scale
 
 
@@ -42,7 +42,7 @@ def rectify_(
             process, or of a CUDA graph that is only replayed. Float64 and ranks above 64 wait, and raise at once.
         options: as in `lora_linear`.
     """
-    how = Rectification.of("rectify_", rectify, options, balance=False)
+    how = rectification_of("rectify_", rectify, options, balance=False)
     lists = {"A": A, "B": B, "grad_A": grad_A, "grad_B": grad_B, "basis": basis}
     lists["scale"] = [scale] * len(A) if isinstance(scale, Real) and isinstance(A, Sequence) else scale
     for name, values in lists.items():

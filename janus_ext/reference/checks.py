@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext.rectification import Rectification
+from janus_ext.rectification import Rectification, rectification_of
 
 WORKING_DTYPES = (torch.float32, torch.float64)
 INPUT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -83,7 +83,7 @@ def require_apart(op: str, written: Mapping[str, Tensor], read: Mapping[str, Ten
 
 def check_rectify(op: str, scale: float, rectify: str | Rectification, **options: Any) -> Rectification:
     """The options that `lora_linear`, `lora_qkv` and `rectify_` share, as one; without balance unless it is asked."""
-    how = Rectification.of(op, rectify, options, balance=False)
+    how = rectification_of(op, rectify, options, balance=False)
     check_scale(op, scale)
     return how
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from janus_ext.rectification import Rectification
+from janus_ext.rectification import Rectification, rectification_of
 from janus_ext.reference.basis import is_empty, project
 from janus_ext.reference.checks import (
     check_factors,
@@ -54,7 +54,7 @@ def rectified(
         dA = (1/s) B^+ G_safe + Z A,   dB = (1/s) (I - P_B) G_safe A^+ - B Z,   Z = -(share/s) B^+ G_safe A^+
     with damped pseudo-inverses. `grad_A` is s B^T G, `grad_B` s G P A^T: the plain gradient of B when A V = 0.
     """
-    how = Rectification.of("rectified", rectify, options, balance=False)
+    how = rectification_of("rectified", rectify, options, balance=False)
     if how.rectify == "none":
         return grad_A, grad_B
     grad_A = project(grad_A, basis)
@@ -84,7 +84,7 @@ def rectify_(
     """Rectify the factor gradients of many layers in place; see `janus_ext.ops.rectify_`."""
     op = "rectify_"
     check_lengths(op, A, B, grad_A, grad_B, basis, scale)
-    how = Rectification.of(op, rectify, options, balance=False)
+    how = rectification_of(op, rectify, options, balance=False)
     for i in range(len(A)):
         check_scale(op, scale[i])
         check_pair(op, i, A[i], B[i], grad_A[i], grad_B[i], basis[i], how)
