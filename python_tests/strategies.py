@@ -135,6 +135,54 @@ def readable(value: Any) -> list[Tensor]:
     return [t.detach() for t in flat(value) if t.layout == torch.strided and not t.is_meta]
 
 
+def picture(value: Any) -> Any:
+    """All that a value holds, to be compared with what it holds later: bytes, numbers, names, lengths and orders.
+
+    Of objects that are neither tensors, arrays, modules, containers nor ours it is only which ones they are.
+    """
+    return _picture(value, set(), True)
+
+
+def _picture(value: Any, seen: set[int], modes: bool) -> Any:
+    if isinstance(value, Tensor):
+        return _of_tensor(value)
+    if isinstance(value, np.ndarray):
+        return ("array", value.dtype.str, value.shape, value.strides, value.tobytes())
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, range)):
+        return (type(value), repr(value) if isinstance(value, (float, complex)) else value)
+    ours = type(value).__module__.startswith("janus_ext.")
+    if id(value) in seen or not (ours or isinstance(value, (Mapping, list, tuple, torch.nn.Module))):
+        return (type(value), id(value))
+    seen.add(id(value))
+    modes = modes and not ours  # of a network within an object of ours each use sets the mode that it needs
+    if isinstance(value, (list, tuple)):
+        return (type(value), *(_picture(item, seen, modes) for item in value))
+    items = dict(value) if isinstance(value, Mapping) else {}
+    if isinstance(value, torch.nn.Module):
+        items |= {"training": value.training, **dict(value.named_parameters()), **dict(value.named_buffers())}
+    if ours:
+        items |= vars(value)
+    if not modes:
+        items.pop("training", None)
+    return (type(value), *((name, _picture(item, seen, modes)) for name, item in items.items()))
+
+
+def _of_tensor(tensor: Tensor) -> Any:
+    about = ("tensor", tensor.dtype, tuple(tensor.shape), tensor.requires_grad, str(tensor.layout), tensor.is_meta)
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return about
+    return (*about, tensor.stride(), tensor.storage_offset(), bytes(_bytes(tensor.detach()).cpu().numpy()))
+
+
+def difference(before: Any, after: Any) -> str:
+    """The first place where two pictures differ, in words; "" where they do not."""
+    if before == after:
+        return ""
+    if not isinstance(before, tuple) or not isinstance(after, tuple) or len(before) != len(after):
+        return f"{before!r:.200} has become {after!r:.200}"
+    return next(found for one, other in zip(before, after, strict=True) if (found := difference(one, other)))
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TOLERANCE, relative_error
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 from public_calls import ELSEWHERE, ON_GPU, RIGHT, Right, public_names
-from strategies import calls, flat, plain, readable, stored
+from strategies import calls, difference, flat, picture, plain, readable, stored
 from test_ops import sample_inputs
 from torch import Tensor, nn
 
@@ -92,6 +93,25 @@ def test_halves_of_pairs_are_escaped() -> None:
     assert on_one_line("a\udcff\n") == "a\\udcff\\n"
 
 
+@pytest.mark.parametrize(
+    ("value", "change"),
+    [
+        ([1.0, 2.0], lambda value: value.pop()),
+        ({"a": [1]}, lambda value: value["a"].append(2)),
+        ({"a": 1, "b": 2}, lambda value: value.update(a=value.pop("a"))),  # the order
+        ((np.zeros(3),), lambda value: value[0].fill(1)),
+        ([torch.zeros(3)], lambda value: value.append(torch.zeros(3))),
+        ([torch.zeros(3)], lambda value: value[0].requires_grad_()),
+        (nn.Linear(2, 2), lambda value: value.eval()),
+    ],
+)
+def test_a_change_of_any_kind_is_seen(value: Any, change: Callable[[Any], Any]) -> None:
+    before = picture(value)
+    assert not difference(before, picture(value))
+    change(value)
+    assert difference(before, picture(value))
+
+
 @pytest.mark.parametrize("op", [op for op in ops.OPS if op != "rectify_"])
 def test_none_for_the_first_tensor_is_refused(device: str, op: str) -> None:
     """On a GPU, too, where that is the tensor whose device an op runs on."""
@@ -140,19 +160,19 @@ def _seeded(make: Callable[[], Right]) -> Right:
 def _examine(make: Callable[[], Right], right: Right, arguments: dict[str, Any]) -> bool:
     """Whether a call is refused; either way all that is asked of it holds."""
     held, copies = (arguments, right.owner), plain(arguments)
-    before = [memory.clone() for memory in stored(held)]
+    before, memory = picture(held), [memory.clone() for memory in stored(held)]
     read = {key: value for key, value in arguments.items() if key not in right.written}
-    read_before = [memory.clone() for memory in stored(read)]
+    read_before = picture(read)
     _seed(1)
     try:
         result = right.call(**arguments)
     except Exception as error:
         _assert_names_what_is_wrong(right, arguments, error)
-        assert all(map(torch.equal, stored(held), before)), "an input or the object has changed"
+        assert not (changed := difference(before, picture(held))), f"an input or the object has changed: {changed}"
         _assert_still_right(make, right)
         return True
-    assert all(map(torch.equal, stored(read), read_before)), "an input has changed"
-    _assert_written_within(right, arguments, copies, before)
+    assert not (changed := difference(read_before, picture(read))), f"an input has changed: {changed}"
+    _assert_written_within(right, arguments, copies, memory)
     if _is_comparable(right, arguments):
         _assert_as_on_plain_copies(make, right, arguments, copies, result)
     return False
