@@ -12,6 +12,7 @@ from trees import folders
 from janus_ext import ContinualLearner, evaluate, train
 from janus_ext.config import TrainConfig
 from janus_ext.data import emoji, folder, images
+from janus_ext.data.benchmark import Split
 from janus_ext.data.tasks import draw_share
 from janus_ext.errors import DataError
 from janus_ext.exports import card
@@ -104,10 +105,12 @@ def test_drawings_of_one_family_stay_on_one_side(share, held):
 
 
 # what is read ---------------------------------------------------------------------------------------------------------
-class Untouchable:
-    """A test split that must rest."""
+class Untouchable(Split):
+    """A test split that must rest; but that its labels are of the classes is looked at when a benchmark is made."""
 
     def __getattribute__(self, name):
+        if name == "labels":
+            return torch.zeros(1, dtype=torch.int64)
         raise AssertionError(f"{name} of the test images was asked for")
 
 
