@@ -350,8 +350,9 @@ def test_a_learner_learns_with_several_processes(both, weights, tree, folder, tm
     one, other = both("learned")
     assert one["state"].keys() == other["state"].keys() and one["predicted"] == other["predicted"]
     assert all(torch.equal(tensor, other["state"][name]) for name, tensor in one["state"].items())
-    assert one["refused"] == other["refused"] and one["refused"].startswith("classes must be the same in all processes")
-    assert one["seeds"] == other["seeds"] == "seed must be the same in all processes, got 0 and, in process 1, 1"
+    said = "must be the same in all processes, got"
+    assert one["refused"] == other["refused"] and one["refused"].startswith(f"ContinualLearner.learn: classes {said} ")
+    assert one["seeds"] == other["seeds"] == f"ContinualLearner.learn: seed {said} 0 and, in process 1, 1"
     alone = learner_of(weights)
     alone.learn(tree, [trees.wnid(0), trees.wnid(1)])
     alone.observe(tree)
