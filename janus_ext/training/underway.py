@@ -87,8 +87,11 @@ class Underway:
         self._require_finite(tensors | prefixed("method", self.method.added_up()), epoch, step)
 
     def _require_finite(self, tensors: dict[str, Tensor], epoch: int, step: int) -> None:
-        broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
-        if broken:
+        floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        flags = [tensor.isfinite().all().to(self.device) for tensor in floats.values()]
+        whole = torch.stack(flags).tolist()  # the device is waited for once
+        if not all(whole):
+            broken = [name for name, is_whole in zip(floats, whole, strict=True) if not is_whole]
             names = {id(parameter): name for name, parameter in self.method.model.named_parameters()}
             kind, index, slot = f"{broken[0]}.".split(".", 2)
             ours = names[id(self.parameters[int(index)])] if kind in ("parameters", "optimizer") else ""
