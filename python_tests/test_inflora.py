@@ -341,9 +341,17 @@ def test_inputs_that_are_not_finite_are_named_and_nothing_is_merged(patterns, we
     assert not any(memory.basis.numel() for memory in method.memories.values())
 
 
-def test_bad_inputs_are_named_with_their_task(patterns, weights, tmp_path):
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.0, "task 1: blocks.1.attn.qkv: the inputs of the task are all zero"),
+        (float("nan"), "task 1: the features of .* not finite is that of backbone.blocks.1.norm1;"),
+    ],
+)
+def test_bad_inputs_are_named_with_their_task(patterns, weights, tmp_path, value, said):
     trainer = make_trainer(patterns, weights, tmp_path, method="inflora")
+    norm = trainer.learner.model.backbone.blocks[1].norm1
     with torch.no_grad():
-        trainer.learner.model.backbone.blocks[1].norm1.weight.fill_(float("nan"))
-    with pytest.raises(TrainingError, match="task 1: blocks.1.attn.qkv: the inputs of the task"):
+        norm.weight.fill_(value), norm.bias.fill_(value)
+    with pytest.raises(TrainingError, match=said):
         trainer.run()
