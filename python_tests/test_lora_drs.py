@@ -210,8 +210,10 @@ def test_statistics_that_are_not_finite_are_named_and_nothing_is_changed(pattern
     trainer.learner.model.add_task(2)
     method.layers["blocks.0.attn.qkv"].linear.weight.data[-1, 0] = float("inf")
     before = weights_now(method)
-    with pytest.raises(StatisticsError, match="blocks.1.attn.qkv"):
+    with pytest.raises(StatisticsError, match="is that of backbone.blocks.0.attn.qkv$"):  # where it begins
         method.begin_task(task_of(trainer, 1))
+    with pytest.raises(StatisticsError, match="blocks.1.attn.qkv"):  # the first whose inputs are spoiled
+        method.open_task(task_of(trainer, 1))
     assert all(torch.equal(weight, before[name]) for name, weight in weights_now(method).items())
 
 
