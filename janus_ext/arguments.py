@@ -112,21 +112,37 @@ def naming(who: str) -> Iterator[None]:
     try:
         yield
     except JanusError as error:
-        raise type(error)(f"{who}: {error.text}") from error
+        error.args = (f"{who}: {error.text}",)
+        raise
 
 
 def called(function: Callable[P, T]) -> Callable[P, T]:
     """Errors of ours that leave ``function`` say its name; of several such, one within the other, the outermost's."""
 
+    name = function.__qualname__.removesuffix(".__init__")
+
     @functools.wraps(function)
     def named(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return function(*args, **kwargs)
-        except JanusError as error:
-            error.function = function.__qualname__.removesuffix(".__init__")
-            raise
+        with _saying(name):
+            result = function(*args, **kwargs)
+        return _saying_of_each(name, result) if inspect.isgenerator(result) else result
 
     return named
+
+
+@contextmanager
+def _saying(function: str) -> Iterator[None]:
+    try:
+        yield
+    except JanusError as error:
+        error.function = function
+        raise
+
+
+def _saying_of_each(function: str, results: Iterator[T]) -> Iterator[T]:
+    """The same of what computes as it is asked."""
+    with _saying(function):
+        yield from results
 
 
 def methods_called(kind: type[T]) -> type[T]:

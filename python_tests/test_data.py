@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -211,3 +212,11 @@ def test_the_parts_of_a_batch_are_the_batch(patterns, kind) -> None:
     for (batch, labels), *pieces in zip(whole, *parts, strict=True):
         assert torch.equal(batch, torch.cat([piece for piece, _ in pieces]))
         assert torch.equal(labels, torch.cat([piece for _, piece in pieces]))
+
+
+@pytest.mark.parametrize("labels", [[0, 1], None, torch.tensor([0.5, 1.0])], ids=["list", "none", "fractions"])
+def test_labels_of_a_split_of_ones_own_are_integers(patterns, labels) -> None:
+    own = Own(patterns.train.images, patterns.train.labels, patterns.train.samples)
+    own.labels = labels
+    with pytest.raises(ArgumentError, match=r"Benchmark: train\.labels must be "):
+        replace(patterns, train=own)

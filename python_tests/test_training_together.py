@@ -102,6 +102,27 @@ def spoiled(benchmark: Benchmark, weights: Path, folder: Path, rank: int, amp: s
     return "nothing"
 
 
+def spoiled_statistics(benchmark: Benchmark, weights: Path, folder: Path, rank: int) -> str:
+    """Of the second process alone, in the first step: what nothing but a look at them tells."""
+    trainer, steps, take = trainer_of(benchmark, weights, folder, epochs=1), [], Learner._step
+
+    def step(self: Learner, *args: Any) -> Any:
+        result = take(self, *args)
+        steps.append(None)
+        if rank == 1 and len(steps) == 1:
+            self.method.estimators["blocks.1.attn.qkv"].statistics.gram.fill_(torch.inf)
+        return result
+
+    Learner._step = step
+    try:
+        trainer.run()
+    except TrainingError as error:
+        return str(error)
+    finally:
+        Learner._step = take
+    return "nothing"
+
+
 def taken_up(benchmark: Benchmark, weights: Path, folder: Path) -> Outcome:
     trainer = trainer_of(benchmark, weights, folder)
     trainer.restore()
@@ -223,6 +244,7 @@ def work(rank: int, folder: Path, benchmark: Benchmark, weights: Path, tree: Pat
     outcome["learned"] = learned(weights, tree, folder / "learner", rank)
     outcome["watching"] = watching(benchmark, weights, folder / "watching")
     outcome["spoiled"] = [spoiled(benchmark, weights, folder / f"spoiled {amp}", rank, amp) for amp in ("off", "fp16")]
+    outcome["spoiled statistics"] = spoiled_statistics(benchmark, weights, folder / "spoiled statistics", rank)
     outcome["gradients"] = gradients(rank)
     outcome["evaluated"] = evaluated(benchmark, weights, folder / "evaluated")
     os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}  # as torchrun says
@@ -293,6 +315,12 @@ def test_what_one_alone_spoils_ends_all_with_the_same_line(both) -> None:
     said = r"the loss is nan in task 1, epoch 1, step 2; .*"
     assert re.fullmatch(said + r"not finite by then: backbone\..*", one[0])
     assert re.fullmatch(said + r"not finite is that of backbone\.blocks\.1\.mlp\.fc1 there", one[1])
+
+
+def test_statistics_that_one_alone_spoils_end_all_with_the_same_line(both) -> None:
+    one, other = both("spoiled statistics")
+    assert one == other
+    assert re.match(r"\S*blocks\.1\.attn\.qkv\.gram is not finite in task 1, behind epoch 1 and step 0", one)
 
 
 def test_each_scores_its_share(both, hard) -> None:

@@ -209,11 +209,14 @@ class Benchmark:
             split = getattr(self, part)
             if not isinstance(split, Split):
                 raise ArgumentError(f"Benchmark: {part} must be a Split, got {shown(split)}")
+            check_tensor(f"Benchmark: {part}.labels", split.labels, "integers [N]", are_integers)
             strange = split.labels[(split.labels < 0) | (split.labels >= C)]
             if len(strange):
                 raise ArgumentError(f"Benchmark: {part} must have labels of {C} classes, got {int(strange[0])}")
-        if not _are_lists_of_integers(self.tasks) or sorted(self.class_order) != list(range(C)):
-            found = shown(list(self.class_order) if _are_lists_of_integers(self.tasks) else self.tasks)
+        if not _are_lists_of_integers(self.tasks):
+            raise ArgumentError(f"Benchmark: tasks must be lists of class ids, got {shown(self.tasks)}")
+        if sorted(self.class_order) != list(range(C)):
+            found = shown(list(self.class_order))
             raise ArgumentError(f"Benchmark: tasks must have each of the class ids 0 .. {C - 1} once, got {found}")
         check_flag("Benchmark: validation", self.validation)
         if not callable(self.family):

@@ -68,10 +68,11 @@ class Janus(ProtectedLoRA):
     def state_within_task(self) -> dict[str, Tensor]:
         for estimator in self.estimators.values():
             estimator.collect()  # what is kept is the first process's state
-        return self.added_up()
+        return states("estimators", self.estimators)
 
     def added_up(self) -> dict[str, Tensor]:
-        return states("estimators", self.estimators)
+        statistics = {name: estimator.statistics.tensors() for name, estimator in self.estimators.items()}
+        return {f"estimators.{name}.{key}": found[key] for name, found in statistics.items() for key in found}
 
     def load_state_within_task(self, state: dict[str, Tensor]) -> None:
         load_states("estimators", self.estimators, state)

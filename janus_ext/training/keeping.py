@@ -27,6 +27,7 @@ from janus_ext.training.underway import State, Underway
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 AGREE_EVERY = 2.0  # seconds; a launcher that has asked them to end waits 30
+FADING = 0.97  # a step, of a slow pace: on a GPU only a step that reads the losses tells how long the others took
 
 
 class Keeping:
@@ -92,7 +93,8 @@ class Keeping:
     def _agree(self, due: bool) -> tuple[int, int]:
         """Whether a state is wanted, and the signal that ends all, if one came; and when they will agree again."""
         if self._since:
-            self._pace = (time.monotonic() - self._agreed) / self._since
+            measured = (time.monotonic() - self._agreed) / self._since
+            self._pace = max(measured, self._pace * FADING**self._since)
         wanted, ending, slowest = processes.largest([due or self._asked, self._ending or 0, round(1e6 * self._pace)])
         self._apart = max(1, min(READ_EVERY, int(1e6 * AGREE_EVERY) // max(1, slowest)))
         self._since, self._agreed = 0, time.monotonic()

@@ -133,7 +133,8 @@ class Learner:
                 raise
             batches = self._training_batches(images, len(self.sizes) - 1, error.epoch, error.step)
             batch = next(batches)[0]
-            passes = [partial(self.model, batch)] if len(batch) else []
+            pieces = batch.split(self.model.images_at_once) if len(batch) else ()
+            passes = (partial(self.model, piece) for piece in pieces)
             raise TrainingError(f"{error}; {said_of_overflow(self.model, passes)} there") from error
 
     def _train_epoch(

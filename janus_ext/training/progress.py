@@ -30,9 +30,7 @@ def make_bar(steps: int, done: int) -> tqdm:
 class LossError(TrainingError):
     """The loss of a step, counted from 0 within its epoch, is not finite."""
 
-    def __init__(self, message: str, epoch: int, step: int) -> None:
-        super().__init__(message)
-        self.epoch, self.step = epoch, step
+    epoch = step = 0
 
 
 @dataclass
@@ -87,7 +85,9 @@ class Progress:
         for step, value in zip(steps, values[0], strict=True):
             if not math.isfinite(value):
                 message = f"the loss is {value} in task {self.task + 1}, epoch {self.epoch + 1}, step {step + 1}; "
-                raise LossError(message + "a smaller --lr, --clip-norm 1 or --amp off may help", self.epoch, step)
+                error = LossError(message + "a smaller --lr, --clip-norm 1 or --amp off may help")
+                error.epoch, error.step = self.epoch, step
+                raise error
         for value, n in zip(values[0], images, strict=True):  # one by one: when they are read must not change the sum
             self.totals[0] += value * n
         self.totals[1] += sum(values[1])

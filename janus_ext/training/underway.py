@@ -79,7 +79,7 @@ class Underway:
         return State(tensors, about)
 
     def require_finite(self, epoch: int, step: int) -> None:
-        """TrainingError where the steps so far left a parameter or a statistic that is not finite.
+        """TrainingError, in all processes, where the steps so far left a parameter or a statistic that is not finite.
 
         No loss tells of the last step, nor of an input whose square is too large.
         """
@@ -90,8 +90,9 @@ class Underway:
         floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         flags = [tensor.isfinite().all().to(self.device) for tensor in floats.values()]
         whole = torch.stack(flags).tolist()  # the device is waited for once
-        if not all(whole):
-            broken = [name for name, is_whole in zip(floats, whole, strict=True) if not is_whole]
+        broken = [name for name, is_whole in zip(floats, whole, strict=True) if not is_whole]
+        if processes.largest([len(broken)])[0]:  # statistics are each process's own, and all end together
+            broken = next(found for found in processes.gathered(broken) if found)
             names = {id(parameter): name for name, parameter in self.method.model.named_parameters()}
             kind, index, slot = f"{broken[0]}.".split(".", 2)
             ours = names[id(self.parameters[int(index)])] if kind in ("parameters", "optimizer") else ""
