@@ -31,6 +31,7 @@ from janus_ext.training import keeping as keeping_module
 from janus_ext.training.loop import Learner
 from janus_ext.training.parallel import add_up_gradients
 from janus_ext.training.progress import make_bar
+from janus_ext.training.trainer import Trainer
 
 pytestmark = pytest.mark.xdist_group("together")
 
@@ -81,6 +82,19 @@ def cut(benchmark: Benchmark, weights: Path, folder: Path, rank: int) -> Outcome
     return {"number": None}
 
 
+def ended_by(trainer: Trainer, step: Callable[..., Any]) -> str:
+    """What a run ends with, where another one is in the place of a step."""
+    take = Learner._step
+    Learner._step = step
+    try:
+        trainer.run()
+    except TrainingError as error:
+        return str(error)
+    finally:
+        Learner._step = take
+    return "nothing"
+
+
 def spoiled(benchmark: Benchmark, weights: Path, folder: Path, rank: int, amp: str) -> str:
     """A network in which the second process alone computes what is not finite, in the second step."""
     trainer, steps, take = trainer_of(benchmark, weights, folder, amp=amp), [], Learner._step
@@ -92,14 +106,7 @@ def spoiled(benchmark: Benchmark, weights: Path, folder: Path, rank: int, amp: s
             module.register_forward_hook(lambda module, given, output: output * torch.inf)
         return take(self, *args)
 
-    Learner._step = step
-    try:
-        trainer.run()
-    except TrainingError as error:
-        return str(error)
-    finally:
-        Learner._step = take
-    return "nothing"
+    return ended_by(trainer, step)
 
 
 def spoiled_statistics(benchmark: Benchmark, weights: Path, folder: Path, rank: int) -> str:
@@ -113,14 +120,7 @@ def spoiled_statistics(benchmark: Benchmark, weights: Path, folder: Path, rank: 
             self.method.estimators["blocks.1.attn.qkv"].statistics.gram.fill_(torch.inf)
         return result
 
-    Learner._step = step
-    try:
-        trainer.run()
-    except TrainingError as error:
-        return str(error)
-    finally:
-        Learner._step = take
-    return "nothing"
+    return ended_by(trainer, step)
 
 
 def taken_up(benchmark: Benchmark, weights: Path, folder: Path) -> Outcome:
