@@ -186,6 +186,27 @@ def test_what_a_method_draws_behind_its_last_epoch_is_the_same(patterns, weights
     assert without_time(second.run()) == wanted
 
 
+def test_what_lies_between_steps_makes_none_slow(monkeypatch):
+    """An evaluation before them, and the write of a state among them, of a minute each."""
+    agreed, now = [], 100.0
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "largest", lambda values: agreed.append(step) or list(values))
+    monkeypatch.setattr(keeping_module.time, "monotonic", lambda: now)
+    underway = type("Underway", (), {"state": lambda self, epoch, step: None})()
+
+    def writing(state):
+        nonlocal now
+        now += 60
+
+    keeping = Keeping(writing, every="0.01m")
+    now += 60
+    with keeping.stepping():
+        for step in range(1, 62):
+            now += 0.03
+            keeping.step_done(underway, 0, step)
+    assert agreed == [1, 21, 41, 61]
+
+
 @pytest.mark.parametrize(("seconds", "apart"), [(0.001, 20), (0.25, 8), (5.0, 1)])
 def test_several_agree_soon_however_slow_a_step_is(monkeypatch, seconds, apart):
     """Behind the first step, which tells how long one takes, and about every two seconds from then on."""

@@ -64,6 +64,7 @@ class Keeping:
     def stepping(self) -> Iterator[None]:
         """Within it are the epochs of a task: a signal waits for the end of the step that is computed."""
         self._stepping = True
+        self._since, self._agreed = 0, time.monotonic()  # what lies between two tasks is no step
         try:
             yield
         finally:
@@ -86,7 +87,7 @@ class Keeping:
         if wanted or ending:
             self._asked = False
             self.write(underway.state(epoch, step))
-            self._written = time.monotonic()
+            self._written = self._agreed = time.monotonic()
         if ending:
             raise Interrupted(ending)
 
