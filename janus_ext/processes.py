@@ -272,4 +272,6 @@ def _reaching_others() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         reason = str(error).strip().splitlines()[0]
+        if "invalid usage" in reason:  # all that nccl says of two processes with one GPU
+            raise ProcessError(f"each process needs a GPU of its own: {reason}") from error
         raise ProcessError(f"another process ended, or does not answer: {reason}") from error

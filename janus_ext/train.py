@@ -63,17 +63,25 @@ def train(config: TrainConfig) -> list[table.Results]:
 
 
 def own_device(name: str) -> torch.device:
-    """`pick_device`; of several processes of a machine each takes a GPU of its own, or the only one that it sees."""
+    """`pick_device`; of several processes of a machine each takes a GPU of its own, or the only one that it sees.
+
+    Raises:
+        ArgumentError: two processes have one GPU, of which nccl says no more than "invalid usage".
+    """
     device, (number, others) = pick_device(name), processes.on_this_machine()
-    if device.type == "cpu" or others == 1 or processes.count() == 1:
+    if processes.count() == 1:
         return device
-    seen = torch.cuda.device_count()
-    if device.index is not None:
-        raise ArgumentError(f"--device {name} is one GPU for {others} processes: leave it out, each takes its own")
-    if 1 < seen < others:
-        raise ArgumentError(f"{others} processes need as many GPUs, this machine has {seen}")
-    device = torch.device("cuda", number if seen > 1 else 0)
-    torch.cuda.set_device(device)
+    if device.type == "cuda" and others > 1:
+        if device.index is not None:
+            raise ArgumentError(f"--device {name} is one GPU for {others} processes: leave it out, each takes its own")
+        device = torch.device("cuda", number % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    gpus = [gpu for gpu in processes.gathered(own) if gpu is not None]
+    if len(set(gpus)) < len(gpus):
+        raise ArgumentError(
+            f"--device: {len(gpus)} processes need as many GPUs, they see {len(set(gpus))}; begin fewer or take cpu"
+        )
     return device
 
 

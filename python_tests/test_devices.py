@@ -1,15 +1,17 @@
 """Where a run computes: autocast by the hardware, and repeatable kernels on a GPU, as far as a CPU can show."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from janus_ext import devices
+from janus_ext import devices, processes
 from janus_ext.config import MethodName
-from janus_ext.errors import TrainingError
+from janus_ext.errors import ArgumentError, ProcessError, TrainingError
+from janus_ext.train import own_device
 
 CPU = torch.device("cpu")
 # What PyTorch has no repeatable CUDA kernel for and refuses under use_deterministic_algorithms(True), but for cumsum,
@@ -107,3 +109,51 @@ def test_float16_without_float16_arithmetic_is_said(monkeypatch, caplog, unit):
     caplog.clear()
     assert devices.pick_amp("auto", CPU) == "bf16" and devices.pick_amp("off", CPU) == "off"
     assert not caplog.text
+
+
+class Machine:
+    """A process of a machine as `own_device` sees it: the GPUs that it sees, and those that other processes took."""
+
+    def __init__(self, monkeypatch, gpus, local, processes_here, taken=()):
+        self.now = None
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid=gpus[d.index or 0]))
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(self, "now", device))
+        monkeypatch.setattr(processes, "count", lambda: 1 + len(taken))
+        monkeypatch.setattr(processes, "gathered", lambda own: [*taken, own])
+        monkeypatch.setattr(processes, "on_this_machine", lambda: (local, processes_here))
+
+
+def test_each_of_several_processes_takes_a_gpu_of_its_own(monkeypatch):
+    machine = Machine(monkeypatch, ["a", "b"], 1, 2, taken=["a"])
+    assert own_device("auto") == machine.now == torch.device("cuda:1")
+    machine = Machine(monkeypatch, ["b"], 1, 2, taken=["a"])  # as a scheduler hands them out
+    assert own_device("cuda") == machine.now == torch.device("cuda:0")
+    machine = Machine(monkeypatch, ["a", "b"], 0, 1, taken=["of another machine"])
+    assert own_device("cuda:1") == torch.device("cuda:1") and machine.now is None
+    Machine(monkeypatch, [], 1, 2, taken=[None])
+    assert own_device("auto") == CPU
+    Machine(monkeypatch, ["a"], 0, 1)
+    assert own_device("cuda:0") == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local", "taken", "found"), [(["a"], 1, ["a"], "2.*see 1;"), (["a", "b"], 3, ["a", "b", "a"], "4.*see 2;")]
+)
+def test_two_processes_with_one_gpu_are_refused(monkeypatch, gpus, local, taken, found):
+    """nccl would say no more than "invalid usage"."""
+    Machine(monkeypatch, gpus, local, len(taken) + 1, taken)
+    with pytest.raises(ArgumentError, match=f"^--device: {found.replace('.*', ' processes need as many GPUs, they ')}"):
+        own_device("auto")
+    with pytest.raises(ArgumentError, match=r"^--device cuda:0 is one GPU for \d processes: leave it out"):
+        own_device("cuda:0")
+
+
+def test_what_nccl_says_of_one_gpu_for_two_is_said_in_words():
+    reason = "NCCL error in: NCCLUtils.cpp:93, invalid usage"
+    with (
+        pytest.raises(ProcessError, match=f"^each process needs a GPU of its own: {reason}$"),
+        processes._reaching_others(),
+    ):
+        raise torch.distributed.DistBackendError(f"{reason}\nmore")
