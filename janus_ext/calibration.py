@@ -59,9 +59,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def checked_temperature(temperature: float) -> float:
-    """``temperature`` if it is one."""
+    """``temperature`` if it is one, as a float: torch divides by no larger integer than int64."""
     check_number("temperature", temperature, lambda T: 0 < T < math.inf, "positive and finite")
-    return temperature
+    return float(temperature)
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:

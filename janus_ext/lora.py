@@ -77,7 +77,7 @@ class LoRALayer(Adapter):
             raise ArgumentError(f"{who}: rectify_in must be one of {', '.join(RECTIFY_IN)}, got {shown(rectify_in)}")
         self.linear = linear.requires_grad_(False)
         self.has_master = False
-        self.scale, self.rectify_in = scale, rectify_in
+        self.scale, self.rectify_in = float(scale), rectify_in  # torch multiplies by no larger integer than int64
         device = linear.weight.device
         dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
         self.A = nn.Parameter(torch.empty(*shape_A, dtype=dtype, device=device))

@@ -143,7 +143,7 @@ class DecoupledMarginLoss(nn.Module):
             ("weight", weight, lambda w: 0 <= w < math.inf, "finite and not negative"),
         ):
             check_number(f"DecoupledMarginLoss: {name}", value, fits, wanted)
-        self.margin, self.temperature, self.weight = margin, temperature, weight
+        self.margin, self.temperature, self.weight = float(margin), float(temperature), float(weight)
 
     def forward(self, features: Tensor, prototypes: Tensor | ClassPrototypes) -> Tensor:
         """features [N, d], prototypes [C, d] with unit rows -> scalar; exactly zero without prototypes."""

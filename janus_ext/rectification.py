@@ -45,7 +45,7 @@ class Rectification:
     @property
     def values(self) -> tuple[str, float, float, bool]:
         """The four in the order in which the raw ops take them."""
-        return self.rectify, self.damping, self.share, self.balance
+        return self.rectify, float(self.damping), float(self.share), self.balance
 
 
 def rectification_of(

@@ -99,7 +99,6 @@ def test_every_field_is_explained_to_the_user():
         ({"drift_budget": -0.1}, "--drift-budget"),
         ({"learn": "none", "merge_scale": 0.5}, "--merge-scale would do nothing here: it needs a backbone that learns"),
         ({"learn": "none", "drift_budget": 0.5}, "--drift-budget would do nothing here"),
-        ({"learn": "first", "drift_budget": 0.5}, "--drift-budget would do nothing here"),
         ({"method": "joint", "drift": "ridge"}, "--drift would do nothing here"),
         ({"tasks": 1, "drift": "ridge"}, "--drift would do nothing here"),
         ({"learn": "none", "lr": 0.5}, "--lr would do nothing here: it needs a backbone that learns"),

@@ -73,7 +73,7 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
             "margin": pushing,
             "temperature": (pushing[0] and sharp, "--method janus, and a --margin-weight above 0"),
             "merge_scale": learning,
-            "drift_budget": later,
+            "drift_budget": learning,
             "drift": later,
             "milestones": (max(self.milestones or (0,)) < self.epochs, f"epochs below --epochs {self.epochs}"),
         }

@@ -133,7 +133,7 @@ class MethodConfig(Settings):
     merge_scale: float = 1.0
     """Share of a task's update that is merged: less moves old features less."""
     drift_budget: Maybe[float] = None
-    """Deviations by which tasks behind the first may move their features; 0.1 with lda, ridge, aligned (1e9: any)."""
+    """Deviations by which tasks behind the first may move features; 0.1 with lda, ridge, aligned (1e9: no guard)."""
     drift: Literal["none", "ridge"] = "none"
     """Move what is kept of old classes along with the features, by a ridge regression on the task's own images."""
 

@@ -7,10 +7,11 @@ with a width on their `Expansion`.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from janus_ext.heads.base import Decision
 from janus_ext.heads.knowledge import Knowledge
-from janus_ext.heads.statistics import factor_of
+from janus_ext.heads.statistics import FeatureStatistics, factor_of
 
 
 def fit(known: Knowledge) -> Decision:
@@ -21,6 +22,11 @@ def fit(known: Knowledge) -> Decision:
     """
     known.require("lda")
     statistics, expansion = known.seen_by("lda")
+    return Decision.of(*rule(statistics), statistics.seen, expansion=expansion)
+
+
+def rule(statistics: FeatureStatistics) -> tuple[Tensor, Tensor]:
+    """Weight [C, d] and bias [C] of these scores, float64; what stands for a class without images means nothing."""
     means, mean = statistics.means(), statistics.sums.sum(0) / statistics.rows
     weight = torch.cholesky_solve((means - mean).mT, factor_of(statistics.spread())).mT
-    return Decision.of(weight, -(weight * (means + mean)).sum(1) / 2, statistics.seen, expansion=expansion)
+    return weight, -(weight * (means + mean)).sum(1) / 2

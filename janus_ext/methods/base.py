@@ -33,6 +33,7 @@ from janus_ext.heads import HEADS
 from janus_ext.heads.base import Decision
 from janus_ext.heads.drift import ShareSearch, drift_map, movement
 from janus_ext.heads.knowledge import Knowledge
+from janus_ext.heads.separability import is_worse, told_apart
 from janus_ext.overflow import said_of_overflow
 
 if TYPE_CHECKING:  # names for the reader; a method gets these objects handed in
@@ -70,6 +71,17 @@ class Task:
     """The same of a few hundred images, spread over all of them: how far features move is measured on these."""
     augmented_batches: Batches
     """The same, augmented and in random order as in training: what rival methods take their statistics from."""
+
+
+class Probe(NamedTuple):
+    """A few images of a task, as they were before it."""
+
+    features: Tensor
+    """[n, d]."""
+    labels: Tensor
+    """[n]."""
+    spread: Tensor
+    """Covariance [d, d] within the classes known and these."""
 
 
 class Step(NamedTuple):
@@ -124,7 +136,8 @@ class Method(Declared, ABC):
         self.learns = True
         self._decisions: dict[str, Decision] = {}
         self._before: Tensor | None = None  # features of the task's images, of all where old statistics will move
-        self._probe: tuple[Tensor, Tensor] | None = None  # the same of a few, and the covariance within classes
+        self._probe: Probe | None = None
+        self._moved: Tensor | None = None  # the features of the probe as they were measured last
 
     @property
     def prototypes(self) -> ClassPrototypes:
@@ -141,7 +154,7 @@ class Method(Declared, ABC):
             if self.config.drift == "ridge" and task.index:
                 self._before = self._features(task.clean_batches)[0]
             self.open_task(task)
-            self._probe = features, self.known.spread(features, labels)
+            self._probe = Probe(features, labels, self.known.spread(features, labels))
 
     def open_task(self, task: Task) -> None:  # noqa: B027 - a hook, most methods need none
         """What a method does before the first step of a task, its head in place.
@@ -198,7 +211,7 @@ class Method(Declared, ABC):
 
     def abandon_task(self) -> None:
         """Called where a task ends in an error: lets go of what was begun; tensors are restored by the caller."""
-        self._before = self._probe = None
+        self._before = self._probe = self._moved = None
 
     @property
     def remembers(self) -> bool:
@@ -231,7 +244,7 @@ class Method(Declared, ABC):
         if self._before is not None:
             self.known.move(drift_map(self._before, features))
         self._measure(features, labels, report)
-        self._before = self._probe = None
+        self._before = self._probe = self._moved = None
         self._take_up(features, labels, task, trained=task.epochs > 0)
         return report
 
@@ -246,12 +259,14 @@ class Method(Declared, ABC):
 
     @torch.no_grad()
     def _consolidate(self, task: Task) -> TaskReport:
-        """Merges as much of the update as ``merge_scale`` allows, and ``drift_budget`` where there are old classes."""
+        """Merges as much of the update as ``merge_scale`` allows, and the guard: ``drift_budget`` where there are old
+        classes, or the update spoils the features of its own.
+        """
         if self.config.merge_scale < 1:
             self.shrink_update(self.config.merge_scale)
-        share, moved = 1.0, self._movement(task)
-        if self.config.drift_budget is not None and task.first and moved > self.config.drift_budget:
-            share, moved = self._within(self.config.drift_budget, task, moved)
+        share, moved, budget = 1.0, self._movement(task), self.config.drift_budget
+        if budget is not None and moved > budget and (task.first or self._spoils()):
+            share, moved = self._within(budget, task, moved)
         report = self.close_task(task)
         report.merged, report.movement = self.config.merge_scale * share, moved
         return report
@@ -269,9 +284,14 @@ class Method(Declared, ABC):
         self.shrink_update(search.below[0] / share)
         return search.below
 
+    def _spoils(self) -> bool:
+        """Whether behind the update the task's images are told apart worse than before it."""
+        before, labels, _ = self._probe
+        return processes.first_says(is_worse(told_apart(before, labels), told_apart(self._moved, labels)))
+
     def _movement(self, task: Task) -> float:
-        before, spread = self._probe
-        moved = movement(before, self._features(task.probe_batches)[0], spread)
+        self._moved = self._features(task.probe_batches)[0]
+        moved = movement(self._probe.features, self._moved, self._probe.spread)
         return processes.first_says(moved)  # what depends on it has to be the same, whatever a processor rounds
 
     def state_within_task(self) -> dict[str, Tensor]:

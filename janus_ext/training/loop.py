@@ -118,6 +118,8 @@ class Learner:
                 "task %d: %.0f %% of the update merged, which moves its own features by %.3f deviations",
                 *(task.index + 1, 100 * report.merged, report.movement),
             )
+            if report.merged < self.config.merge_scale and not task.first:
+                LOG.warning("the whole would tell its images apart worse than before: a smaller --lr will help")
         return report
 
     @contextmanager
