@@ -126,7 +126,7 @@ def is_done(line: dict[str, Any], wanted: dict[str, Any]) -> bool:
         return False
     config = wanted["config"]
     if all(config.get(name) == value for name, value in line["config"].items() if name in config):
-        defaults = resolved({"method": config["method"]}, line["seed"]).to_json()
+        defaults = resolved({"method": config["method"], "head": config["head"]}, line["seed"]).to_json()
         return all(value == defaults[name] for name, value in config.items() if name not in line["config"])
     return False
 

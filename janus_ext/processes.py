@@ -271,7 +271,7 @@ def _reaching_others() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
-        reason = str(error).strip().splitlines()[0]
-        if "invalid usage" in reason:  # all that nccl says of two processes with one GPU
-            raise ProcessError(f"each process needs a GPU of its own: {reason}") from error
-        raise ProcessError(f"another process ended, or does not answer: {reason}") from error
+        lines = str(error).strip().splitlines()
+        if shared := [line for line in lines if "Duplicate GPU" in line or "same GPU" in line]:  # nccl's words
+            raise ProcessError(f"each process needs a GPU of its own: {shared[0].strip()}") from error
+        raise ProcessError(f"another process ended, or does not answer: {lines[0]}") from error

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -66,7 +67,7 @@ def own_device(name: str) -> torch.device:
     """`pick_device`; of several processes of a machine each takes a GPU of its own, or the only one that it sees.
 
     Raises:
-        ArgumentError: two processes have one GPU, of which nccl says no more than "invalid usage".
+        ArgumentError: two processes have one GPU, or one has none.
     """
     device, (number, others) = pick_device(name), processes.on_this_machine()
     if processes.count() == 1:
@@ -76,13 +77,23 @@ def own_device(name: str) -> torch.device:
             raise ArgumentError(f"--device {name} is one GPU for {others} processes: leave it out, each takes its own")
         device = torch.device("cuda", number % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-    gpus = [gpu for gpu in processes.gathered(own) if gpu is not None]
+    require_own(torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else None)
+    return device
+
+
+def require_own(gpu: object) -> None:
+    """ArgumentError, in all processes, unless each has another ``gpu``, or all None: nccl says it late, or never."""
+    taken = processes.gathered(None if gpu is None else (platform.node(), str(gpu)))
+    gpus = [one for one in taken if one is not None]
+    if 0 < len(gpus) < len(taken):
+        raise ArgumentError(
+            f"--device must be a GPU of all processes or of none, got {len(gpus)} of {len(taken)} on one"
+        )
     if len(set(gpus)) < len(gpus):
         raise ArgumentError(
-            f"--device: {len(gpus)} processes need as many GPUs, they see {len(set(gpus))}; begin fewer or take cpu"
+            f"--device: {len(gpus)} processes have taken {len(set(gpus))} GPUs, and each needs its own: begin fewer, "
+            "say CUDA_VISIBLE_DEVICES, or take --device cpu"
         )
-    return device
 
 
 def train_seeds(config: TrainConfig) -> list[table.Results]:

@@ -1,6 +1,7 @@
 """Where a run computes: autocast by the hardware, and repeatable kernels on a GPU, as far as a CPU can show."""
 
 import os
+import platform
 from types import SimpleNamespace
 
 import pytest
@@ -121,7 +122,8 @@ class Machine:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid=gpus[d.index or 0]))
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(self, "now", device))
         monkeypatch.setattr(processes, "count", lambda: 1 + len(taken))
-        monkeypatch.setattr(processes, "gathered", lambda own: [*taken, own])
+        others = [gpu and (platform.node(), gpu) for gpu in taken]
+        monkeypatch.setattr(processes, "gathered", lambda own: [*others, own])
         monkeypatch.setattr(processes, "on_this_machine", lambda: (local, processes_here))
 
 
@@ -139,21 +141,43 @@ def test_each_of_several_processes_takes_a_gpu_of_its_own(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "local", "taken", "found"), [(["a"], 1, ["a"], "2.*see 1;"), (["a", "b"], 3, ["a", "b", "a"], "4.*see 2;")]
+    ("gpus", "local", "taken", "found"),
+    [
+        (["a"], 1, ["a"], "2 processes have taken 1 GPUs"),
+        (["a", "b"], 3, ["a", "b", "a"], "4 processes have taken 2 GPUs"),
+    ],
 )
 def test_two_processes_with_one_gpu_are_refused(monkeypatch, gpus, local, taken, found):
-    """nccl would say no more than "invalid usage"."""
+    """nccl would say it behind the first step."""
     Machine(monkeypatch, gpus, local, len(taken) + 1, taken)
-    with pytest.raises(ArgumentError, match=f"^--device: {found.replace('.*', ' processes need as many GPUs, they ')}"):
+    with pytest.raises(ArgumentError, match=f"^--device: {found}, and each needs its own: "):
         own_device("auto")
     with pytest.raises(ArgumentError, match=r"^--device cuda:0 is one GPU for \d processes: leave it out"):
         own_device("cuda:0")
 
 
+@pytest.mark.parametrize(("gpus", "taken"), [(["a"], [None]), ([], ["a"])])
+def test_processes_with_and_without_a_gpu_are_refused(monkeypatch, gpus, taken):
+    """They would wait for each other, in groups of different backends."""
+    Machine(monkeypatch, gpus, 0, 1, taken)
+    with pytest.raises(ArgumentError, match="^--device must be a GPU of all processes or of none, got 1 of 2 on one$"):
+        own_device("auto")
+
+
+def test_a_gpu_of_the_same_name_on_another_machine_is_another_one(monkeypatch):
+    Machine(monkeypatch, ["a"], 0, 1)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "gathered", lambda own: [("elsewhere", "a"), own])
+    assert own_device("auto").type == "cuda"
+
+
 def test_what_nccl_says_of_one_gpu_for_two_is_said_in_words():
-    reason = "NCCL error in: NCCLUtils.cpp:93, invalid usage"
-    with (
-        pytest.raises(ProcessError, match=f"^each process needs a GPU of its own: {reason}$"),
-        processes._reaching_others(),
+    said = "NCCL error in: x.cpp:93, invalid usage\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both on 50"
+    with pytest.raises(ProcessError, match="^each process needs a GPU of its own: Duplicate GPU detected : rank 1"):
+        with processes._reaching_others():
+            raise torch.distributed.DistBackendError(said)
+    with pytest.raises(
+        ProcessError, match="^another process ended, or does not answer: NCCL error in: x, invalid usage$"
     ):
-        raise torch.distributed.DistBackendError(f"{reason}\nmore")
+        with processes._reaching_others():
+            raise torch.distributed.DistBackendError("NCCL error in: x, invalid usage\nLast error:\nmore")
