@@ -45,6 +45,8 @@ TABLES = (
     "random_features.py table benchmarks/results/random-features.json",
     "loader.py --table benchmarks/results/loader.json",
     "shares.py table benchmarks/results/shares.json",
+    "study.py guard emoji",
+    "study.py guard glyphs",
     "traffic.py plan",
     *(f"study.py {table} emoji" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
 )
