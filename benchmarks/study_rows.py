@@ -95,8 +95,8 @@ OFF = {"drift_budget": 1e9}  # the guard, which heads of closed form would bring
 
 def _of_five(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A head in runs of its own, by method."""
-    learners = {method: change | OFF for method in ("janus", "lora", "inflora")}
-    return learners | {"joint": change, "frozen": change | frozen}
+    learners = {method: change | OFF for method in ("janus", "lora", "inflora", "joint")}
+    return learners | {"frozen": change | frozen}
 
 
 # Heads that not every run measures: whose chosen settings they take over, and what their runs are told.

@@ -116,7 +116,8 @@ def guard(study: Study, head: str = "lda") -> str:
                 row = worst.setdefault(change["lr"], {})
                 row[method] = min(found, row.get(method, found))
     frozen = study.accuracy(*study.candidates("frozen").values(), head, first)
-    text = [f"| rate (frozen: {frozen:.2f}) | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    reached = "–" if frozen is None else f"{frozen:.2f}"
+    text = [f"| rate (frozen: {reached}) | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
     for rate, row in sorted(worst.items()):
         cells = [f"{row[method]:.2f}" if method in row else "–" for method in columns]
         text.append(f"| {rate:g} | {' | '.join(cells)} |")

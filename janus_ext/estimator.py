@@ -139,6 +139,7 @@ class OnlineEstimator:
         """
         cap, k = self.dim if max_rank is None else max_rank, self.basis.shape[1]
         check_number(f"{self.name}: energy", energy, lambda e: 0 <= e <= 1, "in [0, 1]")
+        energy = float(energy)  # a Fraction is a number, too
         check_integer(f"{self.name}: max_rank", cap, lambda c: k <= c <= self.dim, f"from k = {k} to dim = {self.dim}")
         statistics = self.statistics_of_all()
         if not int(statistics.rows):

@@ -289,7 +289,7 @@ class ContinualLearner:
         known = [c for c, name in enumerate(checked_names(class_names, "class_names")) if name in outputs]
         rows = checked_split(split).of_classes(known)
         if not len(rows):
-            raise DataError(f"images must be of classes that were learned ({shorten(self.classes)}), got none of them")
+            raise DataError(f"split must be of classes that were learned ({shorten(self.classes)}), got none of them")
         positions = torch.tensor([outputs.get(name, -1) for name in class_names], dtype=torch.int64)
         with self._at_work():
             batches = self._core.scores(Selection(split, rows, positions))

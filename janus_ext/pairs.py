@@ -46,6 +46,7 @@ def checked_pair(name: str, item: Any) -> LoRAPair:
             )
     _check_shapes(name, pair.A, pair.B)
     check_scale(name, pair.scale)
+    pair = pair._replace(scale=float(pair.scale))
     if pair.module is not None and not isinstance(pair.module, nn.Module):
         raise ArgumentError(f"{name}: module must be a torch.nn.Module or None, got {shown(pair.module)}")
     if pair.module is not None:

@@ -274,4 +274,6 @@ def _reaching_others() -> Iterator[None]:
         lines = str(error).strip().splitlines()
         if shared := [line for line in lines if "Duplicate GPU" in line or "same GPU" in line]:  # nccl's words
             raise ProcessError(f"each process needs a GPU of its own: {shared[0].strip()}") from error
+        if "invalid usage" in lines[0]:  # of a call; nobody is gone
+            raise ProcessError(f"{lines[0]}: {lines[-1].strip()}") from error
         raise ProcessError(f"another process ended, or does not answer: {lines[0]}") from error

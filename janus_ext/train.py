@@ -69,7 +69,7 @@ def own_device(name: str) -> torch.device:
     Raises:
         ArgumentError: two processes have one GPU, or one has none.
     """
-    device, (number, others) = pick_device(name), processes.on_this_machine()
+    device, (number, others) = processes.together(lambda: pick_device(name)), processes.on_this_machine()
     if processes.count() == 1:
         return device
     if device.type == "cuda" and others > 1:
@@ -87,12 +87,12 @@ def require_own(gpu: object) -> None:
     gpus = [one for one in taken if one is not None]
     if 0 < len(gpus) < len(taken):
         raise ArgumentError(
-            f"--device must be a GPU of all processes or of none, got {len(gpus)} of {len(taken)} on one"
+            f"--device: {len(gpus)} of {len(taken)} processes have a GPU; all need one, or take --device cpu"
         )
     if len(set(gpus)) < len(gpus):
         raise ArgumentError(
-            f"--device: {len(gpus)} processes have taken {len(set(gpus))} GPUs, and each needs its own: begin fewer, "
-            "say CUDA_VISIBLE_DEVICES, or take --device cpu"
+            f"--device: each process needs a GPU of its own, and {len(gpus)} have {len(set(gpus))} between them: begin "
+            "fewer, say CUDA_VISIBLE_DEVICES, or take --device cpu"
         )
 
 

@@ -285,6 +285,11 @@ def test_a_finished_cell_is_told_by_what_its_result_depends_on(module) -> None:
     del line["config"]["clip_norm"]  # as if the option had come later
     assert cells.is_done(line, wanted())
     assert not cells.is_done(line, wanted(clip_norm=1.0))
+    line = {"row": "joint"} | wanted(method="joint", head="linear")
+    del line["config"][
+        "drift_budget"
+    ]  # which did nothing there when the cell ran, and by default is 0.1 with lda alone
+    assert cells.is_done(line, wanted(method="joint", head="linear"))
 
 
 def test_what_two_rows_ask_for_is_run_once(module) -> None:

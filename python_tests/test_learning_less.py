@@ -117,11 +117,24 @@ def test_the_share_within_a_budget_is_found_whatever_the_curve(patterns, weights
     assert 0.8 * 0.3 <= moved <= 0.3
 
 
-def test_of_a_share_that_factors_cannot_hold_nothing_is_merged() -> None:
+@pytest.mark.parametrize("curve", [lambda share: share, lambda share: min(1.0, 1e6 * share)])
+def test_of_a_share_that_factors_cannot_hold_nothing_is_merged(curve) -> None:
     for budget in (1e-12, 1e-150, 5e-324):
-        search = ShareSearch(budget, 1.0)
-        assert search.next_share() == 0
-    assert ShareSearch(1e-6, 1.0).next_share() == pytest.approx(1e-6)
+        assert found_by(ShareSearch(budget, 1.0), curve) == (0.0, 0.0)
+    share, moved = found_by(ShareSearch(1e-2, 1.0), curve)
+    assert moved == curve(share) and 0.9e-2 <= moved <= 1e-2  # also where it hardly falls at first
+
+
+def found_by(search: ShareSearch, curve) -> tuple[float, float]:
+    """What `Method._within` would find where a share moves features by `curve` of it."""
+    for _ in range(10):
+        share = search.next_share()
+        if not share:
+            break
+        search.add(share, curve(share))
+        if 0.9 * search.budget <= curve(share) <= search.budget:
+            break
+    return search.below
 
 
 def test_a_budget_that_is_kept_anyway_changes_nothing(patterns, weights, tmp_path):

@@ -157,7 +157,7 @@ stage_use() { # what comes after training, with a run of the GPU; and processes 
   small=${GPU_SMALL:---tasks 4 --epochs 3}
   echo 'more processes than GPUs: an error is right'
   CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} call together torch.distributed.run --nproc-per-node 2 -m janus_ext.train --device "$device" --output "$work/use/together" --no-plots $small
-  [[ $device == cpu ]] || grep -q 'have taken 1 GPUs' "$work/together.log" || status=1
+  [[ $device == cpu ]] || grep -q 'each process needs a GPU of its own, and 2 have 1' "$work/together.log" || status=1
   call together-cpu torch.distributed.run --nproc-per-node 2 -m janus_ext.train --device cpu --output "$work/use/two" --no-plots $small || status=1
   return $status
 }

@@ -133,7 +133,7 @@ class MethodConfig(Settings):
     merge_scale: float = 1.0
     """Share of a task's update that is merged: less moves old features less."""
     drift_budget: Maybe[float] = None
-    """Deviations by which tasks behind the first may move features; 0.1 with lda, ridge, aligned (1e9: no guard)."""
+    """Deviations by which a task may move features, the first where it spoils them; 0.1 with lda, ridge, aligned."""
     drift: Literal["none", "ridge"] = "none"
     """Move what is kept of old classes along with the features, by a ridge regression on the task's own images."""
 

@@ -16,7 +16,7 @@ from janus_ext.errors import ArgumentError
 VIT_B16 = "vit_base_patch16_224.augreg_in21k"  # ImageNet-21k; the fine-tuned ..._in21k_ft_in1k gives other numbers
 
 # Tuned on the embedded images, for Janus-LoRA; `python benchmarks/study.py details emoji` shows that held-out images
-# choose the same rate and energies with linear heads, and with LDA behind the guard.
+# choose the same rate and energies with linear heads. Behind the guard any rate will do.
 EMBEDDED: dict[str, Any] = {
     "backbone": "emoji",
     "rank": 8,

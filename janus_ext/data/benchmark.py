@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from janus_ext.config import TrainConfig
 
 Augmentation = Callable[[Tensor, torch.Generator], Tensor]
+FEW = 5  # images of a class by which one may tell how well it is known
 Part = Callable[[Tensor], Tensor]  # of a batch's rows, those that this process is to compute
 
 
@@ -161,9 +162,20 @@ class Selection:
         return len(self.rows)
 
     def spread(self, count: int) -> Selection:
-        """At most ``count`` of them, evenly spread over all."""
-        kept = torch.linspace(0, len(self) - 1, min(count, len(self))).round().to(torch.int64)
-        return replace(self, rows=self.rows[kept])
+        """At most ``count`` of them, evenly spread over all, or over so many classes that each may have `FEW`."""
+        if len(self) <= count:
+            return self
+        _, labels = self.split.labels[self.rows].unique(return_inverse=True)
+        first = torch.full((int(labels.max()) + 1,), len(self)).scatter_reduce(
+            0, labels, torch.arange(len(self)), "amin"
+        )
+        places = first[labels].argsort(stable=True)  # class by class, in the order in which they come
+        classes = first.sort().values
+        if count < FEW * len(classes):
+            taken = torch.linspace(0, len(classes) - 1, max(1, count // FEW)).round().to(torch.int64)
+            places = places[torch.isin(first[labels][places], classes[taken])]
+        kept = torch.linspace(0, len(places) - 1, min(count, len(places))).round().to(torch.int64)
+        return replace(self, rows=self.rows[places[kept]])
 
     def part(self, part: Part) -> Selection:
         """A part of them."""

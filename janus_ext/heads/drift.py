@@ -21,6 +21,7 @@ def movement(before: Tensor, after: Tensor, S: Tensor) -> float:
 
 
 LEAST = 1e-9  # of an update that is tried: smaller factors would lose their digits, and not come back when it grows
+FURTHEST = 1 / 256  # of the share before: where movement hardly falls with it, no line says how far to go
 
 
 class ShareSearch:
@@ -43,9 +44,11 @@ class ShareSearch:
     def next_share(self) -> float:
         """What to try next: between the two."""
         (low, _), (high, moved) = self.below, self.above
-        guess = high * (self.budget / moved) ** (1 / self.power)
+        if not self.budget:
+            return 0.0
+        guess = max(high * (self.budget / moved) ** (1 / self.power), FURTHEST * high)
         middle = math.sqrt(low * high) if low else high / 16
-        share = guess if low < guess < high or not self.budget else middle
+        share = guess if low < guess < high else middle
         return share if share >= LEAST else 0.0
 
     def add(self, share: float, moved: float) -> None:

@@ -12,14 +12,14 @@ from janus_ext.heads.lda import rule
 from janus_ext.heads.statistics import FeatureStatistics
 
 FOLDS = 5
-DEVIATIONS = 2.0  # of chance: more is no accident
+DEVIATIONS = 2.0  # of chance, which does as much once in 40
 
 
 def told_apart(features: Tensor, labels: Tensor) -> Tensor:
     """Which images `lda` gives their class where it is fitted without them, bool [n]: cross-validation, five folds.
 
-    The k-th image of every class is in fold k modulo 5. Where features scatter too little within their classes for a
-    rule, or a fold leaves no image to fit it to, none is.
+    The k-th image of every class is in fold k modulo 5. Where a fold leaves no image to fit a rule to, or rounding
+    hides the covariance, none of it is told apart.
 
     Args:
         features: [n, d], of any floating dtype.

@@ -287,7 +287,7 @@ class Method(Declared, ABC):
     def _spoils(self) -> bool:
         """Whether behind the update the task's images are told apart worse than before it."""
         before, labels, _ = self._probe
-        return processes.first_says(is_worse(told_apart(before, labels), told_apart(self._moved, labels)))
+        return processes.from_first(lambda: is_worse(told_apart(before, labels), told_apart(self._moved, labels)))
 
     def _movement(self, task: Task) -> float:
         self._moved = self._features(task.probe_batches)[0]

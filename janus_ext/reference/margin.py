@@ -19,6 +19,7 @@ def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature
     require_device(op, features, prototypes=prototypes)
     require(-1 <= margin <= 1, f"{op}: margin must be a cosine in [-1, 1], got {margin:g}")
     require(0 < temperature < float("inf"), f"{op}: temperature must be positive and finite, got {temperature:g}")
+    temperature = float(temperature)  # torch multiplies by no larger integer than int64
     dtype = torch.promote_types(prototypes.dtype, features.dtype)
     N, C = features.shape[0], prototypes.shape[0]
     if N == 0 or C == 0:

@@ -119,7 +119,11 @@ class Learner:
                 *(task.index + 1, 100 * report.merged, report.movement),
             )
             if report.merged < self.config.merge_scale and not task.first:
-                LOG.warning("the whole would tell its images apart worse than before: a smaller --lr will help")
+                LOG.warning(
+                    "task %d: its whole update would tell its own images apart worse than before, and %.2g %% of it is "
+                    "merged; a smaller --lr may help",
+                    *(task.index + 1, 100 * report.merged),
+                )
         return report
 
     @contextmanager
