@@ -40,7 +40,7 @@ class Rectification:
     balance: bool = True
 
     def __post_init__(self) -> None:
-        _check("Rectification", *self.values)
+        _check("Rectification", self.rectify, self.damping, self.share, self.balance)
 
     @property
     def values(self) -> tuple[str, float, float, bool]:
