@@ -321,5 +321,5 @@ def test_a_folder_of_images_is_scored_by_the_names_of_its_folders(place, tmp_pat
 
 def test_another_benchmark_without_a_known_class_is_refused(place, tmp_path, capsys):
     assert evaluate.main([str(place / "run"), "--benchmark", "emoji", "--output", str(tmp_path / "out")]) == 2
-    assert "must be of classes that were learned (" in capsys.readouterr().err
+    assert "split must be of classes that were learned (" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
