@@ -103,8 +103,7 @@ class ContinualLearner:
         loss: ``observe(images, labelled=True)``.
 
         Args:
-            model: one of timm's with its classifier, an nn.Linear behind ``forward_head(x, pre_logits=True)``. It is
-                copied.
+            model: one of timm's, its classifier an nn.Linear behind ``forward_head(x, pre_logits=True)``; it is copied.
             class_names: of its outputs.
             method, settings: as in `ContinualLearner`.
 
@@ -152,7 +151,8 @@ class ContinualLearner:
 
     @images_at_once.setter
     def images_at_once(self, images: int) -> None:
-        self._core.model.images_at_once = images
+        check_integer("images_at_once", images, lambda n: n >= 1, "positive")
+        self._core.model.images_at_once = int(images)
 
     def workers(self, asked: int | None = None) -> int:
         """Processes that decode images: as many as ``asked`` for here or in the settings, or what suits the device."""

@@ -272,6 +272,15 @@ def test_numbers_that_cannot_be_are_named(weights, change, message):
         learner_of(weights, **change)
 
 
+@pytest.mark.parametrize("images", [0, -3, 2.5, "8", True, None])
+def test_images_at_once_is_a_positive_integer(learned, images):
+    learner, _ = learned
+    before = learner.images_at_once
+    with pytest.raises(ArgumentError, match="images_at_once must be"):
+        learner.images_at_once = images
+    assert learner.images_at_once == before
+
+
 def test_order_is_that_of_the_logits_however_sure_the_scores_are(learned):
     learner, photos = learned
     sure = list(learner.classify(unlabelled(photos, learner.view), 6, temperature=1e-3))
