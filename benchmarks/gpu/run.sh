@@ -164,11 +164,16 @@ stage_use() { # what comes after training, with a run of the GPU; and processes 
 
 stage_dry() { need_gpu && python3 benchmarks/full_size.py dry --device "$device" --json "$out/dry.json"; }
 
-stage_full() { # the README's first run, with what it gave on a CPU beside it
+stage_full() { # the README's first run in two precisions, with what it gave on a CPU beside it
   need_gpu
+  local status=0 precision
   small=${GPU_SMALL:-}
-  rm -rf "$work/runs/full"; mkdir -p "$work/runs"
-  train full && python3 "$here/same.py" "$work/runs/full/results.json" benchmarks/results/emoji-janus-0/results.json --near
+  rm -rf "$work/runs"/full-*; mkdir -p "$work/runs"
+  for precision in bf16 off; do
+    train "full-$precision" --amp "$precision" && cp "$work/runs/full-$precision/results.json" "$out/full-$precision.json" &&
+      python3 "$here/same.py" "$out/full-$precision.json" benchmarks/results/emoji-janus-0/results.json --near || status=1
+  done
+  return $status
 }
 
 stage_loader() { need_gpu && python3 "$here/loader.py" "$device" "$work/photos"; }
