@@ -97,9 +97,12 @@ class LoRALayer(Adapter):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Fresh factors in place: A Kaiming uniform (A V = 0 for "exact"), B = 0."""
+        """Fresh factors in place: A Kaiming uniform (A V = 0 for "exact"), B = 0.
+
+        A is drawn by the CPU's generator wherever the layer is: a seed means the same factors on every device.
+        """
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform_ with a = sqrt(5), for every target alike
-        self.A.uniform_(-bound, bound)
+        self.A.copy_(torch.empty(self.A.shape, dtype=self.A.dtype, device="cpu").uniform_(-bound, bound))
         self.B.zero_()
         self._project_A()
         self._effective = None

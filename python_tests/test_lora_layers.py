@@ -213,6 +213,20 @@ def test_inject_refuses_whole_models_only() -> None:
     assert isinstance(fit.qkv, nn.Linear) and fit.qkv.weight.requires_grad
 
 
+@pytest.mark.parametrize("layer_type", [LoRALinear, LoRAQKV])
+def test_a_seed_means_the_same_factors_on_every_device(device: str, layer_type: type[nn.Module]) -> None:
+    factors, next_draws = [], []
+    for where in ("cpu", device, "meta"):  # meta holds no values, and has no generator of its own
+        linear = nn.Linear(24, 3 * 24, device=where)
+        torch.manual_seed(3)
+        layer = layer_type(linear, 4)
+        next_draws.append(torch.rand(2))
+        if where != "meta":
+            factors.append(layer.A.detach().cpu())
+    assert torch.equal(factors[0], factors[1])
+    assert torch.equal(next_draws[0], next_draws[1]) and torch.equal(next_draws[0], next_draws[2])
+
+
 def test_a_fresh_A_is_safe_and_keeps_its_row_norms() -> None:
     layer = LoRALinear(nn.Linear(40, 40), 4)
     norms = layer.A.detach().norm(dim=1).clone()
