@@ -119,8 +119,8 @@ def spoil_features(learner: Learner) -> None:
 
 WEIGHT = rf"backbone\.{LAYER}\.\S*"
 CASES = {  # (step of a task, what happens, what is said: where T stands for the task)
-    "loss": (5, spoil_loss, r"the loss is (nan|inf) in task T, epoch 3, step 1"),
-    "input": (6, spoil_input, r"the loss is nan in task T, epoch 3, step 2"),
+    "loss": (5, spoil_loss, r"the loss is (nan|inf) in task T, epoch 3, step 1; "),
+    "input": (6, spoil_input, r"the loss is nan in task T, epoch 3, step 2; "),
     "statistics": (5, spoil_statistics, rf"{LAYER}\.\S* is not finite in task T, behind epoch 3 and step 0"),
     "features": (6, spoil_features, r"task T: the features of 16 .* are not finite: every module's output is finite$"),
     "gradient": (3, spoil_gradient, r"the loss is nan in task T, epoch 2, step 2.*not finite by then: backbone\."),
@@ -225,6 +225,14 @@ def test_features_that_are_not_finite_are_traced_to_their_module(patterns, weigh
     said = r"task 2: the features.*not finite is that of backbone\.blocks\.1\.mlp\.fc2$"
     with pytest.raises(TrainingError, match=said):
         make_trainer(patterns, weights, tmp_path / "run").run()
+
+
+def test_an_incremental_svd_refuses_them_at_their_step(patterns, weights, tmp_path, monkeypatch):
+    at_step(monkeypatch, TASK + 6, spoil_statistics)
+    said = rf"task 2: epoch 3, step 2: {LAYER}: isvd_update: x .* must be finite.*nothing was added"
+    with pytest.raises(TrainingError, match=said) as ended:
+        make_trainer(patterns, weights, tmp_path / "run", estimator="isvd", estimator_rank=12).run()
+    assert "\n" not in str(ended.value)
 
 
 def test_statistics_are_looked_at_with_the_losses(patterns, weights, tmp_path, monkeypatch):

@@ -163,6 +163,58 @@ def test_it_is_written_when_minutes_have_passed(patterns, weights, tmp_path, mon
     assert written.count((3, 0)) == 3, "behind the last epoch of every task: what comes next has no step to end behind"
 
 
+@pytest.mark.parametrize("task", [1, 3])  # the first, and the last, behind which no step comes
+def test_a_signal_while_the_last_state_of_a_task_is_written_ends_the_run(patterns, weights, tmp_path, whole, task):
+    trainer, written = trainer_of(patterns, weights, tmp_path / "run"), []
+    keep = trainer.keeping.write
+
+    def keep_and_be_asked(state):
+        keep(state)
+        written.append(state.position)
+        if written.count((3, 0)) == task:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.keeping.write = keep_and_be_asked
+    with pytest.raises(Interrupted):
+        trainer.run()
+    second = trainer_of(patterns, weights, tmp_path / "run")
+    second.restore()
+    assert len(second.matrix) == task - 1 and second.keeping.start.position == (3, 0)
+    assert without_time(second.run()) == whole("janus")[0]
+
+
+@pytest.mark.parametrize("torn", ["", '{"task": 0, "epo', '{"task": 0'])
+def test_a_first_line_that_is_torn_is_dropped(patterns, weights, tmp_path, monkeypatch, torn):
+    """Within the first epoch: no line is whole."""
+    with monkeypatch.context() as patched:
+        signalled(patched, 2, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            trainer_of(patterns, weights, tmp_path / "run").run()
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(torn)
+    second = trainer_of(patterns, weights, tmp_path / "run")
+    second.restore()
+    second.run()
+    epochs = checkpoint.read_json_lines(path)
+    assert [(line["task"], line["epoch"]) for line in epochs] == [(t, e) for t in range(3) for e in range(3)]
+
+
+@pytest.mark.parametrize("step", [2, STEPS + 2])  # of the first task, behind which nothing else tells of it, and later
+def test_other_versions_or_threads_are_said(patterns, weights, tmp_path, monkeypatch, caplog, step):
+    from janus_ext.training import trainer as module
+
+    with monkeypatch.context() as patched:
+        signalled(patched, step, signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            trainer_of(patterns, weights, tmp_path / "run").run()
+    trainer_of(patterns, weights, tmp_path / "run").restore()
+    assert "begun with" not in caplog.text
+    present = module.result_versions()
+    monkeypatch.setattr(module, "result_versions", lambda: present | {"threads": 99, "torch": "1.0"})
+    trainer_of(patterns, weights, tmp_path / "run").restore()
+    assert caplog.text.count("begun with other versions, threads or processes (torch, threads)") == 1
+
+
 # what is in the file --------------------------------------------------------------------------------------------------
 @pytest.fixture
 def cut(patterns, weights, tmp_path, monkeypatch) -> Path:

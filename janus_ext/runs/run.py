@@ -127,7 +127,7 @@ class Run:
     def keep_epochs(self, epochs: Sequence[int]) -> None:
         """Drops the lines of ``metrics.jsonl`` but for the first so many of each task."""
         path, lines = self.folder / "metrics.jsonl", self.epochs()
-        if not lines and not sum(epochs):
+        if not path.exists() and not sum(epochs):
             return
         wanted = [(task, epoch) for task, number in enumerate(epochs) for epoch in range(number)]
         kept = [line for line in lines if (line.get("task"), line.get("epoch")) in wanted]

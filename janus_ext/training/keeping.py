@@ -69,6 +69,8 @@ class Keeping:
             yield
         finally:
             self._stepping = False
+        if self._ending is not None:  # it came behind the last look, such as while the last state was written
+            raise Interrupted(self._ending)
 
     def step_done(self, underway: Underway, epoch: int, step: int) -> None:
         """Behind every step; raises `Interrupted` once the state is written, where the process is to end."""

@@ -165,7 +165,10 @@ class Learner:
             underway.restore_epoch(start)
         for batch, labels in self._training_batches(images, task.index, epoch, progress.step):
             size = min(self.config.batch_size, len(images) - progress.step * self.config.batch_size)
-            step = self._step(batch, labels - task.first, size, optimizer, scaler)
+            try:
+                step = self._step(batch, labels - task.first, size, optimizer, scaler)
+            except StatisticsError as error:
+                raise StatisticsError(f"epoch {epoch + 1}, step {progress.step + 1}: {error}") from error
             progress.add(step.loss, step.correct, size)
             if not progress.pending:  # the device was read anyway
                 underway.require_finite(epoch, progress.step)

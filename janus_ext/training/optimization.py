@@ -10,6 +10,12 @@ from torch import nn
 
 from janus_ext.config import TrainConfig
 
+SLOTS = {  # what an optimizer keeps of a parameter that it has moved: tensors like it, but for the scalar "step"
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.SGD: {"momentum_buffer"},
+}
+
 
 def schedule(config: TrainConfig, epoch: int) -> float:
     """Share of the peak learning rates in ``epoch``: half a cosine or a quarter, a tenth per milestone, or 1.

@@ -21,6 +21,13 @@ BAR = "{desc}{percentage:3.0f}% |{bar}| {remaining} left{postfix}"  # half of 80
 READ_EVERY = 20  # steps between two reads of the loss: each read waits for the device
 
 
+def finite(value: Any) -> float:
+    """``value``, if it is a finite number; ValueError or OverflowError otherwise."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"a finite number is wanted, got {value!r:.40}")
+    return float(value)
+
+
 def make_bar(steps: int, done: int) -> tqdm:
     """The progress bar of a whole run; none where the standard error is no terminal, and in one process alone."""
     quiet = None if processes.is_first() else True
@@ -100,12 +107,12 @@ class Progress:
         return {"step": self.step, "totals": self.totals, "seconds": self.seconds}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on with it; ValueError or TypeError where it is none."""
-        loss, correct, images = map(float, state["totals"])
-        if type(state["step"]) is not int:
-            raise TypeError(f"step must be a whole number, got {state['step']!r:.40}")
+        """Goes on with it; ValueError, TypeError or OverflowError where it is none."""
+        loss, correct, images = map(finite, state["totals"])
+        if type(state["step"]) is not int or not images > 0:
+            raise ValueError(f"steps and images must be positive, got {state['step']!r:.40} and {images}")
         self.step, self.totals = state["step"], [loss, correct, images]
-        self.started -= state["seconds"]
+        self.started -= finite(state["seconds"])
 
     @property
     def seconds(self) -> float:

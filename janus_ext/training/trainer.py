@@ -66,22 +66,28 @@ class Trainer:
             CheckpointError: a file of that run is damaged, or does not belong to this benchmark, model and method.
         """
         run, saved = self.run_on_disk, self.run_on_disk.saved()
+        begun: list[dict[str, Any]] = []
         if saved is not None:
             with run.fitting():
-                self._restore_results(json.loads(saved.about.get("results", "{}")))
+                begun.append(self._restore_results(json.loads(saved.about.get("results", "{}"))))
                 self.results()  # which says what none of them can be
                 sizes = [len(classes) for classes in self.benchmark.tasks[: len(self.matrix)]]
                 self.learner.restore(sizes, saved.model, saved.method)
         within = run.within()
-        self.keeping.start = within and self._checked(State(*within))
+        if within is not None:
+            self.keeping.start = self._checked(State(*within))
+            begun.append(self.keeping.start.versions)
+        _warn_of_other_versions(begun)
         run.keep_epochs([self.learner.epochs(task) for task in range(len(self.matrix))] + [self._epochs_within()])
         run.remove_methods_before(len(self.matrix) - 1)
         LOG.info("goes on after task %d/%d", len(self.matrix), len(self.benchmark.tasks))
         if self.keeping.start is not None:
             LOG.info("and within the next: epochs done %d, steps of the one after %d", *self.keeping.start.position)
 
-    def _restore_results(self, results: dict[str, Any]) -> None:
-        """The inverse of ``results``; the factors of old tasks stay in their files."""
+    def _restore_results(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The inverse of ``results``, but for the versions, which are returned; the factors of old tasks stay in their
+        files.
+        """
         folder = self.run_on_disk.folder
         results = {"heads": {}} | dict.fromkeys(LATER, [None] * len(results.get("seconds", []))) | results
         if not results.keys() >= {"split_sha256", "versions", *MATRICES, "seconds", *REPORTED}:
@@ -90,17 +96,12 @@ class Trainer:
             )
         if results["split_sha256"] != self.benchmark.split_sha256:
             raise CheckpointError(f"{folder} holds a run on other image files, or with another order of classes")
-        begun = {"processes": 1} | results["versions"]  # which runs of earlier versions have not counted
-        others = [name for name, version in result_versions().items() if begun.get(name) != version]
-        if others:
-            LOG.warning(
-                "begun with other versions, threads or processes (%s): bits may differ from now on", ", ".join(others)
-            )
         self.matrix, self.known, self.recognised = (results[name] for name in MATRICES)
         measured = {name: of["accuracy_matrix"] for name, of in results["heads"].items()}
         self.heads = measured or {self.config.head: self.matrix[:]}  # an earlier version measured no other
         self.seconds = results["seconds"]
         self.reports = [TaskReport(*row) for row in zip(*(results[name] for name in REPORTED), strict=True)]
+        return {"processes": 1} | results["versions"]  # which runs of earlier versions have not counted
 
     def run(self) -> dict[str, Any]:
         """Learns every task that is left, evaluating after each; returns what ``results.json`` holds."""
@@ -169,7 +170,8 @@ class Trainer:
     def _keep(self, state: State) -> None:
         """Writes the state within the task."""
         seconds = time.perf_counter() - self._started
-        self.run_on_disk.write_within(state.tensors, state.about | {"seconds": seconds})
+        about = state.about | {"seconds": seconds, "versions": result_versions()}
+        self.run_on_disk.write_within(state.tensors, about)
 
     def _checked(self, state: State) -> State:
         """``state``, if it is one of the next task."""
@@ -246,6 +248,15 @@ class Trainer:
         for index, (train, test) in enumerate(zip(self.train_images, self.test_images, strict=True)):
             if not len(train) or not len(test):
                 raise ArgumentError(f"task {index + 1} has {len(train)} training and {len(test)} test images")
+
+
+def _warn_of_other_versions(begun: list[dict[str, Any]]) -> None:
+    """Where what was kept was computed with others than there are now, or with another number of threads."""
+    others = [name for name, version in result_versions().items() if any(b and b.get(name) != version for b in begun)]
+    if others:
+        LOG.warning(
+            "begun with other versions, threads or processes (%s): bits may differ from now on", ", ".join(others)
+        )
 
 
 def _mean_or_none(values: Any) -> float | None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from janus_ext import processes
 from janus_ext.errors import CheckpointError, TrainingError
 from janus_ext.named_tensors import below, prefixed
+from janus_ext.training.optimization import SLOTS
+from janus_ext.training.progress import finite
 
 if TYPE_CHECKING:
     from janus_ext.methods.base import Method
@@ -36,13 +38,20 @@ class State(NamedTuple):
             if type(epoch) is not int or type(step) is not int:
                 raise TypeError(f"epoch and step must be whole numbers, got {epoch!r:.40} and {step!r:.40}")
             within = 0 <= epoch < epochs and 0 <= step <= steps or (epoch, step) == (epochs, 0)
-            if not within or not self.about["seconds"] >= 0:
+            if not within or not epochs or finite(self.about["seconds"]) < 0:
                 raise ValueError(f"it is behind epoch {epoch} and step {step}, of {epochs} epochs of {steps} steps")
+            if not isinstance(self.versions, dict):
+                raise TypeError(f"versions must be a dictionary, got {self.versions!r:.40}")
 
     @property
     def position(self) -> tuple[int, int]:
         """How many whole epochs are done, and how many steps of the next one."""
         return self.about["epoch"], self.about["step"]
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """With what it was computed, as in ``results.json``; earlier versions of this program did not say."""
+        return self.about.get("versions", {})
 
 
 @dataclass
@@ -114,18 +123,39 @@ class Underway:
 
     def _restore(self, state: State) -> None:
         for index, parameter in enumerate(self.parameters):
-            parameter.copy_(state.tensors[f"parameters.{index}"])
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in below("optimizer", state.tensors).items():
-            index, _, key = name.partition(".")
-            slots.setdefault(int(index), {})[key] = tensor
-            if tensor.shape not in ((), self.parameters[int(index)].shape):
-                raise ValueError(f"optimizer.{name} has the shape {list(tensor.shape)}")
+            name = f"parameters.{index}"
+            parameter.copy_(_like(parameter, name, state.tensors[name]))
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": self._slots(state.tensors), "param_groups": groups})
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state.about["scaler"])
+            self._restore_scaler(state.about["scaler"])
         self.method.load_state_within_task(below("method", state.tensors))
+
+    def _slots(self, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """What the optimizer kept, by its parameters' numbers. A fused step reads and writes as many numbers as the
+        parameter has, whatever the shape of what it is given: nothing else may come in.
+        """
+        parameters, step = dict(enumerate(self.parameters)), torch.zeros(())
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in below("optimizer", tensors).items():
+            index, _, key = name.partition(".")
+            like = step if key == "step" else parameters[int(index)]
+            slots.setdefault(int(index), {})[key] = _like(like, f"optimizer.{name}", tensor)
+        for index, slot in slots.items():
+            if slot.keys() != SLOTS[type(self.optimizer)]:
+                raise ValueError(f"optimizer.{index} has {', '.join(sorted(slot))}")
+        if slots and isinstance(self.optimizer, torch.optim.SGD):  # a fused step takes momenta of all or of none
+            for index, parameter in parameters.items():
+                slots.setdefault(index, {"momentum_buffer": torch.zeros_like(parameter)})
+        return slots
+
+    def _restore_scaler(self, kept: dict[str, Any]) -> None:
+        """What changes of it; the rest are settings, which a fresh one has."""
+        fresh = self.scaler.state_dict()
+        scale, tracker = finite(kept["scale"]), kept["_growth_tracker"]
+        if not scale > 0 or type(tracker) is not int or not 0 <= tracker <= fresh["growth_interval"]:
+            raise ValueError(f"the gradients cannot be scaled by {scale}, {tracker!r:.40} steps behind the last change")
+        self.scaler.load_state_dict(fresh | {"scale": scale, "_growth_tracker": tracker})
 
     def restore_epoch(self, state: State) -> None:
         """The random numbers that the model draws next, and the losses of the epoch so far; errors likewise.
@@ -139,6 +169,8 @@ class Underway:
             if self.device.type == "cuda" and (random or processes.is_first()):
                 torch.cuda.set_rng_state(random["cuda"], self.device)
             self.progress.load_state(state.about["progress"])
+            if self.progress.step != state.position[1]:
+                raise ValueError(f"{self.progress.step} steps are in its sums")
 
 
 @contextmanager
@@ -146,9 +178,16 @@ def _fitting() -> Iterator[None]:
     """Says in one line that a state does not fit what takes it up."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"what was kept within the task does not fit this run: {reason}") from error
+
+
+def _like(wanted: Tensor, name: str, tensor: Tensor) -> Tensor:
+    """``tensor``, if it has the shape and dtype of ``wanted``."""
+    if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+        raise ValueError(f"{name} is {list(tensor.shape)} of {tensor.dtype}")
+    return tensor
 
 
 def _random(process: int) -> str:
