@@ -33,12 +33,14 @@ TENSORS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "longer": lambda tensor: torch.zeros(tensor.numel() + 1, dtype=tensor.dtype),
     "complex": lambda tensor: tensor.to(torch.complex64),
     "integers": lambda tensor: tensor.to(torch.int16),
+    "not finite": lambda tensor: torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else None,
 }
 HUGE = 10**400  # JSON has such numbers, floats have not
 NUMBERS: list[dict[str, Any]] = [
     *({"seconds": value} for value in (-1, HUGE, "5", None, float("nan"))),
-    *({"progress": {"seconds": value}} for value in (HUGE, "5", float("inf"))),
-    *({"progress": {"totals": value}} for value in ([1, 1, -8], [0, 0, 0], [HUGE, 1, 8], ["1", 1, 8], [1, 8], None)),
+    *({"progress": {"seconds": value}} for value in (-1e9, HUGE, "5", float("inf"))),
+    *({"progress": {"totals": value}} for value in ([1, 1, -8], [0, 0, 0], [1, 9, 8], [1, -1, 8], [1e308, 0, 1e-300])),
+    *({"progress": {"totals": value}} for value in ([HUGE, 1, 8], ["1", 1, 8], [1, 8], None)),
     *({"progress": {"step": value}} for value in (0, 3, -1, 1.0, "1", None)),
     *({"versions": value} for value in (7, "x", [])),
     *({"epoch": value} for value in (3, -1, True, "1")),
@@ -111,8 +113,10 @@ def test_a_tensor_of_another_kind_is_refused(cut, resumed, case, how):
         forged = TENSORS[how](tensor)
         if forged is not None and forged.shape == tensor.shape and forged.dtype == tensor.dtype:
             continue  # a scalar in a scalar's place
-        if how == "integers" and name.startswith("method.") or how == "missing" and name.endswith("momentum_buffer"):
-            continue  # statistics are read as numbers, whatever holds them; a momentum begins with 0
+        if how in ("integers", "not finite") and name.startswith("method."):
+            continue  # statistics are read as numbers, whatever holds them, and looked at with those of the steps
+        if how == "missing" and name.endswith("momentum_buffer") or how == "not finite" and forged is None:
+            continue  # a momentum begins with 0; random states are whole numbers
         changed = {} if forged is None else {name: forged}
         try:
             resumed(case, lambda tensors, _, name=name, changed=changed: (tensors.pop(name), tensors.update(changed)))
@@ -152,6 +156,22 @@ def test_moments_of_no_parameter_are_refused(resumed):
             resumed("janus", lambda state, _, name=f"optimizer.{index}.step": state.update({name: torch.zeros(())}))
     with pytest.raises(CheckpointError, match=r"optimizer\.0 has exp_avg, exp_avg_sq, max_exp_avg_sq, step"):
         resumed("janus", lambda state, _: state.update({"optimizer.0.max_exp_avg_sq": state["parameters.0"]}))
+
+
+@pytest.mark.parametrize("name", ["optimizer.0.step", "optimizer.0.exp_avg_sq"])
+def test_what_is_a_count_or_a_square_is_not_negative(resumed, name):
+    with pytest.raises(CheckpointError, match=f"{name} is negative"):
+        resumed("janus", lambda state, _: state.update({name: state[name] - 99}))
+
+
+def test_a_state_that_is_nested_too_deep_is_none(patterns, weights, tmp_path, cut):
+    shutil.copytree(cut("janus"), tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "within.safetensors"
+    tensors, about = checkpoint.read_tensors(path)
+    del about[checkpoint.SHA256]
+    checkpoint.write_tensors(path, tensors, about | {"state": "[" * 100_000})
+    with pytest.raises(CheckpointError, match=r"within\.safetensors holds no state"):
+        trainer_of(patterns, weights, tmp_path / "run").restore()
 
 
 def test_a_task_without_epochs_has_no_state():

@@ -118,9 +118,10 @@ def spoil_features(learner: Learner) -> None:
 
 
 WEIGHT = rf"backbone\.{LAYER}\.\S*"
+SPOILED = r"(not finite by then: backbone\.|every module's output is finite)"  # the latter in fp16: a step left out
 CASES = {  # (step of a task, what happens, what is said: where T stands for the task)
-    "loss": (5, spoil_loss, r"the loss is (nan|inf) in task T, epoch 3, step 1; "),
-    "input": (6, spoil_input, r"the loss is nan in task T, epoch 3, step 2; "),
+    "loss": (5, spoil_loss, r"the loss is (nan|inf) in task T, epoch 3, step 1; .*" + SPOILED),
+    "input": (6, spoil_input, r"the loss is nan in task T, epoch 3, step 2; .*" + SPOILED),
     "statistics": (5, spoil_statistics, rf"{LAYER}\.\S* is not finite in task T, behind epoch 3 and step 0"),
     "features": (6, spoil_features, r"task T: the features of 16 .* are not finite: every module's output is finite$"),
     "gradient": (3, spoil_gradient, r"the loss is nan in task T, epoch 2, step 2.*not finite by then: backbone\."),

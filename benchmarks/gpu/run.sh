@@ -12,7 +12,7 @@ mkdir -p "$out" "$site" "$work"
 export PYTHONPATH=$site PATH=$site/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg TQDM_DISABLE=1
 export OMP_NUM_THREADS=2 JANUS_EXT_REQUIRE_NATIVE=1 HF_HUB_OFFLINE=1 TORCHINDUCTOR_CACHE_DIR=$work/inductor
 device=${GPU_DEVICE:-cuda} patience=${GPU_PATIENCE:-1}
-declare -A limit=([build]=180 [info]=40 [tests]=200 [sanitize]=170 [bench]=300 [step]=120 [train]=300 [full]=150 [loader]=120 [use]=150 [dry]=120)
+declare -A limit=([build]=180 [info]=40 [tests]=200 [sanitize]=170 [bench]=300 [step]=120 [train]=300 [full]=220 [loader]=120 [use]=150 [dry]=120)
 
 need_gpu() { # the rehearsal goes on without one
   [[ $device == cpu ]] || python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo 'no GPU'; exit 77; }

@@ -51,7 +51,7 @@ class LoRADRS(SequentialLoRA):
                 self.layers[name].protect(basis)
         for layer in self.layers.values():
             for B in layer.B.data.view(-1, *layer.B.shape[-2:]):
-                nn.init.sparse_(B, SPARSITY)
+                B.copy_(nn.init.sparse_(torch.empty(B.shape, dtype=B.dtype, device="cpu"), SPARSITY))  # as A is drawn
         self.start = {name: layer.A.detach().clone() for name, layer in self.layers.items()}
 
     def penalty(self, features: Tensor, targets: Tensor) -> Tensor | float:

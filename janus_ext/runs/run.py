@@ -240,7 +240,7 @@ class Run:
                 remove([self._within_path])
                 return None
             return tensors, json.loads(about["state"])
-        except (CheckpointError, KeyError, ValueError) as error:
+        except (CheckpointError, KeyError, ValueError, RecursionError) as error:
             reason = error if isinstance(error, CheckpointError) else f"{self._within_path} holds no state"
             raise CheckpointError(f"{reason}; without that file --resume goes on behind the last task") from error
 

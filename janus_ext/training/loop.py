@@ -168,7 +168,8 @@ class Learner:
             try:
                 step = self._step(batch, labels - task.first, size, optimizer, scaler)
             except StatisticsError as error:
-                raise StatisticsError(f"epoch {epoch + 1}, step {progress.step + 1}: {error}") from error
+                error.args = (f"epoch {epoch + 1}, step {progress.step + 1}: {error.text}",)
+                raise
             progress.add(step.loss, step.correct, size)
             if not progress.pending:  # the device was read anyway
                 underway.require_finite(epoch, progress.step)

@@ -15,6 +15,7 @@ SLOTS = {  # what an optimizer keeps of a parameter that it has moved: tensors l
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.SGD: {"momentum_buffer"},
 }
+NOT_NEGATIVE = {"step", "exp_avg_sq"}  # of these
 
 
 def schedule(config: TrainConfig, epoch: int) -> float:

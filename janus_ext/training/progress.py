@@ -109,10 +109,11 @@ class Progress:
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on with it; ValueError, TypeError or OverflowError where it is none."""
         loss, correct, images = map(finite, state["totals"])
-        if type(state["step"]) is not int or not images > 0:
-            raise ValueError(f"steps and images must be positive, got {state['step']!r:.40} and {images}")
-        self.step, self.totals = state["step"], [loss, correct, images]
-        self.started -= finite(state["seconds"])
+        step, seconds = state["step"], finite(state["seconds"])
+        if type(step) is not int or not 0 <= correct <= images or images < 1 or seconds < 0:
+            raise ValueError(f"{step!r:.40} steps in {seconds} s, with {correct} of {images} images right, cannot be")
+        self.step, self.totals = step, [loss, correct, images]
+        self.started -= seconds
 
     @property
     def seconds(self) -> float:

@@ -251,7 +251,9 @@ class Trainer:
 
 
 def _warn_of_other_versions(begun: list[dict[str, Any]]) -> None:
-    """Where what was kept was computed with others than there are now, or with another number of threads."""
+    """Where what was kept was computed with others than there are now, or with another number of threads; what an
+    earlier version of this program kept within a task says nothing of it, ``{}``.
+    """
     others = [name for name, version in result_versions().items() if any(b and b.get(name) != version for b in begun)]
     if others:
         LOG.warning(

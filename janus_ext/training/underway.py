@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from janus_ext import processes
 from janus_ext.errors import CheckpointError, TrainingError
 from janus_ext.named_tensors import below, prefixed
-from janus_ext.training.optimization import SLOTS
+from janus_ext.training.optimization import NOT_NEGATIVE, SLOTS
 from janus_ext.training.progress import finite
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class State(NamedTuple):
                 raise TypeError(f"epoch and step must be whole numbers, got {epoch!r:.40} and {step!r:.40}")
             within = 0 <= epoch < epochs and 0 <= step <= steps or (epoch, step) == (epochs, 0)
             if not within or not epochs or finite(self.about["seconds"]) < 0:
-                raise ValueError(f"it is behind epoch {epoch} and step {step}, of {epochs} epochs of {steps} steps")
+                raise ValueError(f"it is behind epoch {epoch!r:.40}, step {step!r:.40}, of {epochs} epochs of {steps}")
             if not isinstance(self.versions, dict):
                 raise TypeError(f"versions must be a dictionary, got {self.versions!r:.40}")
 
@@ -141,6 +141,8 @@ class Underway:
             index, _, key = name.partition(".")
             like = step if key == "step" else parameters[int(index)]
             slots.setdefault(int(index), {})[key] = _like(like, f"optimizer.{name}", tensor)
+            if key in NOT_NEGATIVE and bool((tensor < 0).any()):
+                raise ValueError(f"optimizer.{name} is negative")
         for index, slot in slots.items():
             if slot.keys() != SLOTS[type(self.optimizer)]:
                 raise ValueError(f"optimizer.{index} has {', '.join(sorted(slot))}")
@@ -184,9 +186,11 @@ def _fitting() -> Iterator[None]:
 
 
 def _like(wanted: Tensor, name: str, tensor: Tensor) -> Tensor:
-    """``tensor``, if it has the shape and dtype of ``wanted``."""
+    """``tensor``, if it has the shape and dtype of ``wanted``, and is finite: no other is ever kept."""
     if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
         raise ValueError(f"{name} is {list(tensor.shape)} of {tensor.dtype}")
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} is not finite")
     return tensor
 
 
