@@ -1,12 +1,15 @@
 """LoRA-DRS: the drift-resistant space from inputs seen by hand, what stays in it, the triplet loss, the class means."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TOLERANCE, make_trainer, relative_error, subspace, task_of
-from torch import Tensor
+from torch import Tensor, nn
 
+from janus_ext import LoRAQKV
 from janus_ext.errors import StatisticsError
 from janus_ext.methods import METHODS
 from janus_ext.methods.lora_drs import distances, triplet_loss
@@ -251,3 +254,16 @@ def test_the_nearest_class_mean_is_chosen(run):
         unit = feature / feature.norm()
         assert choice == min(range(6), key=lambda c: float((unit - stored[c]).norm()))
     assert len(set(chosen)) > 2
+
+
+def test_a_seed_means_the_same_B_on_every_device(device: str) -> None:
+    factors, next_draws = [], []
+    for where in ("cpu", device, "meta"):  # meta holds no values, and has no generator of its own
+        layers = {"qkv": LoRAQKV(nn.Linear(24, 72, device=where), 4)}
+        torch.manual_seed(3)
+        METHODS["lora-drs"].open_task(SimpleNamespace(layers=layers), SimpleNamespace(index=0))
+        next_draws.append(torch.rand(2))
+        if where != "meta":
+            factors.append(layers["qkv"].B.detach().cpu())
+    assert torch.equal(factors[0], factors[1]) and 0 < factors[0].count_nonzero() < factors[0].numel()
+    assert torch.equal(next_draws[0], next_draws[1]) and torch.equal(next_draws[0], next_draws[2])
