@@ -75,6 +75,7 @@ _BILORA = _ladder("lr", 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-
 METHODS: dict[str, Grid] = {
     "janus": Grid({"method": "janus"}, **_MEMORY),
     "janus + guard": Grid({"method": "janus", "drift_budget": 0.1}, **_MEMORY),
+    "janus as shipped": Grid({"method": "janus", "drift_budget": 0.1}),  # with the defaults, for any head
     "lora": Grid({"method": "lora"}, **_RATES),
     "lora + guard": Grid({"method": "lora", "drift_budget": 0.1}, **_RATES),
     "lora-gpm": Grid({"method": "lora-gpm"}, **_MEMORY),
