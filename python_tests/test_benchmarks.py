@@ -47,8 +47,10 @@ TABLES = (
     "shares.py table benchmarks/results/shares.json",
     "study.py guard emoji",
     "study.py guard glyphs",
+    "guard.py table",
     "traffic.py plan",
     *(f"study.py {table} emoji" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
+    *(f"study.py {table} glyphs" for table in ("table", "details", "paired", "hypotheses")),
 )
 
 
