@@ -11,6 +11,7 @@
     python benchmarks/study.py parts emoji                        # what each part adds, with intervals
     python benchmarks/study.py guard emoji                        # ACC by rate with and without --drift-budget 0.1
     python benchmarks/study.py trials emoji                       # every candidate on the held-out images
+    python benchmarks/study.py finished emoji                     # all heads of what was chosen for any, reported seeds
     python benchmarks/study.py curves emoji                       # forgetting over plasticity, of all data sets
 
 A run trains once and measures all heads, which training does not know of. Every method begins with nine candidates.
@@ -223,6 +224,17 @@ class Study:
                         text.append(f"| {row.replace(' | ', ', ')} | {seed} | {' | '.join(shares)} | {moved} |")
         return "\n".join(text)
 
+    def finished_on_reported(self) -> str:
+        """ACC of all heads, of every candidate whose reported seeds are all run: each was chosen for one of them."""
+        text = [f"| candidate | {' | '.join(HEADS)} |", "|" + "---|" * (len(HEADS) + 1)]
+        for method in METHODS:
+            for row, change in self.candidates(method).items():
+                lines = [self.line(change, seed) for seed in SEEDS]
+                if None not in lines:
+                    cells = [spread([x["heads"][h]["acc"] for x in lines if h in x["heads"]]) for h in HEADS]
+                    text.append(f"| {row.replace(' | ', ', ')} | {' | '.join(cells)} |")
+        return "\n".join(text)
+
     def _cell(self, method: str, head: str, metric: str) -> str:
         lines = self.reported(method, head)
         values = [x["heads"][head][metric] for x in lines if head in x["heads"]]
@@ -242,7 +254,8 @@ def named(line: dict[str, Any] | None) -> dict[str, Any] | None:
 @until_closed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    actions = ["run", "table", "details", "paired", "hypotheses", "ablation", "parts", "guard", "trials", "curves"]
+    actions = ["run", "table", "details", "paired", "hypotheses", "ablation", "parts", "guard", "trials"]
+    actions += ["finished", "curves"]
     parser.add_argument("action", choices=actions)
     parser.add_argument("data", choices=list(DATA))
     parser.add_argument("--data-dir", type=Path, help="where the images of glyphs or fashion-mnist lie")
@@ -260,6 +273,7 @@ def main() -> None:
     else:
         shown = {"table": study.table, "details": study.details, "ablation": study.ablation_table}
         shown |= {"parts": lambda: parts(study), "guard": lambda: guard(study), "trials": study.trials}
+        shown["finished"] = study.finished_on_reported
         print(shown[arguments.action]())
 
 

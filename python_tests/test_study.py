@@ -54,6 +54,15 @@ def test_the_best_candidate_of_the_selection_seeds_is_chosen(study):
     assert late.chosen("bilora", "lda").startswith("bilora | lr 0.004"), "only the best two are run on seed 101"
 
 
+def test_what_went_to_the_reported_seeds_is_shown_with_every_head(study):
+    made = study(plain)
+    shares = "42.00 ± 0.79 | 47.00 ± 0.79 | 52.00 ± 0.79 | 50.00 ± 0.79"  # 1 for its rate, 0 to 2 by seed
+    assert f"| lora, lr 0.004 | {shares} |" in made.finished_on_reported().splitlines()
+    whole = made.line
+    made.line = lambda change, seed: None if seed == 3 and change.get("lr") == 0.004 else whole(change, seed)
+    assert "lr 0.004" not in made.finished_on_reported() and "lora, lr 0.008" in made.finished_on_reported()
+
+
 def test_a_grid_grows_until_its_best_is_within_or_the_ladder_ends(study):
     from study_rows import METHODS
 
