@@ -62,6 +62,7 @@ def run_cell(cell: tuple[str, dict[str, Any], int, int, dict[str, Any]]) -> dict
     import torch
 
     from janus_ext.config import TrainConfig
+    from janus_ext.devices import device_name
     from janus_ext.errors import TrainingError
     from janus_ext.train import train
 
@@ -84,6 +85,7 @@ def run_cell(cell: tuple[str, dict[str, Any], int, int, dict[str, Any]]) -> dict
         "heads": {head: {name: of[name] for name in shown} for head, of in results["heads"].items()},
         "split_sha256": results["split_sha256"],
         "versions": results["versions"],
+        "processor": device_name(torch.device("cpu")),
         "commit": commit(*TRACKED),
     }
 
