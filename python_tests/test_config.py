@@ -208,6 +208,22 @@ def test_fitted_heads_have_a_guard_that_no_paper_has(asked, budget):
     assert TrainConfig(**asked).resolved().drift_budget == budget
 
 
+@pytest.mark.parametrize(
+    ("asked", "rate", "energies"),
+    [
+        ({}, 4e-3, (0.999, 0.9999)),
+        ({"head": "ridge", "benchmark": "folder", "backbone": "emoji"}, 4e-3, (0.999, 0.9999)),
+        ({"lr": 1e-2, "energy_end": 1.0}, 1e-2, (0.999, 1.0)),
+        ({"head": "linear"}, 1.6e-2, (0.97, 0.99)),
+        ({"head": "ncm"}, 1.6e-2, (0.97, 0.99)),
+        ({"benchmark": "cifar100"}, 5e-4, (0.95, 1.0)),
+    ],
+)
+def test_behind_the_embedded_backbone_fitted_heads_have_a_gentle_rate(asked, rate, energies):
+    config = TrainConfig(**asked).resolved()
+    assert (config.lr, (config.energy_start, config.energy_end)) == (rate, energies)
+
+
 def test_the_embedded_backbone_has_its_own_values_where_no_protocol_is_published():
     emoji, cifar = TrainConfig().resolved(), TrainConfig(benchmark="cifar100").resolved()
     folder = TrainConfig(benchmark="folder", backbone="emoji").resolved()

@@ -36,6 +36,9 @@ class Like(Janus):
     defaults = {"margin_weight": 0.25, "head": "lda"}
     limits = {"rectify": ("exact",)}
 
+class Rapid(Janus):
+    defaults = {"lr": 0.25, "drift_budget": 0.5}
+
 def images(config):
     return 3
 
@@ -242,9 +245,11 @@ def test_a_class_that_declares_nothing_is_like_lora(modules):
 
 def test_a_class_is_like_the_method_that_it_inherits_but_for_what_it_declares(modules):
     config = TrainConfig(method="held:Like", temperature=8.0).resolved()  # which it may read
-    assert (config.rectify, config.estimator, config.margin, config.lr) == ("exact", "gram", 0.2, 1.6e-2)
+    assert (config.rectify, config.estimator, config.margin, config.lr) == ("exact", "gram", 0.2, 4e-3)
     assert (config.margin_weight, config.head, config.drift_budget) == (0.25, "lda", 0.1)
     assert TrainConfig(method="held:Like", margin_weight=0.0).resolved().margin_weight == 0
+    rapid = TrainConfig(method="held:Rapid").resolved()  # what a head brings along gives way to what is declared
+    assert (rapid.lr, rapid.drift_budget, rapid.energy_start) == (0.25, 0.5, 0.999)
     with pytest.raises(ArgumentError, match=re.escape("--method held:Like has no --rectify tangent; it takes exact")):
         TrainConfig(method="held:Like", rectify="tangent").resolved()
 

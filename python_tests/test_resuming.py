@@ -218,7 +218,7 @@ def test_a_lost_setting_is_noticed(cut_off, capsys):
     stored = checkpoint.read_json(folder / "config.json")
     checkpoint.write_json(folder / "config.json", {key: value for key, value in stored.items() if key != "lr"})
     assert train.main(call) == 2
-    assert "of another version of this program: --lr not stored (asked: 0.016); choose" in capsys.readouterr().err
+    assert "of another version of this program: --lr not stored (asked: 0.004); choose" in capsys.readouterr().err
 
 
 def damage_tensors(path, how: str) -> None:

@@ -272,3 +272,23 @@ def test_curves_are_drawn(study, tmp_path):
 
     draw([study(plain)], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fonts_are_held_out_whole(study, tmp_path):
+    from guard import HELD_OUT_FONTS, hold_out_fonts
+
+    names = {f"font-{n}.png" for n in range(10)}
+    for letter in ("a", "b"):
+        (tmp_path / "glyphs/train" / letter).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "glyphs/train" / letter / name).write_text(letter + name)
+
+    splits = {}
+    for seed in (1, 2):
+        folder = hold_out_fonts(tmp_path / "glyphs", seed, tmp_path / str(seed))
+        parts = {(part, c): {f.name for f in (folder / part / c).iterdir()} for part in ("train", "test") for c in "ab"}
+        assert parts["test", "a"] == parts["test", "b"] and len(parts["test", "a"]) == HELD_OUT_FONTS
+        assert parts["train", "a"] == parts["train", "b"] == names - parts["test", "a"]
+        assert all(file.read_text() == file.parent.name + file.name for file in folder.glob("*/*/*.png"))
+        splits[seed] = parts["test", "a"]
+    assert splits[1] != splits[2]

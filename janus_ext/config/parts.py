@@ -133,7 +133,7 @@ class MethodConfig(Settings):
     merge_scale: float = 1.0
     """Share of a task's update that is merged: less moves old features less."""
     drift_budget: Maybe[float] = None
-    """Deviations by which a task may move features, the first where it spoils them; 0.1 with lda, ridge, aligned."""
+    """Deviations by which a task may move features, the first ten times as far; 0.1 with lda, ridge, aligned."""
     drift: Literal["none", "ridge"] = "none"
     """Move what is kept of old classes along with the features, by a ridge regression on the task's own images."""
 
@@ -171,7 +171,7 @@ class OptimizationConfig(Settings):
     batch_size: Maybe[int] = None
     """Images per step; by default 32 for emoji, else 128."""
     lr: Maybe[float] = None
-    """Learning rate of the factors as each task starts; by default 0.016 for janus on emoji, else 0.0005 to 0.016."""
+    """Learning rate of the factors as each task starts; by default 0.004 for janus on emoji, else 0.0005 to 0.016."""
     head_lr: Maybe[float] = None
     """Learning rate of the task's head at its start; by default 0.01 for emoji and domainnet, else 0.0005."""
     optimizer: Literal["auto", "adam", "adamw", "sgd"] = "auto"

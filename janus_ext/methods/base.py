@@ -16,6 +16,7 @@ is, only the head is trained, and of all these ``begin_task``, ``loss`` and ``en
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # names for the reader; a method gets these objects handed in
 
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 CLOSE_ENOUGH = 0.9  # of the budget of a movement: a share of the update is found by repeated measuring
+FIRST = 10  # times the budget of a movement is the first task's
 MOST_TRIALS = 10
 
 
@@ -111,6 +113,8 @@ class TaskReport:
     """Per class of the task the mean cosine of its features to their own centre."""
     similarity_old: list[float] | None = None
     """Per class of the task the mean cosine of its features to the nearest old prototype."""
+    spoiled: bool = False
+    """Whether the first task's whole update told its own images apart worse than before; then little is merged."""
     factors: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """The task's update before it was merged, for the checkpoint."""
 
@@ -259,17 +263,30 @@ class Method(Declared, ABC):
 
     @torch.no_grad()
     def _consolidate(self, task: Task) -> TaskReport:
-        """Merges as much of the update as ``merge_scale`` allows, and the guard: ``drift_budget`` where there are old
-        classes, or the update spoils the features of its own.
-        """
+        """Merges as much of the update as ``merge_scale`` and the guard allow."""
         if self.config.merge_scale < 1:
             self.shrink_update(self.config.merge_scale)
         share, moved, budget = 1.0, self._movement(task), self.config.drift_budget
-        if budget is not None and moved > budget and (task.first or self._spoils()):
-            share, moved = self._within(budget, task, moved)
+        spoiled = budget is not None and moved > budget and not task.first and self._spoils()
+        limit = self._limit(task, spoiled)
+        if moved > limit:
+            share, moved = self._within(limit, task, moved)
         report = self.close_task(task)
-        report.merged, report.movement = self.config.merge_scale * share, moved
+        report.merged, report.movement, report.spoiled = self.config.merge_scale * share, moved, spoiled
         return report
+
+    def _limit(self, task: Task, spoiled: bool) -> float:
+        """By how many deviations the task may move features: every one behind the first by ``drift_budget``.
+
+        The first one by more, behind which no statistics are out of date, but not by any amount: classes to come need
+        what its own images may not ask for. Where it has spoiled even these, it is held as the others are.
+        """
+        budget = self.config.drift_budget
+        if budget is None:
+            return math.inf
+        if task.first or spoiled:
+            return budget
+        return FIRST * budget if task.total > 1 else math.inf
 
     def _within(self, budget: float, task: Task, moved: float) -> tuple[float, float]:
         """Shrinks the update until it moves features by ``budget`` or a little less: (its share, the movement)."""

@@ -118,7 +118,7 @@ class Learner:
                 "task %d: %.0f %% of the update merged, which moves its own features by %.3f deviations",
                 *(task.index + 1, 100 * report.merged, report.movement),
             )
-            if report.merged < self.config.merge_scale and not task.first:
+            if report.spoiled:
                 LOG.warning(
                     "task %d: its whole update would tell its own images apart worse than before, and %.2g %% of it is "
                     "merged; a smaller --lr may help",
