@@ -9,7 +9,6 @@
     python benchmarks/study.py hypotheses emoji                   # what was expected, and what came out
     python benchmarks/study.py ablation emoji                     # Janus-LoRA with and without each of its parts
     python benchmarks/study.py parts emoji                        # what each part adds, with intervals
-    python benchmarks/study.py guard emoji                        # ACC by rate with and without --drift-budget 0.1
     python benchmarks/study.py trials emoji                       # every candidate on the held-out images
     python benchmarks/study.py finished emoji                     # all heads of what was chosen for any, reported seeds
     python benchmarks/study.py curves emoji                       # forgetting over plasticity, of all data sets
@@ -47,7 +46,7 @@ from study_rows import (
     candidate,
     located,
 )
-from study_tables import best_head, draw, guard, hypotheses, paired, parts, spread
+from study_tables import best_head, draw, hypotheses, paired, parts, spread
 
 from janus_ext.terminal import until_closed
 
@@ -254,7 +253,7 @@ def named(line: dict[str, Any] | None) -> dict[str, Any] | None:
 @until_closed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    actions = ["run", "table", "details", "paired", "hypotheses", "ablation", "parts", "guard", "trials"]
+    actions = ["run", "table", "details", "paired", "hypotheses", "ablation", "parts", "trials"]
     actions += ["finished", "curves"]
     parser.add_argument("action", choices=actions)
     parser.add_argument("data", choices=list(DATA))
@@ -272,7 +271,7 @@ def main() -> None:
         print({"paired": paired, "hypotheses": hypotheses}[arguments.action](study, arguments.against))
     else:
         shown = {"table": study.table, "details": study.details, "ablation": study.ablation_table}
-        shown |= {"parts": lambda: parts(study), "guard": lambda: guard(study), "trials": study.trials}
+        shown |= {"parts": lambda: parts(study), "trials": study.trials}
         shown["finished"] = study.finished_on_reported
         print(shown[arguments.action]())
 

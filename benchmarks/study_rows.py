@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from janus_ext.config import presets
+
 SELECTION_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
 HEADS = ("linear", "ncm", "lda", "ridge")  # of every run
@@ -72,12 +74,11 @@ _SHARES = _energies((0.5, 0.7), (0.7, 0.9), (0.97, 0.99), (0.999, 0.9999), (0.99
 _SHARES_TO_ALL = _energies((0.9, 1), (0.95, 1), (0.98, 1), (0.999, 1), (0.9999, 1))
 _MEMORY = {"ladders": (_QUARTERS, _SHARES), "first": (range(2, 5), range(1, 4))}
 _BILORA = _ladder("lr", 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-2, 1e-1, 2e-1)
+SHIPPED = presets.GUARD | presets.GENTLE["janus", "emoji"]  # what the default head brings along
 METHODS: dict[str, Grid] = {
     "janus": Grid({"method": "janus"}, **_MEMORY),
-    "janus + guard": Grid({"method": "janus", "drift_budget": 0.1}, **_MEMORY),
-    "janus as shipped": Grid({"method": "janus", "drift_budget": 0.1}),  # with the defaults, for any head
+    "janus as shipped": Grid({"method": "janus"} | SHIPPED),  # nothing is tuned
     "lora": Grid({"method": "lora"}, **_RATES),
-    "lora + guard": Grid({"method": "lora", "drift_budget": 0.1}, **_RATES),
     "lora-gpm": Grid({"method": "lora-gpm"}, **_MEMORY),
     "inflora": Grid({"method": "inflora"}, (_QUARTERS, _SHARES_TO_ALL), (range(2, 5), range(1, 4))),
     "lora-drs": Grid(

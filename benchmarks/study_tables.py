@@ -106,25 +106,6 @@ def parts(study: Study) -> str:
     return "\n".join(text)
 
 
-def guard(study: Study, head: str = "lda") -> str:
-    """ACC by rate with and without the guard, on the held-out images of one seed; of several energies the worst."""
-    first, columns = SELECTION_SEEDS[:1], ("lora", "lora + guard", "janus", "janus + guard")
-    worst: dict[float, dict[str, float]] = {}
-    for method in columns:
-        for change in study.candidates(method).values():
-            found = study.accuracy(change, head, first)
-            if found is not None:
-                row = worst.setdefault(change["lr"], {})
-                row[method] = min(found, row.get(method, found))
-    frozen = study.accuracy(*study.candidates("frozen").values(), head, first)
-    reached = "–" if frozen is None else f"{frozen:.2f}"
-    text = [f"| rate (frozen: {reached}) | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
-    for rate, row in sorted(worst.items()):
-        cells = [f"{row[method]:.2f}" if method in row else "–" for method in columns]
-        text.append(f"| {rate:g} | {' | '.join(cells)} |")
-    return "\n".join(text)
-
-
 def best_head(study: Study, method: str) -> str | None:
     """The closed-form head that did best on the held-out images of both selection seeds."""
     scores = {}
