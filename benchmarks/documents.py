@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "benchmarks" / "results" / "emoji-janus-0"
 TABLE = re.compile(
-    r"(?P<head><!-- \w+: (?P<command>python [^\n]+) -->\n\n)(?P<text>.*?)(?P<end>\n\n<!-- end -->)", re.DOTALL
+    r"(?P<head><!-- \w+: (?P<command>python [^\n]+) -->\n\n)(?P<text>(?:(?!<!-- end -->).)*?)(?P<end>\n\n<!-- end -->)",
+    re.DOTALL,
 )
 
 

@@ -109,7 +109,7 @@ def stored_config(
             found = f"{shown_value(head)}{nearest(str(head), HEADS)}"
             raise ArgumentError(f"head must be one of {', '.join(HEADS)}, got {found}")
         unguarded = config.drift_budget is None and settings.get("preset") != "paper"
-        guard = presets.GUARD if unguarded and head in presets.FITTED else {}
+        guard = presets.HEADS.get(head, {}) if unguarded else {}
         config = replace(config, head=head, head_width=None, **guard)
     amp = config.amp if chosen.type == torch.device(config.device).type else pick_amp("auto", chosen)
     return replace(config, device=str(chosen), amp=amp)

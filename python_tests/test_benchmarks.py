@@ -45,9 +45,6 @@ TABLES = (
     "random_features.py table benchmarks/results/random-features.json",
     "loader.py --table benchmarks/results/loader.json",
     "shares.py table benchmarks/results/shares.json",
-    "study.py guard emoji",
-    "study.py guard glyphs",
-    "guard.py table",
     "traffic.py plan",
     *(f"study.py {table} emoji" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
     *(f"study.py {table} glyphs" for table in ("table", "details", "paired", "hypotheses")),
@@ -86,6 +83,8 @@ def test_a_table_is_refilled_and_nothing_else_is_touched(module) -> None:
     documents = module("documents")
     page = "a\n\n<!-- t: python x.py | 1 -->\n\n{}\n\n<!-- end -->\n\n| b |\n<!-- end -->\n"
     assert documents.refilled(page.format("| 1 |\n\n| 2 |"), str.upper) == page.format("PYTHON X.PY | 1")
+    empty = "<!-- t: python x.py -->\n\n<!-- end -->\n\na\n\n<!-- end -->\n"  # nothing behind its end is its own
+    assert documents.refilled(empty, str.upper) == empty
 
 
 @pytest.mark.xdist_group("together")

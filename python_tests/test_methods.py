@@ -93,7 +93,7 @@ def test_exact_rectification_is_exact_in_every_method(patterns, weights, tmp_pat
 
 def test_lora_gpm_and_janus_differ_in_what_they_observe(patterns, weights, tmp_path):
     """Same rectification, no margin loss: a pass after the task sees other inputs than the last epoch."""
-    changes = {"rectify": "exact", "margin_weight": 0.0}
+    changes = {"rectify": "exact", "margin_weight": 0.0, "head": "linear"}
     janus, gpm = (make_trainer(patterns, weights, tmp_path / m, method=m, **changes) for m in ("janus", "lora-gpm"))
     results = [trainer.run() for trainer in (janus, gpm)]
     first = [r["accuracy_matrix"][0] for r in results]

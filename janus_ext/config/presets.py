@@ -112,8 +112,7 @@ COMMON: dict[str, Any] = {
 }
 # What heads take that were fitted to features of earlier tasks, and are wrong where these have moved since; behind the
 # embedded backbone what held-out images of three data sets ask for (`python benchmarks/guard.py table`).
-FITTED = ("lda", "ridge", "aligned")
-GUARD: dict[str, Any] = {"drift_budget": 0.1}
+HEADS: dict[str, dict[str, Any]] = {head: {"drift_budget": 0.1} for head in ("lda", "ridge", "aligned")}
 GENTLE: dict[tuple[str, str], dict[str, Any]] = {
     ("janus", "emoji"): {"lr": 4e-3, "energy_start": 0.999, "energy_end": 0.9999}
 }
@@ -144,8 +143,8 @@ def values(
     of_benchmark = BENCHMARKS.get(tuned, BENCHMARKS["folder"])
     tables = [COMMON, published, of_benchmark, METHODS[method], SPECIAL.get((method, tuned), {})]
     chosen = _merged(*tables, declared)["head"] if head == "auto" else head
-    if preset == "default" and chosen in FITTED:
-        tables += [GUARD, GENTLE.get((method, tuned), {})]
+    if preset == "default" and chosen in HEADS:
+        tables += [HEADS[chosen], GENTLE.get((method, tuned), {})]
     return _merged(*tables, declared)
 
 
