@@ -83,6 +83,8 @@ def accuracies(data: str, row: str) -> dict[int, float]:
 def table() -> str:
     """ACC of the frozen backbone, and how far the others are ahead of it, seed by seed, as Markdown."""
     known = [data for data in (*DATA, BY_FONT) if path(data).exists()]
+    if not known:
+        raise SystemExit("nothing has been run yet: python benchmarks/guard.py run emoji")
     columns = {data: {row: accuracies(data, row) for row in ROWS} for data in known}
     frozen = [f"{statistics.fmean(column['frozen'].values()):.2f}" for column in columns.values()]
     text = [f"| | {' | '.join(known)} |", "|" + "---|" * (len(known) + 1), f"| frozen, ACC | {' | '.join(frozen)} |"]
