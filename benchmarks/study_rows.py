@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from study_cells import OFF
+
 from janus_ext.config import presets
 
 SELECTION_SEEDS = (100, 101)
@@ -82,7 +84,7 @@ METHODS: dict[str, Grid] = {
     "lora-gpm": Grid({"method": "lora-gpm"}, **_MEMORY),
     "inflora": Grid({"method": "inflora"}, (_QUARTERS, _SHARES_TO_ALL), (range(2, 5), range(1, 4))),
     "lora-drs": Grid(
-        {"method": "lora-drs", "head": "ncm"},
+        {"method": "lora-drs", "head": "ncm"} | OFF,
         (_QUARTERS, _ladder("margin_weight", 0.0, 0.05, 0.2, 0.8)),
         (range(1, 4), range(3)),
     ),
@@ -91,8 +93,6 @@ METHODS: dict[str, Grid] = {
     "first task only": Grid({"method": "lora", "learn": "first"}, **_RATES),  # in which the backbone learns
     "frozen": Grid({"learn": "none"}),  # nothing to tune
 }
-
-OFF = {"drift_budget": 1e9}  # the guard, which heads of closed form would bring along
 
 
 def _of_five(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[str, Any]]:

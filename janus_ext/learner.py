@@ -64,7 +64,7 @@ class ContinualLearner:
         head: of ``--head``.
         seed: of all random numbers; two learners with the same seed, images and machine have the same bits.
         planned_tasks: how often `learn` will be called, roughly: over so many tasks the protected share of the inputs
-            grows from ``energy_start`` to ``energy_end``; then it stays. More are welcome.
+            grows from ``energy_start`` to ``energy_end``; then it stays. More are welcome. A single one has no guard.
         settings: every other field of `janus_ext.config.LearnConfig`, and of your own method, spelled as the flags of
             ``janus_ext.train`` (``epochs=5, device="cuda"``). What is not said is as with ``--benchmark folder``.
 
@@ -191,7 +191,7 @@ class ContinualLearner:
             self._core.method.known.require(self.config.head)  # said before a task is learned, and not behind it
         first = len(self.classes)
         selection = Selection.all_of(found.split, range(first, first + len(found.class_names)))
-        steps = self._core.step_count(len(self._past.tasks), len(selection))
+        steps = self._core.step_count(len(self._past.tasks), len(found.class_names), len(selection))
         with self._at_work(), make_bar(steps, 0) as bar, self._core.undone_on_error():
             progress = Progress(bar, max(self._core.planned, len(self._past.tasks) + 1), self.config.epochs)
             report = self._core.learn(selection, len(found.class_names), progress, lambda epoch: None)

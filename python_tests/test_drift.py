@@ -1,5 +1,7 @@
 """How far features have moved, and the map for old statistics, against float64 (docs/method.md, property 14)."""
 
+import math
+
 import pytest
 import torch
 from conftest import assert_close, orthonormal, relative_error
@@ -42,6 +44,24 @@ def test_movement_is_in_standard_deviations_within_classes() -> None:
     assert movement(before, before + root[:, 0], S) == pytest.approx(DIM**-0.5)  # one deviation in one direction
     R = torch.randn(DIM, DIM, dtype=torch.float64)  # no linear map of all features changes it
     assert movement(before.double() @ R, after.double() @ R, R.mT @ S @ R) == pytest.approx(float(want), rel=1e-6)
+
+
+@pytest.mark.parametrize("counts", [[40, 30, 50], [1] * 20], ids=["many images", "one a class"])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_movement_does_not_depend_on_the_scale_of_features(counts: list[int], scale: float) -> None:
+    before, labels = gaussians(counts, DIM)
+    after = before + 0.1 * torch.randn_like(before)
+    want, got = (
+        movement(c * before, c * after, known_of(c * before, labels, [len(counts)]).statistics.spread())
+        for c in (1.0, scale)
+    )
+    assert got == pytest.approx(want, rel=1e-4) and 0 < want < 1
+
+
+def test_movement_against_what_rounding_has_left_is_not_known_to_be_small() -> None:
+    before = torch.randn(20, DIM)
+    indefinite = torch.diag(torch.tensor([1.0] * (DIM - 1) + [-1e-12], dtype=torch.float64))
+    assert movement(before, before + 1e-9, indefinite) == math.inf
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(60, DIM), (20, 40), (12, 12), (30, 1)])

@@ -212,10 +212,17 @@ def test_an_empty_state_leaves_nothing_of_what_came_after_it() -> None:
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in known.state_dict().items())
 
 
-def test_one_image_a_class_has_no_spread() -> None:
-    """What is left of G - sum mu mu^T is rounding, in which nothing can be measured."""
+def test_one_image_a_class_has_the_spread_of_all_features() -> None:
+    """What is left of G - sum mu mu^T is rounding, and tells nothing: the mean variance stands for it."""
     features, labels = gaussians([1] * 5, DIM)
     for offset in (0.0, 1e3):
         known = known_of(features + offset, labels, SIZES)
-        further = known.spread(features[:1] + 1 + offset, torch.tensor([5]))
-        assert torch.equal(further, torch.eye(DIM, dtype=torch.float64))
+        further = features[:1] + 1 + offset
+        variance = torch.cat([features + offset, further]).double().var(0, correction=0).mean()
+        got = known.spread(further, torch.tensor([5]))
+        assert_close(got, variance * torch.eye(DIM, dtype=torch.float64), torch.float32, 10)
+
+
+def test_images_that_are_all_the_same_have_a_spread_of_one() -> None:
+    known = known_of(torch.full((10, DIM), 0.1), torch.arange(10) % 5, SIZES)
+    assert torch.equal(known.statistics.spread(), torch.eye(DIM, dtype=torch.float64))

@@ -102,13 +102,54 @@ def broken(photos: Path) -> Path:
     return photos
 
 
-def test_one_class_is_learned_by_the_head_alone(weights, photos):
-    learner = learner_of(weights)
-    learner.learn(photos, FIRST)
-    with pytest.warns(UserWarning, match="one class teaches head lda alone"):
-        learner.learn(photos, SECOND[:1])
-    assert learner.classes == (*FIRST, SECOND[0])
+def features_of(learner: ContinualLearner, photos: Path, name: str) -> torch.Tensor:
+    with torch.no_grad():
+        split = unlabelled(photos / name, learner.view)
+        return learner._core.model.eval().features(torch.stack([split[i][0] for i in range(len(split))]))
+
+
+@pytest.mark.parametrize("known", [[FIRST], []], ids=["behind others", "first of all"])
+@pytest.mark.parametrize(("method", "head"), [("janus", "lda"), ("janus", "aligned"), ("lora-drs", "ncm")])
+def test_one_class_is_learned_by_the_head_alone(weights, photos, method, head, known):
+    """Whatever a method adds to its cross entropy of 0, the backbone keeps its bits."""
+    learner = learner_of(weights, method=method, head=head)
+    for names in known:
+        learner.learn(photos, names)
+    before = features_of(learner, photos, SECOND[0])
+    with pytest.warns(UserWarning, match=f"one class teaches head {head} alone"):
+        report = learner.learn(photos, SECOND[:1])
+    assert torch.equal(features_of(learner, photos, SECOND[0]), before)
+    assert report.merged is None and report.factors == {}
+    learner.learn(photos, THIRD)
+    assert not torch.equal(features_of(learner, photos, SECOND[0]), before)
+    assert learner.classes == (*sum(known, []), SECOND[0], *THIRD)
     assert learner.predict(photos / SECOND[0], top=1)[0][0][0] in learner.classes
+
+
+@pytest.mark.filterwarnings("ignore:one class teaches")
+def test_the_inputs_of_one_class_are_protected_like_others(weights, photos):
+    """So that later tasks leave it alone, although none learned from it: a basis of 0.9 of their energy."""
+    learner = learner_of(weights, energy_start=0.9, energy_end=0.9)
+    learner.learn(photos, FIRST)
+    before = protected_share(learner, photos, SECOND[0])
+    learner.learn(photos, SECOND[:1])
+    after = protected_share(learner, photos, SECOND[0])
+    assert 0.85 < after <= 1 and after > before + 0.05, (before, after)
+
+
+def protected_share(learner: ContinualLearner, photos: Path, name: str) -> float:
+    """Of the energy of a class's inputs, as its images are, what lies in the basis; of the layer with the least."""
+    shares = []
+
+    def measure(layer, inputs):
+        x = inputs[0].double().flatten(0, -2)
+        shares.append(float((x @ layer.basis.double()).square().sum() / x.square().sum()))
+
+    hooks = [layer.register_forward_pre_hook(measure) for layer in learner._core.method.layers.values()]
+    features_of(learner, photos, name)
+    for hook in hooks:
+        hook.remove()
+    return min(shares)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,13 @@ def movement(before: Tensor, after: Tensor, S: Tensor) -> float:
 
     sqrt(mean of (f1 - f0)^T S^-1 (f1 - f0) / d), S [d, d] float64 a covariance within classes: it does not depend on
     the scale of features, nor on an offset that they share, and says by how much a Gaussian rule is out of date.
+    Infinite where rounding has left no covariance: then no movement is known to be small.
     """
+    L, info = torch.linalg.cholesky_ex(S)
+    if int(info):
+        return math.inf
     D = after.double() - before.double()
-    return float((D * torch.linalg.solve(S, D.mT).mT).mean().sqrt())
+    return float(torch.linalg.solve_triangular(L, D.mT, upper=False).square().mean().sqrt())
 
 
 LEAST = 1e-9  # of an update that is tried: smaller factors would lose their digits, and not come back when it grows
@@ -54,7 +58,7 @@ class ShareSearch:
     def add(self, share: float, moved: float) -> None:
         """Takes up what a share has moved."""
         b, high = self.above
-        if 0 < moved != high and share != b:
+        if 0 < moved != high < math.inf and share != b:
             self.power = min(8.0, max(0.125, math.log(high / moved) / math.log(b / share)))
         if moved <= self.budget:
             self.below = (share, moved)

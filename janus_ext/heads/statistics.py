@@ -152,9 +152,18 @@ class FeatureStatistics:
         return within / max(1, self.rows - int(self.seen.sum()))
 
     def spread(self) -> Tensor:
-        """The covariance within the classes, `shrunk`; I where they scatter by no more than rounding."""
-        rows = self.rows - int(self.seen.sum())
-        return shrunk(self.covariance(), self.rows, NOTHING * float(self.gram.trace()) / max(1, rows))
+        """The covariance within the classes, `shrunk`.
+
+        Where they scatter by no more than rounding, as with one image a class, no direction is worth more than another:
+        then it is I times the mean variance of all features, or I itself where all are the same.
+        """
+        S, energy = self.covariance(), float(self.gram.trace())
+        if float(S.trace()) > NOTHING * energy / max(1, self.rows - int(self.seen.sum())):
+            return shrunk(S, self.rows)
+        rows = max(1, self.rows)
+        variance = (energy - float(self.sums.sum(0).square().sum()) / rows) / rows
+        scale = variance / self.dim if variance > NOTHING * energy / rows else 1.0
+        return scale * torch.eye(self.dim, dtype=S.dtype, device=S.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """counts, sums and gram: copies."""
@@ -202,8 +211,8 @@ def factor_of(S: Tensor) -> Tensor:
     return L
 
 
-def shrunk(S: Tensor, rows: int, least: float = 0.0) -> Tensor:
-    """(1 - rho) S + rho m I, m the mean of the diagonal; I where the trace is at most ``least``.
+def shrunk(S: Tensor, rows: int) -> Tensor:
+    """(1 - rho) S + rho m I, m the mean of the diagonal.
 
     By OAS (Chen, Wiesel, Eldar & Hero, IEEE Trans. Signal Processing 58, 2010, equation 23).
 
@@ -214,8 +223,6 @@ def shrunk(S: Tensor, rows: int, least: float = 0.0) -> Tensor:
     d = len(S)
     m, a = float(S.trace()) / d, float(S.square().mean())
     identity = torch.eye(d, dtype=S.dtype, device=S.device)
-    if m * d <= least:  # one image a class, or the same ones: no direction is worth more than another
-        return identity
     spread = (rows + 1) * (a - m * m / d)
     rho = min(1.0, (a + m * m) / spread) if spread > 0 else 1.0
     return (1 - rho) * S + rho * m * identity

@@ -16,6 +16,7 @@ is, only the head is trained, and of all these ``begin_task``, ``loss`` and ``en
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,8 @@ if TYPE_CHECKING:  # names for the reader; a method gets these objects handed in
     from janus_ext.margin import ClassPrototypes
 
 Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+FITTED = ["ncm", "lda", "ridge"]  # in a moment, from statistics alone
+LOG = logging.getLogger("janus_ext")
 CLOSE_ENOUGH = 0.9  # of the budget of a movement: a share of the update is found by repeated measuring
 FIRST = 10  # times the budget of a movement is the first task's
 MOST_TRIALS = 10
@@ -62,6 +65,8 @@ class Task:
     """For what a head draws, for all tasks: derived from the same."""
     learns: bool
     """Whether the backbone learns in it; else the head alone does."""
+    observes: bool
+    """Whether it does not, and does later: then a method that remembers inputs is to `observe` those of this task."""
     epochs: int
     """Passes over its images; 0 where a fitted head needs none."""
     clean_batches: Batches
@@ -104,7 +109,8 @@ class TaskReport:
     basis_rank: dict[str, int] = field(default_factory=dict)
     """Per layer the number of directions protected from the next task on (by LoRA-DRS: in this task)."""
     movement: float | None = None
-    """By how many standard deviations within classes the task has moved its own features; None where nothing learns."""
+    """By how many standard deviations within classes the task has moved its own features; None where nothing learns, or
+    where they scatter too little to say."""
     merged: float | None = None
     """Which share of the update was merged, 1 unless ``merge_scale`` or ``drift_budget`` say less; None likewise."""
     danger: float | None = None
@@ -154,7 +160,7 @@ class Method(Declared, ABC):
         self.model.add_task(task.classes, self.config.head_init)
         self.learns = task.learns
         if self.learns:
-            features, labels = self._features(task.probe_batches)
+            features, labels = self._probed(task)
             if self.config.drift == "ridge" and task.index:
                 self._before = self._features(task.clean_batches)[0]
             self.open_task(task)
@@ -209,6 +215,17 @@ class Method(Declared, ABC):
             self._decisions[name] = HEADS[name](self.known)
         return self._decisions[name]
 
+    def decisions(self) -> dict[str, Decision]:
+        """The configuration's head, and beside it all heads that are fitted at no cost to what is known."""
+        found = {self.config.head: self.decision()}
+        others = ([] if self.known.untrained else ["linear"]) + (FITTED if self.known.has_statistics else [])
+        for name in others:
+            try:
+                found[name] = self.decision(name)
+            except StatisticsError as error:
+                LOG.warning("head %s is not measured beside %s: %s", name, self.config.head, error)
+        return found
+
     def scores(self, images: Tensor) -> Tensor:
         """uint8 [b, 3, H, W] -> [b, classes seen so far], the largest wins: what the configuration's head says."""
         return self.decision().scores(self.model.features(images))
@@ -244,6 +261,8 @@ class Method(Declared, ABC):
     def end_task(self, task: Task) -> TaskReport:
         """Closes the task, measures its features against the old prototypes, adds what they say, fits the head."""
         report = self._consolidate(task) if self.learns else TaskReport()
+        if task.observes and self.remembers:
+            self.observe(task)
         features, labels = self._features(task.clean_batches)
         if self._before is not None:
             self.known.move(drift_map(self._before, features))
@@ -272,7 +291,8 @@ class Method(Declared, ABC):
         if moved > limit:
             share, moved = self._within(limit, task, moved)
         report = self.close_task(task)
-        report.merged, report.movement, report.spoiled = self.config.merge_scale * share, moved, spoiled
+        report.merged, report.spoiled = self.config.merge_scale * share, spoiled
+        report.movement = moved if math.isfinite(moved) else None
         return report
 
     def _limit(self, task: Task, spoiled: bool) -> float:
@@ -294,8 +314,10 @@ class Method(Declared, ABC):
         for _ in range(MOST_TRIALS):
             tried = search.next_share()
             self.shrink_update(tried / share)
+            if tried == 0:
+                return 0.0, 0.0
             share, moved = tried, self._movement(task)
-            if share == 0 or CLOSE_ENOUGH * budget <= moved <= budget:
+            if CLOSE_ENOUGH * budget <= moved <= budget:
                 return share, moved
             search.add(share, moved)
         self.shrink_update(search.below[0] / share)
@@ -306,8 +328,16 @@ class Method(Declared, ABC):
         before, labels, _ = self._probe
         return processes.from_first(lambda: is_worse(told_apart(before, labels), told_apart(self._moved, labels)))
 
+    def _probed(self, task: Task) -> tuple[Tensor, Tensor]:
+        """`_features` of the probe in float32: the rounding of bfloat16 would look like movement."""
+        amp, self.model.amp = self.model.amp, None
+        try:
+            return self._features(task.probe_batches)
+        finally:
+            self.model.amp = amp
+
     def _movement(self, task: Task) -> float:
-        self._moved = self._features(task.probe_batches)[0]
+        self._moved = self._probed(task)[0]
         moved = movement(self._probe.features, self._moved, self._probe.spread)
         return processes.first_says(moved)  # what depends on it has to be the same, whatever a processor rounds
 

@@ -47,7 +47,6 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 Record = Callable[[dict[str, Any]], None]
 LOG = logging.getLogger("janus_ext")
 PROBE = 256  # images on which it is measured how far features move
-FITTED = ["ncm", "lda", "ridge"]  # in a moment, from statistics alone
 
 
 class Learner:
@@ -281,27 +280,21 @@ class Learner:
         self.model.train()
         return {name: processes.add_up(total).tolist() for name, total in totals.items()}
 
-    def decisions(self) -> dict[str, Decision]:
-        """The configuration's head, and beside it all heads that are fitted at no cost to what the method knows."""
-        known = self.method.known
-        names = [self.config.head] + ([] if known.untrained else ["linear"]) + (FITTED if known.has_statistics else [])
-        return {name: self.method.decision(name) for name in dict.fromkeys(names)}
+    def learns(self, task: int, classes: int) -> bool:
+        """Whether the backbone learns in a task: from one class alone there is nothing to learn."""
+        return classes != 1 and (self.config.learn == "all" or (self.config.learn == "first" and task == 0))
 
-    def learns(self, task: int) -> bool:
-        """Whether the backbone learns in a task."""
-        return self.config.learn == "all" or (self.config.learn == "first" and task == 0)
-
-    def epochs(self, task: int) -> int:
+    def epochs(self, task: int, classes: int) -> int:
         """How many epochs a task is trained for: none where there is nothing to train, and the head is fitted."""
-        return self.config.epochs if self.learns(task) or self.config.head in TRAINED_HEADS else 0
+        return self.config.epochs if self.learns(task, classes) or self.config.head in TRAINED_HEADS else 0
 
     def clean_batches(self, images: Selection) -> Batches:
         """Images as they are, as many at once as a pass without gradients takes, on the model's device."""
         return self._to_device(images.batches(self.model.images_at_once))
 
-    def step_count(self, task: int, images: int) -> int:
-        """Number of steps in a task with so many training images."""
-        return self.epochs(task) * -(-images // self.config.batch_size)
+    def step_count(self, task: int, classes: int, images: int) -> int:
+        """Number of steps in a task with so many classes and training images."""
+        return self.epochs(task, classes) * -(-images // self.config.batch_size)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tensors of the model, and those that the method keeps beside it, between two tasks."""
@@ -331,8 +324,9 @@ class Learner:
             classes=classes,
             seed=self.seed,
             head_seed=derive_seed(self.seed, -1, -1, "heads"),
-            learns=self.learns(index),
-            epochs=self.epochs(index),
+            learns=self.learns(index, classes),
+            observes=classes == 1 and self.config.learn == "all",
+            epochs=self.epochs(index, classes),
             clean_batches=lambda: self.clean_batches(own),
             probe_batches=lambda: self.clean_batches(probed),
             augmented_batches=lambda: self._training_batches(images, index, self.config.epochs),

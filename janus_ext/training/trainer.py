@@ -78,7 +78,7 @@ class Trainer:
             self.keeping.start = self._checked(State(*within))
             begun.append(self.keeping.start.versions)
         _warn_of_other_versions(begun)
-        run.keep_epochs([self.learner.epochs(task) for task in range(len(self.matrix))] + [self._epochs_within()])
+        run.keep_epochs([self._epochs(task) for task in range(len(self.matrix))] + [self._epochs_within()])
         run.remove_methods_before(len(self.matrix) - 1)
         LOG.info("goes on after task %d/%d", len(self.matrix), len(self.benchmark.tasks))
         if self.keeping.start is not None:
@@ -151,7 +151,7 @@ class Trainer:
 
     def step_count(self, tasks: int) -> int:
         """Number of steps in the first ``tasks`` tasks."""
-        return sum(self.learner.step_count(task, len(self.train_images[task])) for task in range(tasks))
+        return sum(self._steps(task) for task in range(tasks))
 
     def _learn(self, index: int, progress: Progress, write: events.Write) -> None:
         """One task: trained, consolidated, reported, timed."""
@@ -176,8 +176,8 @@ class Trainer:
     def _checked(self, state: State) -> State:
         """``state``, if it is one of the next task."""
         task = len(self.matrix)
-        epochs = self.learner.epochs(task)
-        state.check(epochs, self.learner.step_count(task, len(self.train_images[task])) // max(1, epochs))
+        epochs = self._epochs(task)
+        state.check(epochs, self._steps(task) // max(1, epochs))
         return state
 
     def _epochs_within(self) -> int:
@@ -189,11 +189,11 @@ class Trainer:
         if self.keeping.start is None:
             return 0
         task, (epoch, step) = len(self.matrix), self.keeping.start.position
-        return epoch * self.learner.step_count(task, len(self.train_images[task])) // self.learner.epochs(task) + step
+        return epoch * self._steps(task) // self._epochs(task) + step
 
     def _evaluate(self, index: int) -> dict[str, list[list[float]]]:
         """For every head row ``index`` of the three matrices of `metrics`, from one pass over the test images."""
-        decisions = self.learner.decisions()
+        decisions = self.learner.method.decisions()
         tested = self.test_images[: index + 1]
         counts = [self.learner.count_hits(task, images, decisions) for task, images in enumerate(tested)]
 
@@ -212,7 +212,15 @@ class Trainer:
 
     def _epochs_before(self, task: int) -> int:
         """Number of epochs in the tasks before this one."""
-        return sum(self.learner.epochs(earlier) for earlier in range(task))
+        return sum(self._epochs(earlier) for earlier in range(task))
+
+    def _epochs(self, task: int) -> int:
+        """Number of epochs in a task."""
+        return self.learner.epochs(task, len(self.benchmark.tasks[task]))
+
+    def _steps(self, task: int) -> int:
+        """Number of steps in it."""
+        return self.learner.step_count(task, len(self.benchmark.tasks[task]), len(self.train_images[task]))
 
     def _save(self, index: int) -> None:
         """Writes what a run keeps of a task."""
