@@ -26,6 +26,7 @@ METHODS = {
     "janus, aligned": {"head": "aligned"},
     "janus, all targets": {"targets": ("fc2", "q", "v", "proj", "fc1"), "scale": 0.7},
     "janus, one map": {"targets": ("proj",)},
+    "janus, in the first task": {"learn": "first", "head": "lda"},
     "lora": {},
     "lora-gpm": {},
     "inflora": {},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, make_trainer
 from exported import (
     EXPORTS,
     METHODS,
@@ -22,6 +22,7 @@ from exported import (
     scores_of,
     state,
 )
+from learners import FIRST, SECOND, THIRD, learner_of
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from janus_ext.backbone import load_backbone, prepare_torchvision
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.exports import card, folder, onnx, peft, pt2, timm
 from janus_ext.exports.contents import Contents
+from janus_ext.runs.checkpoint import write_json
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +267,7 @@ def test_peft_computes_the_same_features(patterns, weights, tmp_path, images, ca
     contents = contents_of(run_of(case, patterns, weights, tmp_path / "run"))
     out = tmp_path / "out"
     peft.export(contents, out)
-    names = ["task-0", "task-1", "task-2"]
+    names = ["task-0"] if "first" in case else ["task-0", "task-1", "task-2"]
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "classifier.safetensors", *names]
     model = PeftModel.from_pretrained(load_backbone("emoji", str(weights)), str(out / names[0]), adapter_name=names[0])
     for name in names[1:]:
@@ -276,6 +278,26 @@ def test_peft_computes_the_same_features(patterns, weights, tmp_path, images, ca
         assert_close(backbone(pixels), contents.model.features(images), torch.float32)
         start = load_backbone("emoji", str(weights)).eval()(pixels)
         assert (backbone(pixels) - start).norm() > 1e-3 * start.norm()
+
+
+@pytest.mark.filterwarnings("ignore:one class teaches")
+def test_a_task_of_one_class_has_no_adapter(photos, weights, tmp_path):
+    needs("peft")
+    learner = learner_of(weights)
+    for names in (FIRST, SECOND[:1], THIRD):
+        learner.learn(photos, names)
+    peft.export(learner.contents(), tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").glob("task-*")) == ["task-0", "task-2"]
+    assert 'tasks = ["task-0", "task-2"]' in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_backbone_that_never_learned_has_none(patterns, weights, tmp_path):
+    needs("peft")
+    trainer = make_trainer(patterns, weights, tmp_path / "run", learn="none", head="lda")
+    trainer.run()
+    write_json(tmp_path / "run/config.json", trainer.config.to_json() | {"tasks": 3})
+    with pytest.raises(ArgumentError, match="--format peft needs factors, .* no task has changed the backbone"):
+        peft.export(contents_of(tmp_path / "run"), tmp_path / "out")
 
 
 def test_factors_that_do_not_sum_to_the_merged_weights_are_refused(contents, tmp_path):

@@ -17,7 +17,10 @@ PUBLISHED_CROP = 224 / 256
 
 @dataclass(frozen=True)
 class Update:
-    """What one task has learned: ``tensors`` "<layer>.A" and "<layer>.B" (and others), whose s B A was merged."""
+    """What one task has learned: ``tensors`` "<layer>.A" and "<layer>.B" (and others), whose s B A was merged.
+
+    There are none of a task in which the backbone did not learn.
+    """
 
     tensors: Mapping[str, Tensor]
     scale: float
@@ -45,6 +48,11 @@ class Contents:
     updates: tuple[Update, ...] = ()
     results: Mapping[str, Any] | None = None
     crop: float = PUBLISHED_CROP
+
+    @property
+    def adapters(self) -> dict[str, Update]:
+        """The updates of the backbone by "task-<index>"."""
+        return {f"task-{index}": update for index, update in enumerate(self.updates) if update.tensors}
 
     def __post_init__(self) -> None:
         if len(self.decision.bias) != len(self.class_names):

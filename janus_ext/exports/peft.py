@@ -8,7 +8,7 @@ by one, are what the run has merged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,10 @@ def export(contents: Contents, folder: Path) -> None:
     targets = _targets(contents)
     merged, base = merged_backbone(contents.model), _base(contents.settings)
     _check_layers(base, targets)
-    _check_sum(base, merged, contents.updates, targets)
+    _check_sum(base, merged, [*contents.adapters.values()], targets)
     with new_folder(folder) as made:
-        for index, update in enumerate(contents.updates):
-            _write_adapter(made / f"task-{index}", update, targets, str(contents.settings["backbone"]))
+        for name, update in contents.adapters.items():
+            _write_adapter(made / name, update, targets, str(contents.settings["backbone"]))
         rows = dict(zip(("weight", "bias"), contents.decision.rows(), strict=True))
         write_tensors(made / CLASSIFIER, rows, {"class_names": to_json(contents.class_names)})
         _check_features(made, contents, base, merged)
@@ -68,12 +68,12 @@ def pair(update: Update, name: str, targets: tuple[str, ...]) -> tuple[Tensor, T
 
 
 def _targets(contents: Contents) -> dict[str, tuple[str, ...]]:
-    """The adapted slices of each layer that has factors, () of a map by itself; ArgumentError where a task has none."""
-    method = contents.settings.get("method")
-    if not contents.updates:
-        raise ArgumentError("--format peft needs the factors of every task, and there are none")
-    names = {key.removesuffix(".A") for key in contents.updates[0].tensors if key.endswith(".A")}
-    if not names or any(f"{name}.{part}" not in u.tensors for u in contents.updates for name in names for part in "AB"):
+    """The adapted slices of each layer that has factors, () of a map by itself; ArgumentError where there are none."""
+    method, updates = contents.settings.get("method"), [*contents.adapters.values()]
+    if not updates:
+        raise ArgumentError("--format peft needs factors, and there are none: no task has changed the backbone")
+    names = {key.removesuffix(".A") for key in updates[0].tensors if key.endswith(".A")}
+    if not names or any(f"{name}.{part}" not in u.tensors for u in updates for name in names for part in "AB"):
         raise ArgumentError(f"--format peft takes low-rank factors, and the updates of --method {method} are none")
     layers = dict(contents.model.backbone.named_modules())
     return {name: getattr(layers[name], "targets", ()) for name in layers if name in names}
@@ -103,7 +103,7 @@ def _check_layers(base: nn.Module, names: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def _check_sum(
-    base: nn.Module, merged: nn.Module, updates: tuple[Update, ...], targets: Mapping[str, tuple[str, ...]]
+    base: nn.Module, merged: nn.Module, updates: Sequence[Update], targets: Mapping[str, tuple[str, ...]]
 ) -> None:
     """ArgumentError unless W0 + sum of s B A is W, to the rounding of one merge a task."""
     for name, slices in targets.items():
@@ -155,7 +155,7 @@ def _check_features(folder: Path, contents: Contents, base: nn.Module, merged: n
     model = contents.model
     pixels = (random_images(model.input_size) - model.mean.cpu()) / model.std.cpu()
     wanted = merged(pixels)  # without a classifier: features
-    names = [f"task-{index}" for index in range(len(contents.updates))]
+    names = list(contents.adapters)
     adapted = PeftModel.from_pretrained(deepcopy(base), str(folder / names[0]), adapter_name=names[0]).eval()
     for name in names[1:]:
         adapted.load_adapter(str(folder / name), adapter_name=name)

@@ -85,10 +85,10 @@ with torch.no_grad():
 def peft(contents: Contents) -> str:
     """For what `exports.peft` writes."""
     mean, std = _colours(contents.model.mean), _colours(contents.model.std)
-    tasks = json.dumps([f"task-{index}" for index in range(len(contents.updates))])
+    tasks = json.dumps(list(contents.adapters))
     return _section(
         f"With PEFT and janus_ext: an adapter for every task, over {_base(contents)} without its classifier. All "
-        "adapters together are the model.",
+        "adapters together are the model; of a task in which the backbone did not learn there is none.",
         f"""import json
 
 import janus_ext.torchvision_shim
