@@ -11,7 +11,7 @@ A method is called in this order, once per task:
 
 A method writes ``trainable``, ``shrink_update`` and ``close_task`` at least, and of ``open_task``, ``begin_epoch``,
 ``penalty``, ``after_backward``, ``after_step``, ``end_epochs`` what it needs. In a task that leaves the backbone as it
-is, only the head is trained, and of all these ``begin_task``, ``loss`` and ``end_task`` alone are called.
+is, only the head is trained: ``begin_task``, ``loss`` and ``end_task`` alone are called, and ``observe`` of one class.
 """
 
 from __future__ import annotations
