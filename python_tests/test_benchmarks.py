@@ -42,6 +42,7 @@ TABLES = (
     "families.py --table benchmarks/results/families.json",
     "full_size.py dry --table benchmarks/results/dry-cpu.json",
     "full_size.py dry --table benchmarks/results/dry-h100.json",
+    "guard.py table",
     "random_features.py table benchmarks/results/random-features.json",
     "loader.py --table benchmarks/results/loader.json",
     "shares.py table benchmarks/results/shares.json",
