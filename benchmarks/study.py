@@ -18,8 +18,9 @@ All are run on seed 100 with `--validation`, so that the test images are not see
 edge of what was tried, the settings beyond are tried as well, until it does not, or their ladder ends. For every head
 the best two are run on seed 101, too, and the better mean ACC goes to seeds 0 to 4, which are trained on all training
 images and tested on the test images. Two heads are not measured in every run, but in runs of their own, of three
-methods, joint training and the frozen backbone: "aligned", at what was chosen for linear heads, and "lda 2000" (random
-features), at what was chosen for "lda". The class order is drawn from the seed. Every finished run is a line in
+methods, Janus-LoRA as shipped, joint training and the frozen backbone: "aligned", at what was chosen for linear heads,
+and "lda 2000" (random features), at what was chosen for "lda". "As shipped" has the defaults' rate, energies, guard and
+epochs: nothing is chosen. The class order is drawn from the seed. Every finished run is a line in
 benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
 """
 

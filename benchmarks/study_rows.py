@@ -79,7 +79,7 @@ _BILORA = _ladder("lr", 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-
 SHIPPED = presets.HEADS["lda"] | presets.GENTLE["janus", "emoji"]  # what the default head brings along
 METHODS: dict[str, Grid] = {
     "janus": Grid({"method": "janus"}, **_MEMORY),
-    "janus as shipped": Grid({"method": "janus"} | SHIPPED),  # nothing is tuned
+    "janus as shipped": Grid({"method": "janus", "epochs": None} | SHIPPED),  # nothing is tuned, epochs neither
     "lora": Grid({"method": "lora"}, **_RATES),
     "lora-gpm": Grid({"method": "lora-gpm"}, **_MEMORY),
     "inflora": Grid({"method": "inflora"}, (_QUARTERS, _SHARES_TO_ALL), (range(2, 5), range(1, 4))),
@@ -95,16 +95,16 @@ METHODS: dict[str, Grid] = {
 }
 
 
-def _of_five(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _of_some(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A head in runs of its own, by method."""
     learners = {method: change | OFF for method in ("janus", "lora", "inflora", "joint")}
-    return learners | {"frozen": change | frozen}
+    return learners | {"janus as shipped": change, "frozen": change | frozen}
 
 
 # Heads that not every run measures: whose chosen settings they take over, and what their runs are told.
 OWN_RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "aligned": ("linear", _of_five({"head": "aligned"}, {})),
-    "lda 2000": ("lda", _of_five({"head": "lda", "head_width": 2000}, {"epochs": None})),
+    "aligned": ("linear", _of_some({"head": "aligned"}, {})),
+    "lda 2000": ("lda", _of_some({"head": "lda", "head_width": 2000}, {"epochs": None})),
 }
 ALL_HEADS = (*HEADS, *OWN_RUNS)
 
