@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from janus_ext.assembly import make_learner
 from janus_ext.config import TrainConfig
 from janus_ext.data import load_benchmark
+from janus_ext.data.benchmark import Benchmark
 from janus_ext.heads import HEADS
 from janus_ext.heads.expansion import OWN_WEIGHT, Expansion
 from janus_ext.heads.knowledge import Knowledge
 from janus_ext.heads.statistics import FeatureStatistics
+from janus_ext.training.loop import Learner
 
 SEEDS = (100, 101, 102, 103, 104)
 Features = list[tuple[Tensor, Tensor]]
@@ -85,7 +87,6 @@ VARIANTS: dict[str, tuple[str, int, Callable[..., Expands]]] = {
 }
 
 
-@torch.no_grad()
 def features_of(data: str, folder: Path | None, seed: int) -> tuple[Features, Features]:
     """Features and labels of the training and of the held-out images, task by task."""
     settings = {name: value for name, value in DATA[data].items() if name != "epochs"}
@@ -93,12 +94,18 @@ def features_of(data: str, folder: Path | None, seed: int) -> tuple[Features, Fe
     config = TrainConfig(**settings, **located(data, folder), **own, learn="none", device="cpu", amp="off").resolved()
     benchmark = load_benchmark(config)
     learner = make_learner(config, seed, len(benchmark.tasks))
-    benchmark, model = benchmark.at(learner.model.input_size), learner.model.eval()
-    sides = []
+    return sides(learner, benchmark.at(learner.model.input_size))
+
+
+@torch.no_grad()
+def sides(learner: Learner, benchmark: Benchmark) -> tuple[Features, Features]:
+    """The same of a learner's present features; the benchmark's images have its model's size."""
+    model = learner.model.eval()
+    found = []
     for images_of in (benchmark.training, benchmark.testing):
         batches = [list(learner.clean_batches(images_of(task))) for task in range(len(benchmark.tasks))]
-        sides.append([(torch.cat([model.features(x) for x, _ in b]), torch.cat([y for _, y in b])) for b in batches])
-    return sides[0], sides[1]
+        found.append([(torch.cat([model.features(x) for x, _ in b]), torch.cat([y for _, y in b])) for b in batches])
+    return found[0], found[1]
 
 
 def accuracy(head: str, known: Knowledge, held_out: Features) -> float:

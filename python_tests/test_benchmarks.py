@@ -43,6 +43,7 @@ TABLES = (
     "full_size.py dry --table benchmarks/results/dry-cpu.json",
     "full_size.py dry --table benchmarks/results/dry-h100.json",
     "guard.py table",
+    "first_task.py table benchmarks/results/first-task.json",
     "random_features.py table benchmarks/results/random-features.json",
     "loader.py --table benchmarks/results/loader.json",
     "shares.py table benchmarks/results/shares.json",

@@ -1,0 +1,148 @@
+"""How far may the first task move features? What more or less of its update does for all tasks, on held-out images.
+
+    python benchmarks/first_task.py run --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist [--json FILE]
+    python benchmarks/first_task.py table FILE
+
+The backbone learns the first task as shipped, but without the guard. Then shares of the update are tried, and for each
+`lda` is fitted to the features of all training images and measured on the held-out ones, as if nothing were learned in
+the tasks behind it. Held out is as in guard.py, by other seeds: no choice has seen these splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from guard import BY_FONT, change, hold_out_fonts
+from random_features import accuracy, known_of, sides
+from run import about, new_file, write
+from study_cells import OFF
+from study_rows import located
+from study_tables import shown
+
+from janus_ext.assembly import make_learner
+from janus_ext.config import TrainConfig
+from janus_ext.data import load_benchmark
+from janus_ext.data.benchmark import Benchmark
+from janus_ext.devices import deterministic, pick_amp
+from janus_ext.heads.drift import movement
+from janus_ext.heads.statistics import FeatureStatistics
+from janus_ext.methods.base import Task, TaskReport
+from janus_ext.training.loop import PROBE, Learner
+from janus_ext.training.progress import Progress, make_bar
+
+SEEDS = {"emoji": range(126, 150), BY_FONT: range(126, 138), "fashion-mnist": range(126, 138)}
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0)
+HEAD = "lda"
+CPU = torch.device("cpu")
+Point = dict[str, float]
+
+
+def measure(case: tuple[str, Path | None, int]) -> dict[str, Any]:
+    """What every share of the first task's update makes of one split: (data, its folder, seed)."""
+    data, folder, seed = case
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as fonts:
+        place = located(data, hold_out_fonts(folder, seed, Path(fonts)) if data == BY_FONT else folder)
+        own = {"seed": (seed,), "shuffle_classes": True, "device": "cpu"}
+        config = TrainConfig(**change(data, "first task only") | OFF, **place, **own).resolved()
+        benchmark = load_benchmark(config)
+        learner = make_learner(replace(config, amp=pick_amp(config.amp, CPU)), seed, len(benchmark.tasks))
+        benchmark = benchmark.at(learner.model.input_size)
+        with deterministic(CPU):
+            return {"data": data, "seed": seed, "points": learned(learner, benchmark)}
+
+
+def learned(learner: Learner, benchmark: Benchmark) -> list[Point]:
+    """Learns the first task, and measures its update before it is merged."""
+    close, points = learner.method.close_task, []
+    probe = benchmark.training(0).spread(PROBE)
+    before = probed(learner, probe)
+
+    def measured(task: Task) -> TaskReport:
+        points.extend(shrunk(learner, benchmark, probe, before))
+        return close(task)
+
+    with mock.patch.object(learner.method, "close_task", measured):
+        progress = Progress(make_bar(0, 0), 1, learner.config.epochs)
+        learner.learn(benchmark.training(0), len(benchmark.tasks[0]), progress, lambda epoch: None)
+    return points
+
+
+def shrunk(learner: Learner, benchmark: Benchmark, probe: Any, before: Any) -> Iterator[Point]:
+    """Share, movement and ACC of `HEAD`, share by share; nothing is left of the update."""
+    statistics_before = FeatureStatistics(learner.model.feature_dim)
+    statistics_before.observe(*before)
+    last = 1.0
+    for share in SHARES:
+        learner.method.shrink_update(share / last)
+        moved = movement(before[0], probed(learner, probe)[0], statistics_before.spread())
+        train, held_out = sides(learner, benchmark)
+        yield {"share": share, "movement": moved, "acc": accuracy(HEAD, known_of(train, HEAD), held_out)}
+        last = share
+
+
+@torch.no_grad()
+def probed(learner: Learner, probe: Any) -> Any:
+    """Features and labels of these images in float32, whose rounding is no movement."""
+    with mock.patch.object(learner.model, "amp", None):
+        learner.model.eval()
+        batches = [(learner.model.features(images), labels) for images, labels in learner.clean_batches(probe)]
+    features, labels = zip(*batches, strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+def table(path: Path) -> str:
+    """By share: how far features move, and how far ahead of the frozen backbone that is, by data set."""
+    cases = json.loads(path.read_text())["cases"]
+    sets = list(dict.fromkeys(case["data"] for case in cases))
+    of = {data: [case["points"] for case in cases if case["data"] == data] for data in sets}
+    lines = [
+        f"| share merged | {' | '.join(f'{data}: moves | gains' for data in sets)} |",
+        "|---" * (2 * len(sets) + 1) + "|",
+    ]
+    for number, share in enumerate(SHARES[:-1]):
+        cells = []
+        for data in sets:
+            moved = statistics.fmean(points[number]["movement"] for points in of[data])
+            gained = [points[number]["acc"] - points[-1]["acc"] for points in of[data]]
+            cells.append(f"{moved:.2f} | {shown(gained)}")
+        lines.append(f"| {share:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure all of it")
+    run.add_argument("--glyphs", type=Path, required=True, help="folder of the images")
+    run.add_argument("--fashion-mnist", type=Path, required=True, help="folder of the files")
+    run.add_argument("--jobs", type=int, default=2, help="splits at a time, each on one thread")
+    run.add_argument("--json", type=new_file, help="where to keep what was measured")
+    commands.add_parser("table", help="print a JSON file as Markdown").add_argument("file", type=Path)
+    options = parser.parse_args()
+    if options.command == "table":
+        print(table(options.file))
+        return
+    folders = {"emoji": None, BY_FONT: options.glyphs, "fashion-mnist": options.fashion_mnist}
+    splits = [(data, folders[data], seed) for data, seeds in SEEDS.items() for seed in seeds]
+    result: dict[str, Any] = {"about": about("cpu"), "cases": []}
+    with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
+        for case in pool.imap(measure, splits):
+            result["cases"].append(case)
+            print(case, flush=True)
+            if options.json is not None:
+                write(options.json, result)
+
+
+if __name__ == "__main__":
+    main()
