@@ -1,17 +1,19 @@
 """How far may the first task move features? What more or less of its update does for all tasks, on held-out images.
 
-    python benchmarks/first_task.py run --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist [--json FILE]
+    python benchmarks/first_task.py run --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist --json FILE
     python benchmarks/first_task.py table FILE
 
 The backbone learns the first task as shipped, but without the guard. Then shares of the update are tried, and for each
 `lda` is fitted to the features of all training images and measured on the held-out ones, as if nothing were learned in
-the tasks behind it. Held out is as in guard.py, by other seeds: no choice has seen these splits.
+the tasks behind it. Held out is as in guard.py, by other seeds: no choice has seen these splits. The file keeps every
+split that is finished, and a run goes on with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import tempfile
@@ -24,15 +26,16 @@ from unittest import mock
 import torch
 from guard import BY_FONT, change, hold_out_fonts
 from random_features import accuracy, known_of, sides
-from run import about, new_file, write
+from run import about, write
 from study_cells import OFF
 from study_rows import located
 from study_tables import shown
+from torch import Tensor
 
 from janus_ext.assembly import make_learner
 from janus_ext.config import TrainConfig
 from janus_ext.data import load_benchmark
-from janus_ext.data.benchmark import Benchmark
+from janus_ext.data.benchmark import Benchmark, Selection
 from janus_ext.devices import deterministic, pick_amp
 from janus_ext.heads.drift import movement
 from janus_ext.heads.statistics import FeatureStatistics
@@ -45,10 +48,11 @@ SHARES = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0)
 HEAD = "lda"
 CPU = torch.device("cpu")
 Point = dict[str, float]
+Probed = tuple[Tensor, Tensor]
 
 
 def measure(case: tuple[str, Path | None, int]) -> dict[str, Any]:
-    """What every share of the first task's update makes of one split: (data, its folder, seed)."""
+    """What every share of the first task's update makes of one split: (data, its folder, seed); on one thread."""
     data, folder, seed = case
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as fonts:
@@ -69,7 +73,7 @@ def learned(learner: Learner, benchmark: Benchmark) -> list[Point]:
     before = probed(learner, probe)
 
     def measured(task: Task) -> TaskReport:
-        points.extend(shrunk(learner, benchmark, probe, before))
+        points.extend(by_share(learner, benchmark, probe, before))
         return close(task)
 
     with mock.patch.object(learner.method, "close_task", measured):
@@ -78,21 +82,23 @@ def learned(learner: Learner, benchmark: Benchmark) -> list[Point]:
     return points
 
 
-def shrunk(learner: Learner, benchmark: Benchmark, probe: Any, before: Any) -> Iterator[Point]:
-    """Share, movement and ACC of `HEAD`, share by share; nothing is left of the update."""
+def by_share(learner: Learner, benchmark: Benchmark, probe: Selection, before: Probed) -> Iterator[Point]:
+    """Share, movement and ACC of `HEAD`, the update shrunk from share to share, to nothing at last."""
     statistics_before = FeatureStatistics(learner.model.feature_dim)
     statistics_before.observe(*before)
     last = 1.0
     for share in SHARES:
         learner.method.shrink_update(share / last)
         moved = movement(before[0], probed(learner, probe)[0], statistics_before.spread())
+        if not math.isfinite(moved):
+            raise SystemExit("the features have no covariance within classes that rounding leaves: nothing is measured")
         train, held_out = sides(learner, benchmark)
         yield {"share": share, "movement": moved, "acc": accuracy(HEAD, known_of(train, HEAD), held_out)}
         last = share
 
 
 @torch.no_grad()
-def probed(learner: Learner, probe: Any) -> Any:
+def probed(learner: Learner, probe: Selection) -> Probed:
     """Features and labels of these images in float32, whose rounding is no movement."""
     with mock.patch.object(learner.model, "amp", None):
         learner.model.eval()
@@ -102,14 +108,12 @@ def probed(learner: Learner, probe: Any) -> Any:
 
 
 def table(path: Path) -> str:
-    """By share: how far features move, and how far ahead of the frozen backbone that is, by data set."""
+    """By share: how many deviations features move (mean), how many points that is ahead of the frozen backbone."""
     cases = json.loads(path.read_text())["cases"]
-    sets = list(dict.fromkeys(case["data"] for case in cases))
-    of = {data: [case["points"] for case in cases if case["data"] == data] for data in sets}
-    lines = [
-        f"| share merged | {' | '.join(f'{data}: moves | gains' for data in sets)} |",
-        "|---" * (2 * len(sets) + 1) + "|",
-    ]
+    of = {data: [case["points"] for case in cases if case["data"] == data] for data in SEEDS}
+    sets = [data for data in SEEDS if of[data]]
+    titles = [f"{data}, {len(of[data])} splits: deviations | points ahead" for data in sets]
+    lines = [f"| share merged | {' | '.join(titles)} |", "|---" * (2 * len(sets) + 1) + "|"]
     for number, share in enumerate(SHARES[:-1]):
         cells = []
         for data in sets:
@@ -127,21 +131,25 @@ def main() -> None:
     run.add_argument("--glyphs", type=Path, required=True, help="folder of the images")
     run.add_argument("--fashion-mnist", type=Path, required=True, help="folder of the files")
     run.add_argument("--jobs", type=int, default=2, help="splits at a time, each on one thread")
-    run.add_argument("--json", type=new_file, help="where to keep what was measured")
+    run.add_argument("--json", type=Path, required=True, help="where what was measured is kept, and goes on")
     commands.add_parser("table", help="print a JSON file as Markdown").add_argument("file", type=Path)
     options = parser.parse_args()
     if options.command == "table":
         print(table(options.file))
         return
     folders = {"emoji": None, BY_FONT: options.glyphs, "fashion-mnist": options.fashion_mnist}
-    splits = [(data, folders[data], seed) for data, seeds in SEEDS.items() for seed in seeds]
     result: dict[str, Any] = {"about": about("cpu"), "cases": []}
+    if options.json.exists():
+        result = json.loads(options.json.read_text())
+    done = {(case["data"], case["seed"]) for case in result["cases"]}
+    splits = [
+        (data, folders[data], seed) for data, seeds in SEEDS.items() for seed in seeds if (data, seed) not in done
+    ]
     with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         for case in pool.imap(measure, splits):
             result["cases"].append(case)
             print(case, flush=True)
-            if options.json is not None:
-                write(options.json, result)
+            write(options.json, result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 Every seed holds out other training images (shares as in the study) and draws another order of the classes. Seeds 100
 to 109 are left out: what is shipped was chosen on them. "glyphs-fonts" holds out whole fonts, six of the 30 that
 are there to learn from, so that what is measured is in a style that no task has seen, as the test images of glyphs are.
-Every data set has eight splits, "emoji" 16: it has 400 held-out images, on which eight said little.
+"emoji" has 16 splits, of 400 held-out images each, on which eight said little; the others have eight.
 Every finished run is a line in benchmarks/results/guard-<data>.jsonl; where the guard is changed, remove them first.
 """
 
@@ -75,12 +75,12 @@ def hold_out_fonts(glyphs: Path, seed: int, target: Path) -> Path:
     return target
 
 
-def accuracies(data: str, row: str) -> dict[int, float]:
-    """ACC by seed, of the runs that are finished and did not diverge."""
+def accuracies(data: str, row: str) -> dict[int, float | None]:
+    """ACC by seed, of the runs that are finished; None where it diverged."""
     lines = read_lines(path(data))
     wanted = {seed: identity(change(data, row), seed) for seed in SEEDS[data]}
     done = {seed: x for seed, cell in wanted.items() for x in lines if is_done(x, cell)}
-    return {seed: line["heads"][HEAD]["acc"] for seed, line in done.items() if line["heads"]}
+    return {seed: line["heads"][HEAD]["acc"] if line["heads"] else None for seed, line in done.items()}
 
 
 def table() -> str:
@@ -89,22 +89,21 @@ def table() -> str:
     columns = {data: column for data, column in columns.items() if column["frozen"]}
     if not columns:
         raise SystemExit("nothing has been run yet: python benchmarks/guard.py run emoji")
-    frozen = [f"{statistics.fmean(column['frozen'].values()):.2f}" for column in columns.values()]
-    text = [
-        f"| | {' | '.join(columns)} |",
-        "|" + "---|" * (len(columns) + 1),
-        f"| frozen, ACC | {' | '.join(frozen)} |",
-    ]
-    for row in list(ROWS)[1:]:
-        cells = [ahead(column["frozen"], column[row], len(SEEDS[data])) for data, column in columns.items()]
-        text.append(f"| {row} | {' | '.join(cells)} |")
+    text = [f"| | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
+    for row in ROWS:
+        cells = [cell(column["frozen"], column[row], row, len(SEEDS[data])) for data, column in columns.items()]
+        text.append(f"| {'frozen, ACC' if row == 'frozen' else row} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
-def ahead(frozen: dict[int, float], row: dict[int, float], seeds: int) -> str:
-    """By how much, over those of so many seeds that both have; their number where some are missing."""
-    gains = [acc - frozen[seed] for seed, acc in row.items() if seed in frozen]
-    return shown(gains) + (f" ({len(gains)} of {seeds} seeds)" if 0 < len(gains) < seeds else "")
+def cell(frozen: dict[int, float | None], found: dict[int, float | None], row: str, seeds: int) -> str:
+    """A cell of the table, and how many of the seeds are missing, or diverged."""
+    known = {seed: acc for seed, acc in found.items() if acc is not None}
+    shared = [acc - frozen[seed] for seed, acc in known.items() if seed in frozen]
+    text = f"{statistics.fmean(known.values()):.2f}" if row == "frozen" else shown(shared)
+    missing, diverged = seeds - len(found), len(found) - len(known)
+    text += f" ({seeds - missing} of {seeds} seeds)" if 0 < missing < seeds else ""
+    return text + (f" ({diverged} diverged)" if diverged else "")
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ METHODS: dict[str, Grid] = {
 }
 
 
-def _of_some(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _own_runs(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A head in runs of its own, by method."""
     learners = {method: change | OFF for method in ("janus", "lora", "inflora", "joint")}
     return learners | {"janus as shipped": change, "frozen": change | frozen}
@@ -103,8 +103,8 @@ def _of_some(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[s
 
 # Heads that not every run measures: whose chosen settings they take over, and what their runs are told.
 OWN_RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "aligned": ("linear", _of_some({"head": "aligned"}, {})),
-    "lda 2000": ("lda", _of_some({"head": "lda", "head_width": 2000}, {"epochs": None})),
+    "aligned": ("linear", _own_runs({"head": "aligned"}, {})),
+    "lda 2000": ("lda", _own_runs({"head": "lda", "head_width": 2000}, {"epochs": None})),
 }
 ALL_HEADS = (*HEADS, *OWN_RUNS)
 
