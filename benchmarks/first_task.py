@@ -84,14 +84,14 @@ def learned(learner: Learner, benchmark: Benchmark) -> list[Point]:
 
 def by_share(learner: Learner, benchmark: Benchmark, probe: Selection, before: Probed) -> Iterator[Point]:
     """Share, movement and ACC of `HEAD`, the update shrunk from share to share, to nothing at last."""
-    statistics_before = FeatureStatistics(learner.model.feature_dim)
-    statistics_before.observe(*before)
-    last = 1.0
+    within = FeatureStatistics(learner.model.feature_dim)
+    within.observe(*before)
+    S, last = within.spread(), 1.0
     for share in SHARES:
         learner.method.shrink_update(share / last)
-        moved = movement(before[0], probed(learner, probe)[0], statistics_before.spread())
+        moved = movement(before[0], probed(learner, probe)[0], S)
         if not math.isfinite(moved):
-            raise SystemExit("the features have no covariance within classes that rounding leaves: nothing is measured")
+            raise ValueError("rounding leaves the features no covariance within classes: nothing is measured")
         train, held_out = sides(learner, benchmark)
         yield {"share": share, "movement": moved, "acc": accuracy(HEAD, known_of(train, HEAD), held_out)}
         last = share

@@ -89,6 +89,14 @@ def test_a_table_is_refilled_and_nothing_else_is_touched(module) -> None:
     assert documents.refilled(empty, str.upper) == empty
 
 
+def test_a_run_that_diverged_is_not_one_that_is_missing(module) -> None:
+    cell, frozen = module("guard").cell, {0: 50.0, 1: 52.0, 2: 54.0}
+    assert cell(frozen, {0: 51.0, 1: 53.0, 2: 55.0}, "as shipped", 3) == "**+1.00 ± 0.00**"
+    assert cell(frozen, {0: 51.0, 1: 53.0, 2: None}, "as shipped", 4) == "**+1.00 ± 0.00** (3 of 4 seeds) (1 diverged)"
+    assert cell(frozen, {0: None, 1: None, 2: None}, "as shipped", 3) == "– (3 diverged)"
+    assert cell(frozen, frozen, "frozen", 8) == "52.00 (3 of 8 seeds)"
+
+
 @pytest.mark.xdist_group("together")
 @pytest.mark.parametrize("estimator", ["gram", "isvd"])
 def test_what_two_processes_send_is_what_the_model_says(estimator) -> None:
