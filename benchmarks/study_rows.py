@@ -92,13 +92,15 @@ METHODS: dict[str, Grid] = {
     "joint": Grid({"method": "joint"}, **_RATES),
     "first task only": Grid({"method": "lora", "learn": "first"}, **_RATES),  # in which the backbone learns
     "frozen": Grid({"learn": "none"}),  # nothing to tune
+    "frozen as shipped": Grid({"learn": "none", "epochs": None}),  # which only heads that are trained can tell from it
 }
 
 
 def _own_runs(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A head in runs of its own, by method."""
     learners = {method: change | OFF for method in ("janus", "lora", "inflora", "joint")}
-    return learners | {"janus as shipped": change, "frozen": change | frozen}
+    shipped = dict.fromkeys(("janus as shipped", "frozen as shipped"), change)
+    return learners | shipped | {"frozen": change | frozen}
 
 
 # Heads that not every run measures: whose chosen settings they take over, and what their runs are told.

@@ -12,7 +12,7 @@ from study_rows import HEADS, METHODS, SEEDS, SELECTION_SEEDS
 if TYPE_CHECKING:
     from study import Study
 
-OTHERS = ("janus as shipped", "joint", "first task only", "frozen")
+OTHERS = ("janus as shipped", "joint", "first task only", "frozen", "frozen as shipped")
 LEARNERS = [m for m in METHODS if m not in OTHERS]  # those that are tuned, and learn task after task
 RIVALS = ("lora", "lora-gpm", "inflora", "lora-drs", "bilora")
 CLOSED = [head for head in HEADS if head != "linear"]
