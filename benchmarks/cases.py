@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from head_cases import lda_fit, ridge_fit, scores
+from head_cases import DIM, lda_fit, ridge_fit, scores
 from program import Stepper, run_tasks
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -290,6 +291,8 @@ PROGRAM = [
 HEADS = [
     Case("lda-fit", "its formula in NumPy, d = 768, 345 classes", lda_fit, tolerance=1e-3),
     Case("ridge-fit", "NumPy: a solve for each strength", ridge_fit, tolerance=1e-3),
+    Case("lda-fit-2000", "the same, 2,000 features more", partial(lda_fit, dim=DIM + 2000), tolerance=1e-3),
+    Case("ridge-fit-2000", "the same, 2,000 features more", partial(ridge_fit, dim=DIM + 2000), tolerance=1e-3),
     Case("head-scores", "five linear heads side by side", scores, {"cpu": 1.0, "cuda": 1.0}),
 ]
 GROUPS = {"kernels": KERNELS, "heads": HEADS, "program": PROGRAM}

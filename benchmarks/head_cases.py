@@ -17,44 +17,44 @@ BATCH = 200  # images of a pass in evaluation
 Sides = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def known(device: str) -> Knowledge:
+def known(device: str, dim: int = DIM) -> Knowledge:
     """What is known of so many classes of random features."""
-    heads = nn.ModuleList(nn.Linear(DIM, CLASSES // TASKS, device=device) for _ in range(TASKS))
-    found = Knowledge(heads, DIM, torch.device(device))
+    heads = nn.ModuleList(nn.Linear(dim, CLASSES // TASKS, device=device) for _ in range(TASKS))
+    found = Knowledge(heads, dim, torch.device(device))
     labels = torch.arange(CLASSES, device=device).repeat_interleave(IMAGES)
-    features = torch.randn(CLASSES, DIM, device=device)[labels] + 3 * torch.randn(len(labels), DIM, device=device)
+    features = torch.randn(CLASSES, dim, device=device)[labels] + 3 * torch.randn(len(labels), dim, device=device)
     found.add(features, labels, 0)
     return found
 
 
-def lda_fit(device: str) -> Sides:
+def lda_fit(device: str, dim: int = DIM) -> Sides:
     """Against the formula as one writes it down, in NumPy: statistics to rows by the inverse of a covariance."""
-    have = known(device)
+    have = known(device, dim)
     statistics = have.statistics
     counts, sums, gram = (part.cpu().double().numpy() for part in (statistics.counts, statistics.sums, statistics.gram))
 
     def theirs() -> Tensor:
         means = sums / counts[:, None]
         S = (gram - (means * counts[:, None]).T @ means) / (counts.sum() - CLASSES)
-        m, a = np.trace(S) / DIM, (S**2).mean()
-        rho = min(1.0, (a + m**2) / ((counts.sum() + 1) * (a - m**2 / DIM)))
-        inverse = np.linalg.inv((1 - rho) * S + rho * m * np.eye(DIM))
+        m, a = np.trace(S) / dim, (S**2).mean()
+        rho = min(1.0, (a + m**2) / ((counts.sum() + 1) * (a - m**2 / dim)))
+        inverse = np.linalg.inv((1 - rho) * S + rho * m * np.eye(dim))
         return torch.from_numpy((means - sums.sum(0) / counts.sum()) @ inverse)
 
     return lambda: HEADS["lda"](have).weight.double().cpu(), theirs
 
 
-def ridge_fit(device: str) -> Sides:
+def ridge_fit(device: str, dim: int = DIM) -> Sides:
     """Against a solve in NumPy for each of the strengths that are compared; they agree on the one that is chosen."""
-    X = torch.randn(CLASSES * IMAGES, DIM, device=device, dtype=torch.float64)
+    X = torch.randn(CLASSES * IMAGES, dim, device=device, dtype=torch.float64)
     Y = F.one_hot(torch.arange(CLASSES, device=device).repeat_interleave(IMAGES)).double()
     G, Q, total, rows = X.mT @ X, X.mT @ Y, float(Y.square().sum()), len(X)
-    g, q, scale = G.cpu().numpy(), Q.cpu().numpy(), float(G.trace()) / DIM
+    g, q, scale = G.cpu().numpy(), Q.cpu().numpy(), float(G.trace()) / dim
     penalties = [strength * scale for strength in STRENGTHS]
     chosen = int(np.argmin([abs(penalty - ridge(G, Q, total, rows).penalty) for penalty in penalties]))
 
     def theirs() -> Tensor:
-        return torch.from_numpy([np.linalg.solve(g + penalty * np.eye(DIM), q) for penalty in penalties][chosen])
+        return torch.from_numpy([np.linalg.solve(g + penalty * np.eye(dim), q) for penalty in penalties][chosen])
 
     return lambda: ridge(G, Q, total, rows).W.cpu(), theirs
 

@@ -20,8 +20,9 @@ the best two are run on seed 101, too, and the better mean ACC goes to seeds 0 t
 images and tested on the test images. Two heads are not measured in every run, but in runs of their own, of three
 methods, Janus-LoRA as shipped, joint training and the frozen backbone: "aligned", at what was chosen for linear heads,
 and "lda 2000" (random features), at what was chosen for "lda". "As shipped" has the defaults' rate, energies, guard and
-epochs: nothing is chosen. Of the frozen backbone it has the epochs of linear and aligned heads. The class order is drawn from the seed. Every finished run is a line in
-benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
+epochs: nothing is chosen; of the frozen backbone it has the epochs, for linear and aligned heads. The class order is
+drawn from the seed. Every finished run is a line in benchmarks/results/study-<data>.jsonl; one whose numbers end at
+infinity has a line without heads.
 """
 
 from __future__ import annotations

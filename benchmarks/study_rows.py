@@ -75,7 +75,7 @@ _QUARTERS = _ladder("lr", 6.25e-5, 2.5e-4, 1e-3, 4e-3, 1.6e-2, 6.4e-2)
 _SHARES = _energies((0.5, 0.7), (0.7, 0.9), (0.97, 0.99), (0.999, 0.9999), (0.9999, 0.99999))
 _SHARES_TO_ALL = _energies((0.9, 1), (0.95, 1), (0.98, 1), (0.999, 1), (0.9999, 1))
 _MEMORY = {"ladders": (_QUARTERS, _SHARES), "first": (range(2, 5), range(1, 4))}
-_BILORA = _ladder("lr", 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-2, 1e-1, 2e-1)
+_BILORA = _ladder("lr", 3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-2, 1e-1, 2e-1)
 SHIPPED = presets.HEADS["lda"] | presets.GENTLE["janus", "emoji"]  # what the default head brings along
 METHODS: dict[str, Grid] = {
     "janus": Grid({"method": "janus"}, **_MEMORY),
@@ -88,7 +88,7 @@ METHODS: dict[str, Grid] = {
         (_QUARTERS, _ladder("margin_weight", 0.0, 0.05, 0.2, 0.8)),
         (range(1, 4), range(3)),
     ),
-    "bilora": Grid({"method": "bilora"}, (_BILORA,), (range(1, 10),)),
+    "bilora": Grid({"method": "bilora"}, (_BILORA,), (range(3, 12),)),
     "joint": Grid({"method": "joint"}, **_RATES),
     "first task only": Grid({"method": "lora", "learn": "first"}, **_RATES),  # in which the backbone learns
     "frozen": Grid({"learn": "none"}),  # nothing to tune

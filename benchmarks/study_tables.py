@@ -161,7 +161,7 @@ def least_forgetting(points: list[tuple[float, float]], plasticity: float) -> fl
 
 
 def _forgetting(study: Study, method: str) -> str:
-    """At the plasticity of InfLoRA's choice, linear heads."""
+    """At the plasticity of InfLoRA's choice, linear heads; and the choices of both on the reported seeds."""
     row = study.chosen("inflora", "linear")
     line = study.line(study.trial(study.candidates("inflora")[row]), SELECTION_SEEDS[0]) if row else None
     if line is None:
@@ -169,9 +169,13 @@ def _forgetting(study: Study, method: str) -> str:
     theirs = line["heads"]["linear"]
     ours = least_forgetting(curve(study, method, "linear"), theirs["plasticity"])
     said = "no candidate has that" if ours is None else f"forgets {ours:.1f}"
+    more, less = (
+        shown(gains(study, (method, "linear"), ("inflora", "linear"), metric)) for metric in ("plasticity", "bwt")
+    )
     return (
-        f"With linear heads InfLoRA's choice learns {theirs['plasticity']:.1f} and forgets {-theirs['bwt']:.1f}; "
-        f"with at least its plasticity {method} {said}."
+        f"With linear heads, on the held-out images of seed {SELECTION_SEEDS[0]}, InfLoRA's choice learns "
+        f"{theirs['plasticity']:.1f} and forgets {-theirs['bwt']:.1f}; with at least its plasticity {method} {said}. "
+        f"On the reported seeds the choice for {method} learns {more} more than InfLoRA's, and its BWT is {less} above."
     )
 
 

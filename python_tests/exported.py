@@ -27,6 +27,7 @@ METHODS = {
     "janus, all targets": {"targets": ("fc2", "q", "v", "proj", "fc1"), "scale": 0.7},
     "janus, one map": {"targets": ("proj",)},
     "janus, in the first task": {"learn": "first", "head": "lda"},
+    "janus, half merged, moved along": {"merge_scale": 0.5, "drift": "ridge", "head": "lda"},
     "lora": {},
     "lora-gpm": {},
     "inflora": {},

@@ -45,8 +45,9 @@ def test_it_learns_what_the_trainer_learns_to_the_bit(weights, photos, tmp_path,
     assert_same(state_of(ContinualLearner.load(run)), state_of(learner))
 
 
-def test_learning_on_in_another_process_gives_the_same_bits(weights, photos, tmp_path):
-    learner = learner_of(weights)
+@pytest.mark.parametrize("settings", [{}, {"drift": "ridge", "merge_scale": 0.5}], ids=["default", "half, moved along"])
+def test_learning_on_in_another_process_gives_the_same_bits(weights, photos, tmp_path, settings):
+    learner = learner_of(weights, **settings)
     learner.learn(photos, FIRST)
     learner.save(tmp_path / "saved")
     program = (

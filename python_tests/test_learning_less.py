@@ -109,12 +109,19 @@ def test_no_task_moves_its_own_features_further_than_the_budget(patterns, weight
         assert all(moved > 0.89 * limit for moved, limit in zip(results["movement"], limits, strict=True))
 
 
-def test_what_cannot_be_measured_is_not_merged(patterns, weights, tmp_path, monkeypatch):
+def test_what_cannot_be_measured_is_not_merged(patterns, weights, tmp_path, monkeypatch, caplog):
     """With a guard; without one it is merged, and nothing is said of how far it went."""
     monkeypatch.setattr(base, "movement", lambda before, after, S: math.inf)
-    for settings, merged, moved in (({"drift_budget": 0.1}, 0.0, 0.0), ({}, 1.0, None)):
-        _, results = trained(patterns, weights, tmp_path / str(merged), **settings)
+    cases = (({"drift_budget": 0.1}, 0.0, 0.0), ({"merge_scale": 0.5}, 0.5, None), ({}, 1.0, None))
+    for settings, merged, moved in cases:
+        with caplog.at_level("INFO", logger="janus_ext"):
+            _, results = trained(patterns, weights, tmp_path / str(merged), **settings)
         assert (results["merged"], results["movement"]) == ([merged] * 3, [moved] * 3)
+    said = [line for line in caplog.messages if "of the update merged" in line]
+    assert [line.split(": ")[1] for line in said] == (
+        ["0 % of the update merged, which moves its own features by 0.000 deviations"] * 3
+        + ["50 % of the update merged, which moves features that hardly scatter"] * 3
+    )
 
 
 def test_movement_is_no_rounding_of_half_precision(patterns, weights, tmp_path):
@@ -243,11 +250,17 @@ def test_what_is_protected_behind_a_part_of_an_update_are_its_own_inputs(pattern
 
 
 def test_the_share_that_is_merged_is_said(patterns, weights, tmp_path, caplog):
-    with caplog.at_level("INFO", logger="janus_ext"):
-        _, results = trained(patterns, weights, tmp_path, lr=3e-2, drift_budget=0.02)
-    said = [line for line in caplog.messages if "of the update merged" in line]
-    assert len(said) == sum(share < 1 for share in results["merged"]) == 3
-    assert said[1].startswith(f"task 2: {100 * results['merged'][1]:.0f} % of the update merged")
+    """Behind a guard always, also where the update is merged whole; without one only where it is not."""
+    for budget, whole in ((0.02, 0), (1e9, 3), (None, 3)):
+        caplog.clear()
+        with caplog.at_level("INFO", logger="janus_ext"):
+            _, results = trained(patterns, weights, tmp_path / str(budget), lr=3e-2, drift_budget=budget)
+        assert sum(share == 1 for share in results["merged"]) == whole
+        wanted = [
+            f"task {i}: {100 * share:.0f} % of the update merged, which moves its own features by {far:.3f} deviations"
+            for i, (share, far) in enumerate(zip(results["merged"], results["movement"], strict=True), 1)
+        ]
+        assert [line for line in caplog.messages if "of the update merged" in line] == (wanted if budget else [])
 
 
 # moved along ---------------------------------------------------------------------------------------------------------

@@ -256,6 +256,9 @@ def test_hypotheses_say_what_came_out(study):
     assert "closes 47% (42.0 to 61.0; it has 51.0)" in text  # 9 of 19
     assert "frozen **+3.00 ± 0.00**" in text and "inflora +0.00" in text
     assert "InfLoRA's choice learns 50.0 and forgets 9.0; with at least its plasticity janus forgets 9.0" in text
+    assert "learns +0.00 ± 0.00 more than InfLoRA's, and its BWT is +0.00 ± 0.00 above" in text
+    text = hypotheses(study(lambda row, seed, head: plain(row, seed, head) - 2 * row.startswith("inflora")), "janus")
+    assert "learns **+2.00 ± 0.00** more than InfLoRA's, and its BWT is +0.00 ± 0.00 above" in text
 
 
 def test_the_frontier_keeps_what_nothing_beats(study):

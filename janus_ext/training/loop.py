@@ -31,7 +31,7 @@ from janus_ext.runs.metrics import hits
 from janus_ext.training.keeping import Keeping
 from janus_ext.training.optimization import make_optimizer, schedule
 from janus_ext.training.parallel import add_up_gradients, align
-from janus_ext.training.progress import LossError
+from janus_ext.training.progress import LossError, log_merged
 from janus_ext.training.underway import Underway
 
 if TYPE_CHECKING:
@@ -112,17 +112,8 @@ class Learner:
         if task.learns:
             self.method.end_epochs()
         report = self.method.end_task(task)
-        if report.merged is not None and report.merged < 1:
-            LOG.info(
-                "task %d: %.0f %% of the update merged, which moves its own features by %.3f deviations",
-                *(task.index + 1, 100 * report.merged, report.movement),
-            )
-            if report.spoiled:
-                LOG.warning(
-                    "task %d: its whole update would tell its own images apart worse than before, and %.2g %% of it is "
-                    "merged; a smaller --lr may help",
-                    *(task.index + 1, 100 * report.merged),
-                )
+        if report.merged is not None and (report.merged < 1 or self.config.drift_budget is not None):
+            log_merged(task.index, report)
         return report
 
     @contextmanager

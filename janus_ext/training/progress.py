@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from tqdm import tqdm
 
 from janus_ext import processes
 from janus_ext.errors import TrainingError
+
+if TYPE_CHECKING:
+    from janus_ext.methods.base import TaskReport
 
 LOG = logging.getLogger("janus_ext")
 BAR = "{desc}{percentage:3.0f}% |{bar}| {remaining} left{postfix}"  # half of 80 columns are left to the bar itself
@@ -129,3 +132,17 @@ class Progress:
     def accuracy(self) -> float:
         """Training accuracy of the epoch so far, percent, within the current task."""
         return 100 * self.totals[1] / self.totals[2]
+
+
+def log_merged(task: int, report: TaskReport) -> None:
+    """Says how much of the update was merged, and warns where that is little because of the task's own images."""
+    share = 100 * report.merged
+    known = report.movement is not None
+    moved = f"its own features by {report.movement:.3f} deviations" if known else "features that hardly scatter"
+    LOG.info("task %d: %.0f %% of the update merged, which moves %s", task + 1, share, moved)
+    if report.spoiled:
+        LOG.warning(
+            "task %d: its whole update would tell its own images apart worse than before, and %.2g %% of it is "
+            "merged; a smaller --lr may help",
+            *(task + 1, share),
+        )
