@@ -17,6 +17,7 @@ LEARNERS = [m for m in METHODS if m not in OTHERS]  # those that are tuned, and 
 RIVALS = ("lora", "lora-gpm", "inflora", "lora-drs", "bilora")
 CLOSED = [head for head in HEADS if head != "linear"]
 CONFIDENCE = 0.95
+LEAST_LEARNED = 0.9  # of the frozen backbone's plasticity, of what the curves show
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -179,11 +180,16 @@ def _forgetting(study: Study, method: str) -> str:
     )
 
 
+def learning(points: list[tuple[float, float]], frozen: float) -> list[tuple[float, float]]:
+    """Those that learn about as much as the frozen backbone, or more: at other rates features are destroyed."""
+    return [p for p in points if p[0] >= LEAST_LEARNED * frozen]
+
+
 def draw(studies: list[Study], path: Path) -> None:
     """Forgetting over plasticity for every candidate of every method: a row a data set, a column a head.
 
     Of data sets whose trials of the first selection seed are run. A line joins what no other candidate of its method
-    is better than in both.
+    is better than in both: from low rates to high ones, with the best of its other settings.
     """
     import matplotlib.pyplot as plt
 
@@ -191,12 +197,14 @@ def draw(studies: list[Study], path: Path) -> None:
     studies = [s for s in studies if all(len(curve(s, m, heads[0])) >= len(METHODS[m].start()) for m in LEARNERS)]
     figure, axes = plt.subplots(len(studies), len(heads), figsize=(5 * len(heads), 4 * len(studies)), squeeze=False)
     for axis, head, study in ((axes[i][j], h, s) for i, s in enumerate(studies) for j, h in enumerate(heads)):
+        frozen = curve(study, "frozen", head)[0]
         for number, method in enumerate(LEARNERS):
-            points = curve(study, method, head)
+            points = learning(curve(study, method, head), frozen[0])
             if points:
                 colour = f"C{number}"
                 axis.plot(*zip(*frontier(points), strict=True), color=colour, label=method)
                 axis.plot(*zip(*points, strict=True), ".", color=colour)
+        axis.plot(*frozen, "k+", markersize=12, label="frozen")
         axis.set(title=f"{study.data}, {head}", xlabel="plasticity (%)", ylabel="forgetting (points)")
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()

@@ -262,12 +262,13 @@ def test_hypotheses_say_what_came_out(study):
 
 
 def test_the_frontier_keeps_what_nothing_beats(study):
-    from study_tables import frontier, least_forgetting
+    from study_tables import frontier, learning, least_forgetting
 
     study(plain)
     points = [(50.0, 5.0), (55.0, 4.0), (60.0, 9.0), (58.0, 9.5)]
     assert frontier(points) == [(55.0, 4.0), (60.0, 9.0)]
     assert least_forgetting(points, 56.0) == 9.0 and least_forgetting(points, 61.0) is None
+    assert learning([(7.0, 1.0), (46.0, 3.0), *points], 50.0) == [(46.0, 3.0), *points]
 
 
 def test_curves_are_drawn(study, tmp_path):
