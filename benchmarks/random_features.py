@@ -87,14 +87,19 @@ VARIANTS: dict[str, tuple[str, int, Callable[..., Expands]]] = {
 }
 
 
-def features_of(data: str, folder: Path | None, seed: int) -> tuple[Features, Features]:
-    """Features and labels of the training and of the held-out images, task by task."""
+def frozen(data: str, folder: Path | None, seed: int, learn: str = "none") -> tuple[Learner, Benchmark]:
+    """A learner of a study's data set that has learned nothing yet, in float32, and its split of the seed."""
     settings = {name: value for name, value in DATA[data].items() if name != "epochs"}
     own = {"validation": VALIDATION[data], "seed": (seed,), "shuffle_classes": True}
-    config = TrainConfig(**settings, **located(data, folder), **own, learn="none", device="cpu", amp="off").resolved()
+    config = TrainConfig(**settings, **located(data, folder), **own, learn=learn, device="cpu", amp="off").resolved()
     benchmark = load_benchmark(config)
     learner = make_learner(config, seed, len(benchmark.tasks))
-    return sides(learner, benchmark.at(learner.model.input_size))
+    return learner, benchmark.at(learner.model.input_size)
+
+
+def features_of(data: str, folder: Path | None, seed: int) -> tuple[Features, Features]:
+    """Features and labels of the training and of the held-out images, task by task."""
+    return sides(*frozen(data, folder, seed))
 
 
 @torch.no_grad()
