@@ -44,6 +44,8 @@ TABLES = (
     "full_size.py dry --table benchmarks/results/dry-h100.json",
     "guard.py table",
     "first_task.py table benchmarks/results/first-task.json",
+    "breaks.py table",
+    "input_energy.py table benchmarks/results/input-energy.json",
     "random_features.py table benchmarks/results/random-features.json",
     "loader.py --table benchmarks/results/loader.json",
     "shares.py table benchmarks/results/shares.json",
