@@ -14,11 +14,13 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_features import frozen
+from random_features import untrained
 from run import about, new_file, write
 from torch import Tensor, nn
 
@@ -47,7 +49,7 @@ def spectrum(gram: Tensor, total: Tensor, rows: int) -> dict[str, Any]:
 
 def measure(data: str, folder: Path | None) -> list[dict[str, Any]]:
     """`spectrum` of every layer that learns, in float64."""
-    learner, benchmark = frozen(data, folder, SEED, learn="all")
+    learner, benchmark = untrained(data, folder, SEED, learn="all")
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     rows: dict[str, int] = {}
 
@@ -75,22 +77,18 @@ def table(path: Path) -> str:
     """Means over the layers, by data set, as Markdown."""
     cases = json.loads(path.read_text())["cases"]
 
-    def mean(layers: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.fmean(value(layer) for layer in layers)
+    def row(text: str, spec: str, *keys: str) -> str:
+        """A line of the table: what stands under `keys` of a layer."""
+        cells = [format(statistics.fmean(reduce(getitem, keys, layer) for layer in c["layers"]), spec) for c in cases]
+        return f"| {text} | {' | '.join(cells)} |"
 
     lines = [f"| of {cases[0]['layers'][0]['width']} directions | {' | '.join(c['data'] for c in cases)} |"]
     lines.append("|" + "---|" * (len(cases) + 1))
-    of = [case["layers"] for case in cases]
-    shares = {"energy of the mean": "mean", "energy of the first direction": "first"}
-    for text, key in shares.items():
-        lines.append(f"| {text} | {' | '.join(f'{100 * mean(x, lambda y: y[key]):.1f} %' for x in of)} |")  # noqa: B023
+    lines += [row("energy of the mean", ".1%", "mean"), row("energy of the first direction", ".1%", "first")]
     for energy in map(str, ENERGIES):
-        counts = [mean(x, lambda y: y[energy]["directions"]) for x in of]  # noqa: B023
-        lines.append(f"| directions that hold {energy} of the energy | {' | '.join(f'{x:.0f}' for x in counts)} |")
-        free = [mean(x, lambda y: y[energy]["free"]) for x in of]  # noqa: B023
-        lines.append(f"| what varies outside them | {' | '.join(f'{100 * x:.2g} %' for x in free)} |")
-    wanted = [mean(x, lambda y: y["to_vary_3"]) for x in of]
-    lines.append(f"| energy outside which 3 % of what varies lie | {' | '.join(f'{x:.4f}' for x in wanted)} |")
+        lines.append(row(f"directions that hold {energy} of the energy", ".0f", energy, "directions"))
+        lines.append(row("what varies outside them", ".3%", energy, "free"))
+    lines.append(row("energy outside which 3 % of what varies lie", ".4f", "to_vary_3"))
     return "\n".join(lines)
 
 

@@ -87,7 +87,7 @@ VARIANTS: dict[str, tuple[str, int, Callable[..., Expands]]] = {
 }
 
 
-def frozen(data: str, folder: Path | None, seed: int, learn: str = "none") -> tuple[Learner, Benchmark]:
+def untrained(data: str, folder: Path | None, seed: int, learn: str = "none") -> tuple[Learner, Benchmark]:
     """A learner of a study's data set that has learned nothing yet, in float32, and its split of the seed."""
     settings = {name: value for name, value in DATA[data].items() if name != "epochs"}
     own = {"validation": VALIDATION[data], "seed": (seed,), "shuffle_classes": True}
@@ -99,7 +99,7 @@ def frozen(data: str, folder: Path | None, seed: int, learn: str = "none") -> tu
 
 def features_of(data: str, folder: Path | None, seed: int) -> tuple[Features, Features]:
     """Features and labels of the training and of the held-out images, task by task."""
-    return sides(*frozen(data, folder, seed))
+    return sides(*untrained(data, folder, seed))
 
 
 @torch.no_grad()

@@ -181,7 +181,7 @@ def _forgetting(study: Study, method: str) -> str:
 
 
 def learning(points: list[tuple[float, float]], frozen: float) -> list[tuple[float, float]]:
-    """Those that learn about as much as the frozen backbone, or more: at other rates features are destroyed."""
+    """Those that learn about as much as the frozen backbone, or more; what the others have left is of no use."""
     return [p for p in points if p[0] >= LEAST_LEARNED * frozen]
 
 
@@ -189,7 +189,7 @@ def draw(studies: list[Study], path: Path) -> None:
     """Forgetting over plasticity for every candidate of every method: a row a data set, a column a head.
 
     Of data sets whose trials of the first selection seed are run. A line joins what no other candidate of its method
-    is better than in both: from low rates to high ones, with the best of its other settings.
+    is better than in both, from what learns least to what learns most.
     """
     import matplotlib.pyplot as plt
 

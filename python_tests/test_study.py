@@ -259,6 +259,16 @@ def test_hypotheses_say_what_came_out(study):
     assert "learns +0.00 ± 0.00 more than InfLoRA's, and its BWT is +0.00 ± 0.00 above" in text
     text = hypotheses(study(lambda row, seed, head: plain(row, seed, head) - 2 * row.startswith("inflora")), "janus")
     assert "learns **+2.00 ± 0.00** more than InfLoRA's, and its BWT is +0.00 ± 0.00 above" in text
+    made = study(plain)
+    whole = made.line
+
+    def forgets_more(change: dict[str, Any], seed: int) -> dict[str, Any]:
+        line = whole(change, seed)
+        less = 3.0 if line["row"].startswith("inflora") else 0.0
+        return line | {"heads": {head: of | {"bwt": of["bwt"] - less} for head, of in line["heads"].items()}}
+
+    made.line = forgets_more
+    assert "its BWT is **+3.00 ± 0.00** above" in hypotheses(made, "janus")
 
 
 def test_the_frontier_keeps_what_nothing_beats(study):

@@ -113,7 +113,7 @@ class Learner:
             self.method.end_epochs()
         report = self.method.end_task(task)
         if report.merged is not None and (report.merged < 1 or self.config.drift_budget is not None):
-            log_merged(task.index, report)
+            log_merged(task.index, report.merged, report)
         return report
 
     @contextmanager

@@ -134,15 +134,15 @@ class Progress:
         return 100 * self.totals[1] / self.totals[2]
 
 
-def log_merged(task: int, report: TaskReport) -> None:
-    """Says how much of the update was merged, and warns where that is little because of the task's own images."""
-    share = 100 * report.merged
-    known = report.movement is not None
-    moved = f"its own features by {report.movement:.3f} deviations" if known else "features that hardly scatter"
-    LOG.info("task %d: %.0f %% of the update merged, which moves %s", task + 1, share, moved)
+def log_merged(task: int, share: float, report: TaskReport) -> None:
+    """Says which share of the update was merged, and warns where that is little because of the task's own images."""
+    moved = "features that hardly scatter"
+    if report.movement is not None:
+        moved = f"its own features by {report.movement:.3f} deviations"
+    LOG.info("task %d: %.0f %% of the update merged, which moves %s", task + 1, 100 * share, moved)
     if report.spoiled:
         LOG.warning(
             "task %d: its whole update would tell its own images apart worse than before, and %.2g %% of it is "
             "merged; a smaller --lr may help",
-            *(task + 1, share),
+            *(task + 1, 100 * share),
         )
