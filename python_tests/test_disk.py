@@ -97,7 +97,8 @@ def test_a_file_system_that_becomes_read_only(weights, tmp_path, whole):
     script = (
         f'"$0" "$@" & until [ "$(cat "{folder}/metrics.jsonl" 2>/dev/null | wc -l)" -ge {BEGUN} ]; do '
         "sleep 0.01; done; "
-        f'mount --bind "{folder}" "{folder}" && mount -o remount,ro,bind "{folder}" && touch "{began}"; wait $!'
+        f'mount --bind "{folder}" "{folder}"; until mount -o remount,ro,bind "{folder}" 2>/dev/null; do sleep 0.01; '
+        f'done; touch "{began}"; wait $!'  # it is refused while a file is open for writing
     )
     mount = ("unshare", "-m", "sh", "-c")
     require(*mount, f'mount --bind "{folder}" "{folder}" && mount -o remount,ro,bind "{folder}"')
