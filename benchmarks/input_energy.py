@@ -10,6 +10,7 @@ what varies lies outside. Inputs are those of the attention layers that learn, o
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_features import command, untrained
+from random_features import untrained
+from run import about, new_file, write
 from torch import Tensor, nn
 
 ENERGIES = (0.97, 0.99, 0.999, 0.9999)
@@ -90,5 +92,25 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="measure all of them")
+    run.add_argument("--glyphs", type=Path, required=True, help="folder of the images")
+    run.add_argument("--fashion-mnist", type=Path, required=True, help="folder of the files")
+    run.add_argument("--json", type=new_file, help="where to keep what was measured")
+    commands.add_parser("table", help="print a JSON file as Markdown").add_argument("file", type=Path)
+    options = parser.parse_args()
+    if options.command == "table":
+        print(table(options.file))
+        return
+    result: dict[str, Any] = {"about": about("cpu"), "cases": []}
+    for data, folder in (("emoji", None), ("glyphs", options.glyphs), ("fashion-mnist", options.fashion_mnist)):
+        result["cases"].append({"data": data, "layers": measure(data, folder)})
+        print(data, flush=True)
+        if options.json is not None:
+            write(options.json, result)
+
+
 if __name__ == "__main__":
-    command(__doc__, table, lambda data, folder: [{"layers": measure(data, folder)}])
+    main()

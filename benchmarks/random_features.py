@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +159,8 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def command(
-    said: str, table: Callable[[Path], str], cases: Callable[[str, Path | None], Iterable[dict[str, Any]]]
-) -> None:
-    """A script's command line: `run` measures ``cases`` of all data sets, `table` shows what it has kept of them."""
-    parser = argparse.ArgumentParser(description=said, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="measure all of them")
     run.add_argument("--glyphs", type=Path, required=True, help="folder of the images")
@@ -176,18 +173,12 @@ def command(
         return
     result: dict[str, Any] = {"about": about("cpu"), "cases": []}
     for data, folder in (("emoji", None), ("glyphs", options.glyphs), ("fashion-mnist", options.fashion_mnist)):
-        for case in cases(data, folder):
-            result["cases"].append({"data": data} | case)
+        for seed in SEEDS:
+            result["cases"].append({"data": data, "seed": seed, "acc": measure(data, folder, seed)})
             print(result["cases"][-1], flush=True)
             if options.json is not None:
                 write(options.json, result)
 
 
-def by_seed(data: str, folder: Path | None) -> Iterator[dict[str, Any]]:
-    """What is measured, seed by seed."""
-    for seed in SEEDS:
-        yield {"seed": seed, "acc": measure(data, folder, seed)}
-
-
 if __name__ == "__main__":
-    command(__doc__, table, by_seed)
+    main()
