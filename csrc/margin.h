@@ -32,7 +32,8 @@ std::tuple<Tensor, Tensor> margin_loss(const Tensor& features, const Tensor& pro
   const Tensor f = features.to(type), p = prototypes.to(type);
   const double tiny = std::sqrt(type == at::kDouble ? std::numeric_limits<double>::min()
                                                     : static_cast<double>(std::numeric_limits<float>::min()));
-  const Tensor norm = at::linalg_vector_norm(f, 2, at::IntArrayRef{1}, /*keepdim=*/true).clamp_min(tiny);
+  Tensor norm = at::linalg_vector_norm(f, 2, at::IntArrayRef{1}, /*keepdim=*/true);
+  norm.masked_fill_(norm < tiny, std::numeric_limits<double>::infinity());  // no direction: cosines 0, no gradient
   const auto [weights, losses, along] = weigh_rows(at::mm(f, p.t()), norm, margin, temperature);
   const Tensor grad = (f * along).addmm_(weights, p, /*beta=*/-1);
   return {losses.mean() / temperature, grad.to(features.scalar_type()).contiguous()};

@@ -13,12 +13,13 @@ from torch import nn
 
 from janus_ext.arguments import nearest
 from janus_ext.arguments import shown as shown_value
-from janus_ext.backbone import load_backbone
+from janus_ext.backbone import load_backbone, prepare_torchvision
 from janus_ext.backbone.network import adopted, attach, probe, rebuild, recompute_blocks
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig, presets
 from janus_ext.config.checks import check_learning
 from janus_ext.config.foreign import find_method, loaded_method, own_settings
+from janus_ext.data.images import CROP_MODES, INTERPOLATIONS, View
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.heads import HEADS
@@ -185,14 +186,18 @@ def stored_numbers(settings: Mapping[str, Any]) -> tuple[int, int]:
     return seeds[0], tasks
 
 
-def shown(model: nn.Module) -> dict[str, Any]:
-    """How a model of timm's wants to be shown its images: margin and interpolation of a `View`."""
-    cfg = model.pretrained_cfg
-    known = cfg.get("interpolation") in ("bilinear", "bicubic", "nearest")
-    return {
-        "margin": 1 / (cfg.get("crop_pct") or 1.0),
-        "interpolation": cfg["interpolation"] if known else "bilinear",
-    }
+def view_of(model: nn.Module) -> View:
+    """How a model of timm's wants to be shown its images, but for their size; ArgumentError if no `View` is that."""
+    prepare_torchvision()
+    from timm.data import resolve_model_data_config
+
+    said = resolve_model_data_config(model)
+    for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        if said[name] not in known:
+            raise ArgumentError(
+                f"model must take images with the {name} {' or '.join(known)}, its pretrained_cfg has {said[name]!r}"
+            )
+    return View(margin=1 / said["crop_pct"], interpolation=said["interpolation"], crop_mode=said["crop_mode"])
 
 
 def check_network(core: Learner, wanted: list[float] | None, folder: Path) -> None:

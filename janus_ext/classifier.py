@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext.errors import ArgumentError
+from janus_ext.reference import full_float32
 
 MOST_IMAGES = 200  # of a pass without gradients; a ViT-B/16 takes as many at 224 pixels
 NUMBERS = MOST_IMAGES * 14**2 * 768  # of a block's output in such a pass
@@ -73,6 +77,16 @@ class ContinualClassifier(nn.Module):
             pooled = self.embed(pixels)
         return pooled.float()
 
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Within it the backbone computes in IEEE float32, whatever `amp` and PyTorch's settings of products say."""
+        amp, self.amp = self.amp, None
+        try:
+            with full_float32():
+                yield
+        finally:
+            self.amp = amp
+
     def embed(self, pixels: Tensor) -> Tensor:
         """The backbone's pass from normalised pixels [b, 3, s, s] to [b, d]."""
         return self.backbone.forward_head(self.backbone.forward_features(pixels), pre_logits=True)
@@ -98,8 +112,9 @@ class ContinualClassifier(nn.Module):
         return self.classify(self.features(images))
 
     def classify(self, features: Tensor) -> Tensor:
-        """Logits [b, classes seen so far] of features [b, d]."""
-        return torch.cat([head(features) for head in self.heads], dim=-1)
+        """Logits [b, classes seen so far] of features [b, d]; in float32 under the caller's autocast, too."""
+        with torch.autocast(features.device.type, enabled=False):
+            return torch.cat([head(features) for head in self.heads], dim=-1)
 
 
 def _patches(backbone: nn.Module) -> int:

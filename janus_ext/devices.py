@@ -90,12 +90,13 @@ def be_deterministic(device: torch.device) -> None:
 
 @contextmanager
 def at_work(device: torch.device) -> Iterator[None]:
-    """`deterministic` within it, and the caller's random numbers go on behind it as if nothing had been drawn.
+    """`deterministic` within it, and without the caller's autocast, whose random numbers go on as if none was drawn.
 
     PyTorch's generators and switches are the process's: not for two threads at once.
     """
     cards = [device] if device.type == "cuda" else []
-    with deterministic(device), torch.random.fork_rng(devices=cards):
+    plain = torch.autocast(device.type, enabled=False)
+    with deterministic(device), plain, torch.random.fork_rng(devices=cards):
         yield
 
 

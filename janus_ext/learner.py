@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,10 @@ from janus_ext.assembly import (
     network_of,
     network_probe,
     resolve,
-    shown,
     stored_config,
     stored_numbers,
     take_classifier,
+    view_of,
 )
 from janus_ext.backbone.network import adopted
 from janus_ext.calibration import checked_temperature, fit_temperature, probabilities
@@ -56,12 +57,10 @@ if TYPE_CHECKING:
 @methods_called
 class ContinualLearner:
     """A classifier that learns one set of classes after another and keeps no image: the trainer's own loop.
-
     Args:
         backbone: "emoji" (embedded, 64 pixels), any name that ``--backbone`` takes, or a model of timm's, which is
             copied and stays as it is; what it has of a classifier is left out (`from_classifier` keeps it).
-        method: of ``--method``, all but "joint"; a class of your own (docs/extending.md).
-        head: of ``--head``.
+        method, head: of ``--method``, all but "joint", or a class of your own (docs/extending.md); of ``--head``.
         seed: of all random numbers; two learners with the same seed, images and machine have the same bits.
         planned_tasks: how often `learn` will be called, roughly: over so many tasks the protected share of the inputs
             grows from ``energy_start`` to ``energy_end``; then it stays. More are welcome. A single one has no guard.
@@ -90,7 +89,7 @@ class ContinualLearner:
         config = resolve({"backbone": name, "method": method, "head": head} | settings)
         with at_work(torch.device(config.device)):
             self._core = make_learner(config, seed, planned_tasks, made)
-        self._past = Past() if made is None else Past(own_backbone=True, **shown(backbone))
+        self._past = Past() if made is None else Past(own_backbone=True, view=view_of(backbone))
 
     @classmethod
     def from_classifier(
@@ -142,7 +141,7 @@ class ContinualLearner:
     @property
     def view(self) -> View:
         """How images become such squares: of a model trained on whole images the whole, else the middle."""
-        return View(self.input_size, self._past.margin, self._past.interpolation)
+        return replace(self._past.view, size=self.input_size)
 
     @property
     def images_at_once(self) -> int:
@@ -306,7 +305,8 @@ class ContinualLearner:
         """
         self._require_classes()
         place = checked_path("folder", folder)
-        processes.from_first(lambda: replace_folder(place_of_learner(place), self._write))
+        with self._at_work():
+            processes.from_first(lambda: replace_folder(place_of_learner(place), self._write))
 
     @classmethod
     def load(
@@ -355,17 +355,17 @@ class ContinualLearner:
         Raises:
             ArgumentError: nothing was learned yet, or there is no linear classifier on the network's features.
         """
-        contents = self.contents()
-        return plain_model(contents.model, *contents.decision.rows()).eval()
+        with self._at_work():
+            contents = self.contents()
+            return plain_model(contents.model, *contents.decision.rows()).eval()
 
     def contents(self) -> Contents:
         """What exports are made of."""
         self._require_classes()
-        core, past = self._core, self._past
-        learned = zip(past.factors, past.tasks, strict=True)
+        learned = zip(self._past.factors, self._past.tasks, strict=True)
         updates = tuple(Update(factors, self.config.scale, names) for factors, names in learned)
-        about = (self._settings(), updates, past.results, 1 / past.margin)
-        return Contents(core.model, core.method.decision(), self.classes, *about)
+        about = (self._settings(), updates, self._past.results, self.view)
+        return Contents(self._core.model, self._core.method.decision(), self.classes, *about)
 
     def _settings(self) -> dict[str, Any]:
         """What ``config.json`` holds of a saved learner."""

@@ -72,7 +72,7 @@ class ClassPrototypes:
                 f"ClassPrototypes: labels must name new classes, got classes {known} that have prototypes already"
             )
         means = torch.stack([features[labels == c].double().mean(0) for c in new])
-        self.matrix = torch.cat([self.matrix, _unit(means).to(self.matrix)])
+        self.matrix = torch.cat([self.matrix, unit(means).to(self.matrix)])
         self.classes += new
 
     def transform(self, matrix: Tensor) -> None:
@@ -81,7 +81,7 @@ class ClassPrototypes:
         if not bool(torch.isfinite(matrix).all()):
             raise StatisticsError("ClassPrototypes: matrix must be finite, got NaN or infinity")
         moved = self.matrix.double() @ matrix.to(self.matrix.device, torch.float64)
-        self.matrix = _unit(moved).to(self.matrix)
+        self.matrix = unit(moved).to(self.matrix)
 
     def nearest(self, features: Tensor) -> Tensor:
         """Cosine [N] of each feature [N, dim] to its nearest prototype ("danger" is its mean over new features)."""
@@ -92,7 +92,7 @@ class ClassPrototypes:
         self._check(features)
         if not self.classes:
             raise ArgumentError("ClassPrototypes: cosines need at least one prototype, got none")
-        return _unit(features.to(self.matrix.device, torch.float64)).to(self.matrix) @ self.matrix.T
+        return unit(features.to(self.matrix.device, torch.float64)).to(self.matrix) @ self.matrix.T
 
     def state_dict(self) -> dict[str, Tensor]:
         """matrix [C, dim] and classes [C]."""
@@ -117,7 +117,7 @@ class ClassPrototypes:
         check_floats("ClassPrototypes: features", features, ["N", self.matrix.shape[1]])
 
 
-def _unit(rows: Tensor) -> Tensor:
+def unit(rows: Tensor) -> Tensor:
     """Rows of length 1, whatever their length was but 0; without their largest entry their squares could overflow."""
     largest = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     return F.normalize(rows / largest, dim=1)

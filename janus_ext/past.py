@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from janus_ext.data.images import View
+from janus_ext.data.images import CROP_MODES, INTERPOLATIONS, View
 from janus_ext.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("janus_ext")
 WHOLE = ("emoji", "cifar100")  # benchmarks whose images are shown whole; of runs that have not stored it
-INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 MOST_MARGIN = 8
 
 
@@ -32,7 +31,7 @@ class Past:
         tasks: the names of the classes of each task.
         factors: what each task has added to the weights, on the CPU, without the bases.
         benchmark: of the run that it comes from.
-        margin, interpolation: of the `View` of its images.
+        view: of its images, but for their size.
         own_backbone: whether the network was handed over as a model, and has no name.
         unprotected: whether there are old classes of which nothing is protected.
         results: of the run that it comes from, while no task has followed.
@@ -41,8 +40,7 @@ class Past:
     tasks: list[tuple[str, ...]] = field(default_factory=list)
     factors: list[dict[str, Tensor]] = field(default_factory=list)
     benchmark: str | None = None
-    margin: float = View().margin
-    interpolation: str = View().interpolation
+    view: View = View()
     own_backbone: bool = False
     unprotected: bool = False
     results: dict[str, Any] | None = None
@@ -57,20 +55,11 @@ class Past:
                 "%s has finished %d of %d tasks and knows %d of %d classes; --resume goes on with it",
                 *(run.folder, done, planned, known, all_of_them),
             )
-        margin = settings.get("view_margin", 1.0 if benchmark in WHOLE else View().margin)
-        if not isinstance(margin, (int, float)) or not 0 < margin <= MOST_MARGIN:
-            raise CheckpointError(
-                f"view_margin in config.json must lie between 0 and {MOST_MARGIN}, got {margin!r:.40}"
-            )
-        interpolation = settings.get("view_interpolation", View().interpolation)
-        if interpolation not in INTERPOLATIONS:
-            raise CheckpointError(f"view_interpolation in config.json must be one of {', '.join(INTERPOLATIONS)}")
         return cls(
             tasks=list(saved.tasks),
             factors=[_without_bases(run.factors(task)) for task in range(len(saved.tasks))],
             benchmark=benchmark,
-            interpolation=interpolation,
-            margin=margin,
+            view=_view(settings),
             own_backbone=settings.get("own_backbone", False),
             unprotected=settings.get("unprotected", False),
             results=_measured_by(head, json.loads(saved.about.get("results", "null")), settings["head"]),
@@ -126,11 +115,25 @@ class Past:
         return {
             "benchmark": self.benchmark,
             "class_names": list(self.classes),
-            "view_margin": self.margin,
-            "view_interpolation": self.interpolation,
+            "view_margin": self.view.margin,
+            "view_interpolation": self.view.interpolation,
+            "view_crop_mode": self.view.crop_mode,
             "own_backbone": self.own_backbone,
             "unprotected": self.unprotected,
         }
+
+
+def _view(settings: Mapping[str, Any]) -> View:
+    """What ``config.json`` holds of it."""
+    margin = settings.get("view_margin", 1.0 if settings["benchmark"] in WHOLE else View().margin)
+    if not isinstance(margin, (int, float)) or not 0 < margin <= MOST_MARGIN:
+        raise CheckpointError(f"view_margin in config.json must lie between 0 and {MOST_MARGIN}, got {margin!r:.40}")
+    named = {}
+    for name, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        named[name] = settings.get(f"view_{name}", getattr(View(), name))
+        if named[name] not in known:
+            raise CheckpointError(f"view_{name} in config.json must be one of {', '.join(known)}")
+    return View(margin=margin, **named)
 
 
 def _without_bases(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from janus_ext import ContinualLearner, inject
 from janus_ext.backbone import prepare_torchvision
 from janus_ext.classifier import ContinualClassifier
+from janus_ext.data.images import View
 from janus_ext.exports import onnx, peft, pt2, timm
 from janus_ext.exports.contents import Contents
 from janus_ext.heads.base import Decision
@@ -78,4 +79,6 @@ def contents_on(backbone: nn.Module, classes: int = 3, **settings) -> Contents:
     model.add_task(classes, "default")
     names = tuple(f"class {index}" for index in range(classes))
     decision = Decision(model.heads[0].weight.detach(), model.heads[0].bias.detach())
-    return Contents(model.eval(), decision, names, {"method": "janus", "backbone": "x"} | settings)
+    return Contents(
+        model.eval(), decision, names, {"method": "janus", "backbone": "x"} | settings, view=View(model.input_size)
+    )

@@ -1,16 +1,24 @@
 """ContinualLearner.from_classifier: a deployed model keeps its answers, and what was observed moves less."""
 
+import math
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import assert_close
 from learners import FIRST, SECOND, SETTINGS, assert_same, squares, state_of
+from PIL import Image
 from torch import Tensor, nn
 
-from janus_ext import ContinualLearner
+from janus_ext import ContinualLearner, export
 from janus_ext.backbone import prepare_torchvision
+from janus_ext.data.images import View
 from janus_ext.errors import ArgumentError, CheckpointError
+
+SIZES = ((45, 80, 3), (90, 40, 3), (32, 32, 3), (57, 200, 3))
 
 
 @pytest.fixture
@@ -50,6 +58,73 @@ def test_a_classifier_in_use_keeps_its_answers_and_learns_more(deployed, photos,
     learner.save(tmp_path / "saved")
     assert_same(state_of(ContinualLearner.load(tmp_path / "saved")), state_of(learner))
     assert all(torch.equal(tensor, before[name]) for name, tensor in deployed.state_dict().items()), "it was copied"
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        {"crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic"},
+        {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"},
+        {"crop_pct": 0.8, "crop_mode": "squash", "interpolation": "bilinear"},
+        {"crop_pct": 1.15, "crop_mode": "center", "interpolation": "bilinear"},
+    ],
+    ids=lambda shown: f"{shown['crop_mode']} {shown['crop_pct']}",
+)
+def test_it_is_shown_what_its_own_transform_shows(tmp_path, shown):
+    """timm's, on wide images and on high ones; and so does what is exported from it, by the description beside it."""
+    timm = timm_with_transforms()
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3, img_size=32, pretrained_cfg_overlay=shown).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, size, "uint8")) for i, size in enumerate(SIZES)]
+    learner = ContinualLearner.from_classifier(model, ["a", "b", "c"], **SETTINGS)
+    said = [dict(answer) for answer in learner.predict(images)]
+    learner.save(tmp_path / "saved")
+    assert [dict(a) for a in ContinualLearner.load(tmp_path / "saved", backbone=model).predict(images)] == said
+    export.main([str(tmp_path / "saved"), "--format", "timm", "--output", str(tmp_path / "plain")])
+    plain = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    for network in (model, plain):
+        said_of_it = timm.data.resolve_model_data_config(network) | {"input_size": (3, 32, 32)}
+        transform = timm.data.create_transform(**said_of_it)
+        with torch.no_grad():
+            wanted = [network(transform(image)[None])[0].softmax(-1) for image in images]
+        for found, want in zip(said, wanted, strict=True):
+            assert_close(torch.tensor([found[name] for name in "abc"]), want, torch.float32, 30)
+
+
+def test_how_it_is_shown_that_cannot_be_is_refused(deployed):
+    deployed.pretrained_cfg = deployed.pretrained_cfg | {"crop_mode": "border"}
+    with pytest.raises(ArgumentError, match="crop_mode center or squash, its pretrained_cfg has 'border'"):
+        ContinualLearner.from_classifier(deployed, FIRST, **SETTINGS)
+    with pytest.raises(ArgumentError, match="crop_mode center or squash"):
+        ContinualLearner(deployed, **SETTINGS)
+    deployed.pretrained_cfg |= {"crop_mode": "center", "interpolation": "random"}
+    with pytest.raises(ArgumentError, match="interpolation bilinear or bicubic or nearest, .* has 'random'"):
+        ContinualLearner.from_classifier(deployed, FIRST, **SETTINGS)
+
+
+def test_sides_are_those_of_timm():
+    timm = timm_with_transforms()
+    known = {(c["input_size"][-1], c["crop_pct"]) for c in map(config_of, timm.list_models(pretrained=True)) if c}
+    assert len(known) > 50
+    for size, crop in known:
+        view = View(size, margin=1 / crop)
+        assert view.side == math.floor(size / crop) == math.floor(size / view.crop_pct), (size, crop)
+
+
+def timm_with_transforms() -> Any:
+    prepare_torchvision()
+    import timm
+
+    return timm
+
+
+def config_of(name: str) -> dict[str, Any] | None:
+    import timm
+
+    found = timm.get_pretrained_cfg(name)
+    return found and found.to_dict()
 
 
 def test_what_was_observed_moves_less(deployed, photos):

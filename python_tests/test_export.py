@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_close, make_trainer
@@ -23,13 +24,14 @@ from exported import (
     state,
 )
 from learners import FIRST, SECOND, THIRD, learner_of
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from janus_ext import ArgumentError, CheckpointError, export
 from janus_ext.backbone import load_backbone, prepare_torchvision
 from janus_ext.classifier import ContinualClassifier
-from janus_ext.exports import card, folder, onnx, peft, pt2, timm
+from janus_ext.data.images import View, transform
+from janus_ext.exports import card, folder, onnx, peft, pt2, timm, usage
 from janus_ext.exports.contents import Contents
 from janus_ext.runs.checkpoint import write_json
 
@@ -54,7 +56,9 @@ def images(patterns) -> Tensor:
 def test_the_lines_of_the_card_run_and_name_the_class(contents, weights, images, tmp_path, monkeypatch, capsys, name):
     needs(name)
     before = state(contents)
-    whole = replace(contents, crop=1.0, settings=contents.settings | {"weights": str(weights)})
+    whole = replace(
+        contents, view=View(contents.model.input_size, 1.0), settings=contents.settings | {"weights": str(weights)}
+    )
     EXPORTS[name](whole, tmp_path / "out" / "here")
     assert_untouched(contents, before)
     monkeypatch.chdir(tmp_path / "out" / "here")
@@ -70,6 +74,21 @@ def test_the_lines_of_the_card_run_and_name_the_class(contents, weights, images,
     assert [line.split()[1] for line in lines] == [contents.class_names[index] for index in best.indices[:5]]
     assert [float(line.split()[0]) for line in lines] == pytest.approx(best.values[:5].tolist(), abs=1.1e-3)
     assert [path.name for path in Path("..").iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize(
+    "view", [(256 / 224,), (1.0, "bicubic", "squash"), (1.25, "bilinear", "squash")], ids=lambda view: str(view[-1])
+)
+def test_the_lines_of_a_card_show_images_as_the_model_saw_them(contents, tmp_path, monkeypatch, view):
+    size = contents.model.input_size
+    shown = replace(contents, view=View(size, *view))
+    monkeypatch.chdir(tmp_path)
+    ramp = np.linspace(0, 255, 90 * 50 * 3).reshape(50, 90, 3).astype(np.uint8)
+    Image.fromarray(ramp).save("image.png")
+    names = {"Image": Image, "ImageOps": ImageOps}
+    exec(usage._image(shown), names)
+    wanted = transform(shown.view, False)(Image.fromarray(ramp)).permute(1, 2, 0).numpy()
+    assert np.abs(np.asarray(names["image"]).astype(int) - wanted).max() <= (2 if "squash" in view else 8)
 
 
 @pytest.mark.parametrize("name", EXPORTS)

@@ -289,22 +289,6 @@ def test_before_anything_was_learned(weights, photos, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_the_callers_random_numbers_and_switches_are_his_own(weights, photos, tmp_path):
-    torch.backends.cudnn.benchmark = True
-    torch.manual_seed(5)
-    wanted = torch.rand(3)
-    torch.manual_seed(5)
-    learner = learner_of(weights)
-    learner.learn(photos, FIRST)
-    learner.save(tmp_path / "saved")
-    ContinualLearner.load(tmp_path / "saved").learn(photos, SECOND)
-    answers = learner.classify(unlabelled(photos, learner.view))
-    next(answers)
-    assert torch.backends.cudnn.benchmark
-    assert torch.equal(torch.rand(3), wanted)
-    torch.backends.cudnn.benchmark = False
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"seed": -1}, "seed"), ({"seed": "a"}, "seed"), ({"planned_tasks": 0}, "planned_tasks")],

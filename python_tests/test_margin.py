@@ -1,5 +1,6 @@
 """margin_loss, DecoupledMarginLoss and ClassPrototypes (docs/method.md, properties 7 and 8)."""
 
+import math
 from typing import Any
 
 import numpy
@@ -101,6 +102,19 @@ def test_extreme_temperature_and_zero_feature_stay_finite(device: str) -> None:
     loss = ops.margin_loss(f, F.normalize(torch.randn(4, 8), dim=1).to(device), -1.0, 1e4)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(f.grad).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_feature_without_direction_has_cosine_zero_and_no_gradient(device: str, dtype: torch.dtype) -> None:
+    f, p = (t.to(dtype).to(device) for t in samples(3, 12, 5))
+    f[1] = 0
+    f.requires_grad_()
+    loss = ops.margin_loss(f, p, 0.2, 16.0)
+    loss.backward()
+    assert not f.grad[1].any() and f.grad[0].any()
+    hinge = math.log1p(5 * math.exp(-16 * 0.2)) / 16
+    others = ops.margin_loss(f.detach()[[0, 2]], p, 0.2, 16.0)
+    assert_close(3 * loss.detach(), 2 * others + hinge, dtype)
 
 
 def test_non_contiguous(device: str) -> None:

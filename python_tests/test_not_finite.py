@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_trainer, weights_of, without_time
+from learners import FIRST, learner_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_resuming import assert_same_files
 from torch import Tensor
 
-from janus_ext.errors import TrainingError
+from janus_ext.classifier import ContinualClassifier
+from janus_ext.errors import StatisticsError, TrainingError
 from janus_ext.methods.base import Step
 from janus_ext.runs.checkpoint import read_tensors
 from janus_ext.training import progress as progress_module
@@ -242,6 +244,41 @@ def test_statistics_are_looked_at_with_the_losses(patterns, weights, tmp_path, m
     at_step(monkeypatch, TASK + 5, spoil_statistics)
     with pytest.raises(TrainingError, match=rf"{LAYER}\.\S* is not finite in task 2, behind epoch 2 and step 1"):
         make_trainer(patterns, weights, tmp_path / "run").run()
+
+
+def test_test_images_that_overflow_are_no_hits(patterns, weights, tmp_path, monkeypatch):
+    """argmax takes NaN for the largest score: they would count as the first class, rightly or not."""
+    features = ContinualClassifier.features
+    learner = make_trainer(patterns, weights, tmp_path / "run")
+    seen = patterns.test.images[0]
+
+    def overflowing(self: ContinualClassifier, images: Tensor) -> Tensor:
+        found = features(self, images)
+        found[(images == seen).flatten(1).all(1)] *= bad
+        return found
+
+    monkeypatch.setattr(ContinualClassifier, "features", overflowing)
+    with pytest.raises(StatisticsError, match=r"scores in task \d are no finite numbers"):
+        learner.run()
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+@pytest.mark.parametrize("head", ["linear", "ncm", "lda"])
+def test_an_image_whose_features_overflow_is_named_and_not_predicted(photos, weights, monkeypatch, head, value):
+    learner = learner_of(weights, head=head)
+    learner.learn(photos, FIRST)
+    features, images = ContinualClassifier.features, sorted((photos / FIRST[0]).iterdir())
+    assert len(learner.predict(images)) == len(images)
+
+    def overflowing(self: ContinualClassifier, pixels: Tensor) -> Tensor:
+        found = features(self, pixels)
+        found[3] = value
+        return found
+
+    monkeypatch.setattr(ContinualClassifier, "features", overflowing)
+    for use in (learner.predict, lambda paths: learner.evaluate([(path, FIRST[0]) for path in paths])):
+        with pytest.raises(StatisticsError, match=rf"the scores of \S*{images[3].name} are no finite numbers"):
+            use(images)
 
 
 @pytest.mark.parametrize("moment", [3, 6])

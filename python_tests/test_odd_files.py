@@ -109,6 +109,10 @@ BROKEN = {  # contents, and the end of what is said
     "crc.png": (broken_crc(encoded()), "unreadable: .*"),
     "float.tif": (of_array(np.ones((4, 4), np.float32)), "unreadable: pixels are floating point"),
     "wide.tif": (of_array(np.full((4, 4), 1 << 20, np.int32)), "unreadable: grey values lie in 1048576"),
+    "dark, or eight bits.tif": (
+        of_array(np.full((4, 4), 200, np.int32)),
+        "unreadable: grey values of 32 bits lie in 200",
+    ),
     "zero.png": (png_of(0, 8), "unreadable: .*"),
     "new\nline\x1b[2J.jpg": (b"", r"new\\nline\\x1b\[2J.jpg is empty: 0 bytes"),
     "caf\udce9.jpg": (b"x", "unreadable: cannot identify"),

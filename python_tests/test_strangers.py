@@ -152,6 +152,7 @@ def test_a_network_is_one_of_timms(saved, tmp_path, name):
         {"probe": "x"},
         {"view_margin": "1.0"},
         {"view_margin": 1e300},
+        {"view_crop_mode": "border"},
         {"view_interpolation": 'BILINEAR); import os; os.system("x"'},
         {"seed": "longer than a number may be"},
         {"tasks": "9" * 5000},

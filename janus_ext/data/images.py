@@ -6,6 +6,7 @@ device. Every image of every epoch has a random seed of its own, so results do n
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I")
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+CROP_MODES = ("center", "squash")
 ORIENTATION = 0x0112  # the tag of EXIF
 MOST_WORKERS = 16  # each reads more than 250 photographs a second: together more than a large GPU takes
 CHUNK = 16  # images a worker reads at a time: all workers begin on the first batch, which then comes sooner
@@ -101,6 +104,8 @@ def _from_sixteen_bits(image: Image) -> Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"grey values lie in {values.min()}..{values.max()}, not in 16 bits")
+    if image.mode == "I" and 0 < values.max() < 256:  # 32 bits a pixel, of which nothing says what white is
+        raise ValueError(f"grey values of 32 bits lie in {values.min()}..{values.max()}: are they of 8 bits or of 16?")
     return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
 
 
@@ -119,13 +124,26 @@ def _reason(path: str | Path, error: Exception) -> str:
 class View:
     """How images become ``size`` x ``size``: for training a random resized crop and a flip, else resize and crop.
 
-    For evaluation the shorter side becomes ``margin`` times ``size`` and the middle is taken: 256 and 224 in the
-    published protocol, no margin for CIFAR. ``interpolation`` is of that resizing.
+    For evaluation the shorter side becomes ``margin`` times ``size`` (`side`) and the middle is taken: 256 and 224 in
+    the published protocol, no margin for CIFAR. With ``crop_mode`` "squash" both sides do, whatever the image's shape.
+    ``interpolation`` is of that resizing. Sizes, modes and names are timm's.
     """
 
     size: int = 224
     margin: float = 256 / 224
     interpolation: str = "bilinear"
+    crop_mode: str = "center"
+
+    @property
+    def side(self) -> int:
+        """To which an image is resized, in pixels: rounded down, but not below an integer by the last bit alone."""
+        return max(1, math.floor(self.size * self.margin + 1e-4))
+
+    @property
+    def crop_pct(self) -> float:
+        """1 / margin, so that timm's floor(size / crop_pct) is `side`."""
+        share = 1 / self.margin
+        return share if math.floor(self.size / share) == self.side else math.nextafter(share, 0)
 
 
 @lru_cache(maxsize=8)
@@ -137,8 +155,9 @@ def transform(view: View, training: bool) -> Callable[[Image], Tensor]:
     if training:
         steps: list[Any] = [transforms.RandomResizedCrop(view.size), transforms.RandomHorizontalFlip()]
     else:
-        side, kind = round(view.size * view.margin), transforms.InterpolationMode(view.interpolation)
-        steps = [transforms.Resize(side, kind), transforms.CenterCrop(view.size)]
+        side = (view.side, view.side) if view.crop_mode == "squash" else view.side
+        resize = transforms.Resize(side, transforms.InterpolationMode(view.interpolation))
+        steps = [resize, transforms.CenterCrop(view.size)]
     return transforms.Compose([*steps, transforms.PILToTensor()])
 
 

@@ -22,6 +22,7 @@ PRIVATE = {  # settings that say where things lie, how a machine is used, or wha
     "unprotected",
     "split_sha256",
     "view_interpolation",
+    "view_crop_mode",
     "tasks",
     "benchmark",
     "split_files",

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from janus_ext.classifier import ContinualClassifier
+from janus_ext.data.images import View
 from janus_ext.errors import ArgumentError
 from janus_ext.heads.base import Decision
-
-PUBLISHED_CROP = 224 / 256
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Contents:
         settings: of the run, as its config.json has them ("backbone", "weights", "image_size", "method", ...).
         updates: one a task, oldest first.
         results: of the run, as its results.json has them; None where nothing was measured.
-        crop: side of the middle square that the model was shown, as a part of an image's shorter side.
+        view: how images were shown to the model.
     """
 
     model: ContinualClassifier
@@ -47,7 +46,7 @@ class Contents:
     settings: Mapping[str, Any]
     updates: tuple[Update, ...] = ()
     results: Mapping[str, Any] | None = None
-    crop: float = PUBLISHED_CROP
+    view: View = View()
 
     @property
     def adapters(self) -> dict[str, Update]:
@@ -55,5 +54,7 @@ class Contents:
         return {f"task-{index}": update for index, update in enumerate(self.updates) if update.tensors}
 
     def __post_init__(self) -> None:
+        if self.view.size != self.model.input_size:
+            raise ArgumentError(f"view must be of {self.model.input_size} pixels, got {self.view.size}")
         if len(self.decision.bias) != len(self.class_names):
             raise ArgumentError(f"decision must be of {len(self.class_names)} classes, got {len(self.decision.bias)}")

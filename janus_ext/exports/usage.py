@@ -121,9 +121,13 @@ def _section(how: str, code: str) -> str:
 
 
 def _image(contents: Contents) -> str:
-    size, border = contents.model.input_size, (1 - contents.crop) / 2
-    kind = contents.settings.get("view_interpolation", "bilinear").upper()
-    return f"{UPRIGHT}\nimage = ImageOps.fit(image, ({size}, {size}), Image.{kind}, bleed={border:g})"
+    size, view = contents.model.input_size, contents.view
+    kind, border = view.interpolation.upper(), (view.side - size) // 2
+    shown = f"ImageOps.fit(image, ({size}, {size}), Image.{kind}, bleed={(1 - view.crop_pct) / 2:g})"
+    if view.crop_mode == "squash":
+        shown = f"image.resize(({view.side}, {view.side}), Image.{kind})"
+        shown += f".crop(({border}, {border}, {border + size}, {border + size}))" if border else ""
+    return f"{UPRIGHT}\nimage = {shown}"
 
 
 def _input(contents: Contents) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from janus_ext.errors import ArgumentError
 from janus_ext.heads.expansion import Expansion
+from janus_ext.margin import unit
 
 if TYPE_CHECKING:
     from janus_ext.heads.knowledge import Knowledge
@@ -67,7 +68,7 @@ class Decision:
 
     def scores(self, features: Tensor) -> Tensor:
         """[b, d] -> [b, C]."""
-        x = F.normalize(features, dim=-1) if self.unit else features
+        x = unit(features) if self.unit else features
         if self.expansion is not None:
             x = self.expansion(x)
         return F.linear(x, self.weight, self.bias)

@@ -330,11 +330,8 @@ class Method(Declared, ABC):
 
     def _probed(self, task: Task) -> tuple[Tensor, Tensor]:
         """`_features` of the probe in float32: the rounding of bfloat16 would look like movement."""
-        amp, self.model.amp = self.model.amp, None
-        try:
+        with self.model.in_float32():
             return self._features(task.probe_batches)
-        finally:
-            self.model.amp = amp
 
     def _movement(self, task: Task) -> float:
         self._moved = self._probed(task)[0]

@@ -1,5 +1,7 @@
 """Decoupled Margin Loss."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature
     if N == 0 or C == 0:
         return features.new_zeros((), dtype=dtype), torch.zeros_like(features)
     f, p = features.to(dtype), prototypes.to(dtype)
-    norm = f.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny ** 0.5)
+    norm = f.norm(dim=1, keepdim=True)
+    norm = norm.masked_fill(norm < torch.finfo(dtype).tiny ** 0.5, math.inf)  # no direction: cosines 0, no gradient
     unit = f / norm
     z = temperature * (unit @ p.mT - margin)
     log_sum = torch.logsumexp(torch.cat([z.new_zeros(N, 1), z], dim=1), dim=1, keepdim=True)

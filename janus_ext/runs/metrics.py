@@ -58,6 +58,14 @@ def hits(scores: Tensor, labels: Tensor, first: int, classes: int) -> Tensor:
     return torch.stack([(winners == labels).sum(), (known == labels).sum(), recognised.sum()])
 
 
+def untold(scores: Tensor) -> Tensor:
+    """bool [b]: images of which no class can be said to win, since the largest of their ``scores`` [b, C] is no number.
+
+    Of a network whose numbers overflow argmax would take the first class, or any.
+    """
+    return ~scores.amax(-1).isfinite()
+
+
 class Confusion:
     """Counts of what the classes of images were taken for, batch after batch; no score is kept.
 

@@ -27,7 +27,7 @@ from janus_ext.config.parts import TRAINED_HEADS
 from janus_ext.errors import StatisticsError, TrainingError
 from janus_ext.methods.base import Step, Task
 from janus_ext.overflow import said_of_overflow
-from janus_ext.runs.metrics import hits
+from janus_ext.runs.metrics import hits, untold
 from janus_ext.training.keeping import Keeping
 from janus_ext.training.optimization import make_optimizer, schedule
 from janus_ext.training.parallel import add_up_gradients, align
@@ -236,10 +236,17 @@ class Learner:
 
     @torch.no_grad()
     def scores(self, images: Selection) -> Batches:
-        """Per batch (scores [b, C] over all classes so far, the largest wins; labels int64 [b])."""
+        """Per batch (scores [b, C] over all classes so far, the largest wins; labels int64 [b]).
+
+        StatisticsError where the largest of an image is no finite number.
+        """
         self.model.eval()
-        for batch, labels in self.clean_batches(images):
-            yield self.method.scores(batch), labels
+        rows = images.rows.split(self.model.images_at_once)
+        for places, (batch, labels) in zip(rows, self.clean_batches(images), strict=False):
+            scores = self.method.scores(batch)
+            for name in (images.split.samples[place] for place in places[untold(scores).cpu()].tolist()):
+                raise StatisticsError(f"the scores of {name} are no finite numbers: the network overflows")
+            yield scores, labels
 
     @contextmanager
     def undone_on_error(self) -> Iterator[None]:
@@ -256,19 +263,25 @@ class Learner:
 
     @torch.no_grad()
     def count_hits(self, task: int, images: Selection, decisions: Mapping[str, Decision]) -> dict[str, list[int]]:
-        """Of images of one task, by each of ``decisions``, from one pass of the backbone.
-
-        How many are right, right with the task known, and recognised as of their task.
+        """Of images of one task, by each of ``decisions``, from one pass of the backbone: how many are right, right
+        with the task known, and recognised as of their task. Raises as `scores`.
         """
-        span = sum(self.sizes[:task]), self.sizes[task]
+        span, share = (sum(self.sizes[:task]), self.sizes[task]), images.part(processes.part)
         self.model.eval()
         totals = {name: torch.zeros(3, dtype=torch.int64, device=self.device) for name in decisions}
+        bad = torch.zeros((), dtype=torch.int64, device=self.device)
         with compiling(), repeatable():
-            for batch, labels in self.clean_batches(images.part(processes.part)):
+            for batch, labels in self.clean_batches(share):
                 features = self.model.features(batch)
                 for name, decision in decisions.items():
-                    totals[name] += hits(decision.scores(features), labels, *span)
+                    scores = decision.scores(features)
+                    totals[name] += hits(scores, labels, *span)
+                    bad += untold(scores).sum()
         self.model.train()
+        if int(processes.add_up(bad)):
+            passes = (partial(self.model.features, batch) for batch, _ in self.clean_batches(share))
+            origin = said_of_overflow(self.model, passes)
+            raise StatisticsError(f"scores in task {task + 1} are no finite numbers: {origin}")
         return {name: processes.add_up(total).tolist() for name, total in totals.items()}
 
     def learns(self, task: int, classes: int) -> bool:

@@ -1,0 +1,64 @@
+"""What a caller has set in PyTorch stays as it is, and changes nothing of what a learner computes."""
+
+import pytest
+import torch
+from learners import FIRST, SECOND, assert_same, learner_of, state_of
+
+from janus_ext import ContinualLearner
+from janus_ext.data.collect import unlabelled
+
+
+def test_the_callers_random_numbers_and_switches_are_his_own(weights, photos, tmp_path):
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    ContinualLearner.load(tmp_path / "saved").learn(photos, SECOND)
+    answers = learner.classify(unlabelled(photos, learner.view))
+    next(answers)
+    assert torch.backends.cudnn.benchmark
+    assert torch.equal(torch.rand(3), wanted)
+    torch.backends.cudnn.benchmark = False
+
+
+@pytest.mark.parametrize("settings", [{"head": "linear"}, {"head": "lda", "head_width": 40}], ids=lambda s: s["head"])
+def test_the_callers_autocast_changes_nothing(weights, photos, tmp_path, settings):
+    wanted, found = learner_of(weights, **settings), learner_of(weights, **settings)
+    wanted.learn(photos, FIRST)
+    with torch.autocast("cpu", torch.bfloat16):
+        found.learn(photos, FIRST)
+        found.save(tmp_path / "saved")
+        said, measured = found.predict(photos), found.evaluate(labelled_photos(photos, FIRST))
+        found = ContinualLearner.load(tmp_path / "saved")
+        assert found.predict(photos) == said
+        if settings["head"] == "linear":
+            plain = found.model()
+    assert_same(state_of(found), state_of(wanted))
+    assert said == wanted.predict(photos)
+    assert measured.confusion.equal(wanted.evaluate(labelled_photos(photos, FIRST)).confusion)
+    if settings["head"] == "linear":
+        assert_same(plain.state_dict(), wanted.model().state_dict())
+
+
+def labelled_photos(photos, names):
+    return [(path, name) for name in names for path in sorted((photos / name).iterdir())]
+
+
+def test_movement_is_measured_in_float32_whatever_products_are_to_be(weights, photos):
+    """Products of bfloat16 would look like movement: on a processor that multiplies it, where the caller allows it."""
+    kept, moved = torch.get_float32_matmul_precision(), {}
+    try:
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            learner = learner_of(weights, lr=1e-6)
+            learner.learn(photos, FIRST)
+            with learner._core.model.in_float32():
+                inside = torch.backends.mkldnn.matmul.fp32_precision
+            assert inside == "ieee" and torch.get_float32_matmul_precision() == precision
+            moved[precision] = learner.learn(photos, SECOND).movement
+    finally:
+        torch.set_float32_matmul_precision(kept)
+    assert max(moved.values()) < 1e-4, moved
