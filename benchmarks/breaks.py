@@ -16,7 +16,7 @@ from typing import Any
 
 from study_cells import OFF, identity, is_done, read_lines, run_cells
 from study_rows import DATA, VALIDATION, located
-from study_tables import spread
+from study_tables import counted, spread
 
 SEEDS = (110, 111, 112)
 PLAIN = {"method": "janus", "head": "lda", "lr": 0.004, "energy_start": 0.97, "energy_end": 0.99} | OFF
@@ -73,11 +73,16 @@ def table() -> str:
     for row in ROWS:
         lines = [finished(data, row) if row in OF[data] else [] for data in sets]
         cells = [
-            f"{spread([x['heads'].get('lda', {}).get('acc') for x in of])} | {spread([x['movement'] for x in of])}"
+            f"{cell([x['heads'].get('lda', {}).get('acc') for x in of])} | {cell([x['movement'] for x in of])}"
             for of in lines
         ]
         text.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(text)
+
+
+def cell(values: list[float | None]) -> str:
+    """Mean and deviation, and of how many of the splits where that is not all."""
+    return counted(spread(values), sum(value is not None for value in values), len(SEEDS))
 
 
 def main() -> None:

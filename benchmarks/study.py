@@ -48,7 +48,7 @@ from study_rows import (
     candidate,
     located,
 )
-from study_tables import best_head, draw, hypotheses, paired, parts, spread
+from study_tables import best_head, counted, draw, hypotheses, is_tried, paired, parts, spread
 
 from janus_ext.terminal import until_closed
 
@@ -232,15 +232,15 @@ class Study:
             for row, change in self.candidates(method).items():
                 lines = [self.line(change, seed) for seed in SEEDS]
                 if None not in lines:
-                    cells = [spread([x["heads"][h]["acc"] for x in lines if h in x["heads"]]) for h in HEADS]
+                    values = [[x["heads"][h]["acc"] for x in lines if h in x["heads"]] for h in HEADS]
+                    cells = [counted(spread(found), len(found)) for found in values]
                     text.append(f"| {row.replace(' | ', ', ')} | {' | '.join(cells)} |")
         return "\n".join(text)
 
     def _cell(self, method: str, head: str, metric: str) -> str:
         lines = self.reported(method, head)
         values = [x["heads"][head][metric] for x in lines if head in x["heads"]]
-        diverged = f" ({len(values)} of {len(lines)})" if len(values) < len(lines) else ""
-        return spread(values) + diverged
+        return counted(spread(values), len(values))
 
 
 def named(line: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -250,6 +250,17 @@ def named(line: dict[str, Any] | None) -> dict[str, Any] | None:
         return line
     head = line["config"]["head"]
     return line | {"heads": line["heads"] | {f"{head} {width}": line["heads"][head]}}
+
+
+def curves() -> None:
+    """Draws the data sets whose trials are all run, and names the others."""
+    studies = [Study(data, Path()) for data in DATA]
+    tried = [study for study in studies if is_tried(study)]
+    if tried:
+        draw(tried, RESULTS / "study-curves.png")
+    print(
+        f"drawn: {', '.join(s.data for s in tried) or 'none'}; the trials of a data set that is missing are not all run"
+    )
 
 
 @until_closed
@@ -268,7 +279,7 @@ def main() -> None:
     if arguments.action == "run":
         study.run(arguments.methods, arguments.jobs)
     elif arguments.action == "curves":
-        draw([Study(data, Path()) for data in DATA], RESULTS / "study-curves.png")
+        curves()
     elif arguments.action in ("paired", "hypotheses"):
         print({"paired": paired, "hypotheses": hypotheses}[arguments.action](study, arguments.against))
     else:

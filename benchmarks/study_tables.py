@@ -47,6 +47,11 @@ def shown(values: list[float]) -> str:
     return f"**{text}**" if abs(mean) > half else text
 
 
+def counted(text: str, count: int, wanted: int = len(SEEDS)) -> str:
+    """With the number of runs that it speaks of, and nothing in bold, where some diverged or are still to be run."""
+    return text if count in (0, wanted) else f"{text.replace('**', '')} ({count} of {wanted})"
+
+
 def by_seed(study: Study, method: str, head: str, metric: str = "acc") -> dict[int, float]:
     """A metric of what was chosen, of the reported seeds that are finished."""
     lines = study.reported(method, head)
@@ -59,13 +64,19 @@ def gains(study: Study, ours: tuple[str, str], theirs: tuple[str, str], metric: 
     return [mine[seed] - other[seed] for seed in SEEDS if seed in mine and seed in other]
 
 
+def difference(study: Study, ours: tuple[str, str], theirs: tuple[str, str], metric: str = "acc") -> str:
+    """Mean ± half of the interval of the gains, and of how many seeds where that is not all."""
+    values = gains(study, ours, theirs, metric)
+    return counted(shown(values), len(values))
+
+
 def paired(study: Study, against: str) -> str:
     """How far each method is ahead of `against` with the same head, seed by seed: mean ± half of the interval."""
     heads = study.heads()
     text = [f"| ACC less that of {against} | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
     for method in METHODS:
         if method != against and any(study.reported(method, head) for head in heads):
-            cells = [shown(gains(study, (method, head), (against, head))) for head in heads]
+            cells = [difference(study, (method, head), (against, head)) for head in heads]
             text.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(text)
 
@@ -100,21 +111,19 @@ def parts(study: Study) -> str:
             if None in sum(pairs, []):
                 continue  # still to be run
             both = [heads for pair in pairs if all(heads := [line["heads"] for line in pair])]
-            cells = [
-                shown([with_it[head]["acc"] - without[head]["acc"] for with_it, without in both]) for head in HEADS
-            ]
+            added = [[with_it[head]["acc"] - without[head]["acc"] for with_it, without in both] for head in HEADS]
+            cells = [counted(shown(values), len(values)) for values in added]
             text.append(f"| {part} | {setting.partition(' | ')[2].replace(' | ', ', ')} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
 def best_head(study: Study, method: str) -> str | None:
-    """The closed-form head that did best on the held-out images of both selection seeds."""
-    scores = {}
-    for head in CLOSED:
-        row = study.chosen(method, head)
-        if row is not None:
-            scores[head] = study.accuracy(study.candidates(method)[row], head, SELECTION_SEEDS)
-    return max(scores, key=scores.__getitem__) if scores else None
+    """The closed-form head that did best on the held-out images of both selection seeds; None while trials miss."""
+    chosen = {head: study.chosen(method, head) for head in CLOSED}
+    if None in chosen.values():
+        return None
+    known = study.candidates(method)
+    return max(CLOSED, key=lambda head: study.accuracy(known[chosen[head]], head, SELECTION_SEEDS))
 
 
 def hypotheses(study: Study, method: str) -> str:
@@ -126,7 +135,7 @@ def hypotheses(study: Study, method: str) -> str:
     text.append(
         f"1. Of the gap between lora and joint, both with linear heads, it closes {_closed(study, method, head)}."
     )
-    ahead = [f"{rival} {shown(gains(study, (method, head), (rival, head)))}" for rival in ("frozen", *RIVALS)]
+    ahead = [f"{rival} {difference(study, (method, head), (rival, head))}" for rival in ("frozen", *RIVALS)]
     text.append(f"2. Ahead with the same head of {', '.join(ahead)}.")
     text.append(f"3. {_forgetting(study, method)}")
     return "\n".join(text)
@@ -138,7 +147,8 @@ def _closed(study: Study, method: str, head: str) -> str:
     if not seeds or low == high:
         return "– (runs are missing)"
     mean = [statistics.fmean(side[s] for s in seeds) for side in (own, low, high)]
-    return f"{(mean[0] - mean[1]) / (mean[2] - mean[1]):.0%} ({mean[1]:.1f} to {mean[2]:.1f}; it has {mean[0]:.1f})"
+    share = (mean[0] - mean[1]) / (mean[2] - mean[1])
+    return counted(f"{share:.0%} ({mean[1]:.1f} to {mean[2]:.1f}; it has {mean[0]:.1f})", len(seeds))
 
 
 def curve(study: Study, method: str, head: str) -> list[tuple[float, float]]:
@@ -171,7 +181,7 @@ def _forgetting(study: Study, method: str) -> str:
     ours = least_forgetting(curve(study, method, "linear"), theirs["plasticity"])
     said = "no candidate has that" if ours is None else f"forgets {ours:.1f}"
     more, less = (
-        shown(gains(study, (method, "linear"), ("inflora", "linear"), metric)) for metric in ("plasticity", "bwt")
+        difference(study, (method, "linear"), ("inflora", "linear"), metric) for metric in ("plasticity", "bwt")
     )
     return (
         f"With linear heads, on the held-out images of seed {SELECTION_SEEDS[0]}, InfLoRA's choice learns "
@@ -185,16 +195,21 @@ def learning(points: list[tuple[float, float]], frozen: float) -> list[tuple[flo
     return [p for p in points if p[0] >= LEAST_LEARNED * frozen]
 
 
+def is_tried(study: Study) -> bool:
+    """Whether all trials that the curves show are run, diverged ones as well."""
+    tried = [change for method in (*LEARNERS, "frozen") for change in study.candidates(method).values()]
+    return all(study.line(study.trial(change), SELECTION_SEEDS[0]) is not None for change in tried)
+
+
 def draw(studies: list[Study], path: Path) -> None:
     """Forgetting over plasticity for every candidate of every method: a row a data set, a column a head.
 
-    Of data sets whose trials of the first selection seed are run. A line joins what no other candidate of its method
-    is better than in both, from what learns least to what learns most.
+    Of the first selection seed. A line joins what no other candidate of its method is better than in both, from what
+    learns least to what learns most.
     """
     import matplotlib.pyplot as plt
 
     heads = ("linear", "lda")
-    studies = [s for s in studies if all(len(curve(s, m, heads[0])) >= len(METHODS[m].start()) for m in LEARNERS)]
     figure, axes = plt.subplots(len(studies), len(heads), figsize=(5 * len(heads), 4 * len(studies)), squeeze=False)
     for axis, head, study in ((axes[i][j], h, s) for i, s in enumerate(studies) for j, h in enumerate(heads)):
         frozen = curve(study, "frozen", head)[0]

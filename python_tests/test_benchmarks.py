@@ -51,7 +51,7 @@ TABLES = (
     "shares.py table benchmarks/results/shares.json",
     "traffic.py plan",
     *(f"study.py {table} emoji" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
-    *(f"study.py {table} glyphs" for table in ("table", "details", "paired", "hypotheses")),
+    *(f"study.py {table} glyphs" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
 )
 
 

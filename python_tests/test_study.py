@@ -146,6 +146,34 @@ def test_only_the_first_nine_count_while_some_beyond_are_to_be_run(study):
     assert len(made.candidates("janus")) > 9 and "lr 0.016" in made.chosen("janus", "lda")
 
 
+def test_a_best_head_is_none_while_one_head_is_undecided(study):
+    from study_tables import best_head
+
+    made = study(plain)
+    chosen = made.chosen
+    assert best_head(made, "janus") == "lda"
+    made.chosen = lambda method, head: None if head == "ncm" else chosen(method, head)
+    assert best_head(made, "janus") is None
+
+
+def test_cells_of_missing_seeds_say_so_and_are_not_in_bold(study):
+    from study_tables import hypotheses, paired
+
+    made = study(plain)
+    found = made.line
+    made.line = lambda change, seed: None if seed == 4 and change.get("method") == "lora" else found(change, seed)
+    row = next(line for line in made.table().splitlines() if line.startswith("| lora |"))
+    assert row.count("(4 of 5)") == 6
+    row = next(line for line in paired(made, "janus").splitlines() if line.startswith("| lora |"))
+    assert row.count("(4 of 5)") == 6 and "**" not in row
+    assert "it has 51.0) (4 of 5)" in hypotheses(made, "janus")
+    made.line = lambda change, seed: (
+        found(change, seed) | ({"heads": {}} if seed == 4 and "lora" in change.values() else {})
+    )
+    row = next(line for line in paired(made, "janus").splitlines() if line.startswith("| lora |"))
+    assert row.count("(4 of 5)") == 6 and "**" not in row
+
+
 @pytest.mark.parametrize(("message", "is_kept"), [("task 2: the loss is not finite", True), ("--compile fails", False)])
 def test_numbers_that_end_at_infinity_are_a_result_and_other_errors_are_none(study, monkeypatch, message, is_kept):
     study(plain)
