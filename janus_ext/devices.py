@@ -90,24 +90,24 @@ def be_deterministic(device: torch.device) -> None:
 
 @contextmanager
 def at_work(device: torch.device) -> Iterator[None]:
-    """`deterministic` within it, and without the caller's autocast, whose random numbers go on as if none was drawn.
+    """`deterministic` within it, and the caller's random numbers go on behind it as if nothing had been drawn.
 
     PyTorch's generators and switches are the process's: not for two threads at once.
     """
     cards = [device] if device.type == "cuda" else []
-    plain = torch.autocast(device.type, enabled=False)
-    with deterministic(device), plain, torch.random.fork_rng(devices=cards):
+    with deterministic(device), torch.random.fork_rng(devices=cards):
         yield
 
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """`be_deterministic` within it; what the caller had is the caller's again behind it."""
+    """`be_deterministic` within it, and no autocast of the caller's; what he had is his again behind it."""
     mode = torch.get_deterministic_debug_mode()
     fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     be_deterministic(device)
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = fill, benchmark
