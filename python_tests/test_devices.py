@@ -48,6 +48,14 @@ def _global_flags(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+def test_the_callers_autocast_rests_within_it_and_is_his_again_behind_it():
+    product = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with devices.deterministic(torch.device("cpu")):
+            assert (product @ product).dtype == torch.float32
+        assert (product @ product).dtype == torch.bfloat16
+
+
 @pytest.mark.usefixtures("_global_flags")
 def test_a_gpu_takes_repeatable_kernels_or_none_and_fills_no_memory():
     with devices.deterministic(torch.device("cuda")):
