@@ -244,7 +244,8 @@ class Learner:
         rows = images.rows.split(self.model.images_at_once)
         for places, (batch, labels) in zip(rows, self.clean_batches(images), strict=False):
             scores = self.method.scores(batch)
-            for name in (images.split.samples[place] for place in places[untold(scores).cpu()].tolist()):
+            if len(bad := places[untold(scores).cpu()]):
+                name = images.split.samples[int(bad[0])]
                 raise StatisticsError(f"the scores of {name} are no finite numbers: the network overflows")
             yield scores, labels
 
