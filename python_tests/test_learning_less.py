@@ -112,14 +112,20 @@ def test_no_task_moves_its_own_features_further_than_the_budget(patterns, weight
 def test_what_cannot_be_measured_is_not_merged(patterns, weights, tmp_path, monkeypatch, caplog):
     """With a guard; without one it is merged, and nothing is said of how far it went."""
     monkeypatch.setattr(base, "movement", lambda before, after, S: math.inf)
-    cases = (({"drift_budget": 0.1}, 0.0, 0.0), ({"merge_scale": 0.5}, 0.5, None), ({}, 1.0, None))
-    for settings, merged, moved in cases:
+    cases = (
+        ({"drift_budget": 0.1}, 0.0, 0.0),
+        ({"drift_budget": 1e9}, 1.0, None),  # no guard
+        ({"merge_scale": 0.5}, 0.5, None),
+        ({}, 1.0, None),
+    )
+    for i, (settings, merged, moved) in enumerate(cases):
         with caplog.at_level("INFO", logger="janus_ext"):
-            _, results = trained(patterns, weights, tmp_path / str(merged), **settings)
+            _, results = trained(patterns, weights, tmp_path / str(i), **settings)
         assert (results["merged"], results["movement"]) == ([merged] * 3, [moved] * 3)
     said = [line for line in caplog.messages if "of the update merged" in line]
     assert [line.split(": ")[1] for line in said] == (
         ["0 % of the update merged, which moves its own features by 0.000 deviations"] * 3
+        + ["100 % of the update merged, which moves features that hardly scatter"] * 3
         + ["50 % of the update merged, which moves features that hardly scatter"] * 3
     )
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from janus_ext.config.train import TrainConfig
 
 MANY = 2**31 - 1  # more than anybody counts, and a number that all of PyTorch takes
+NO_GUARD = 1e9  # of drift_budget: its largest value, which is no limit
 LEAST, MOST = 1e-30, 1e30  # float32 has them, and their reciprocals
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("margin_weight", 0, MOST),
@@ -29,7 +30,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("estimator_rank", 1, MANY),
     ("head_width", 1, 2**16),
     ("merge_scale", 0, 1),
-    ("drift_budget", 0, 1e9),
+    ("drift_budget", 0, NO_GUARD),
     ("energy_start", 0, 1),
     ("energy_end", 0, 1),
     ("share", 0, 1),

@@ -133,7 +133,8 @@ class MethodConfig(Settings):
     merge_scale: float = 1.0
     """Share of a task's update that is merged: less moves old features less."""
     drift_budget: Maybe[float] = None
-    """Deviations by which a task may move features, the first ten times as far; by default 0.1, linear heads: none."""
+    """Deviations by which a task may move features, the first ten times as far; by default 0.1, linear heads: none.
+    The largest, 1e9, is no limit."""
     drift: Literal["none", "ridge"] = "none"
     """Move what is kept of old classes along with the features, by a ridge regression on the task's own images."""
 
