@@ -174,15 +174,23 @@ class Study:
 
     def ablation(self) -> dict[str, dict[str, Any]]:
         """The ablation's rows at the settings that janus has with linear heads, and with its best closed-form head."""
-        heads = ["linear", best_head(self, "janus")]
-        chosen = dict(self.pick("janus", head) for head in heads if head and self.pick("janus", head))
+        chosen = self._picked_for_ablation("janus")
         return {f"{row} | {name}": c for row, change in chosen.items() for name, c in ablation(change).items()}
 
+    def _picked_for_ablation(self, method: str) -> dict[str, dict[str, Any]]:
+        heads = ["linear", best_head(self, "janus")]
+        return dict(cell for head in heads if head and (cell := self.pick(method, head)))
+
     def ablation_table(self) -> str:
-        """ACC by head, BWT and plasticity with linear heads, mean violation, of the rows whose seeds are all run."""
+        """ACC by head, BWT and plasticity with linear heads, mean violation, of the rows whose seeds are all run.
+
+        Last come those who learn little or nothing, as they were chosen for the same heads.
+        """
         text = [f"| row | setting | {' | '.join(HEADS)} | BWT, linear | plasticity, linear | violation | seeds |"]
         text.append("|" + "---|" * 10)
-        for row, change in self.ablation().items():
+        last = {m: self._picked_for_ablation(m) for m in ("first task only", "frozen")}
+        rows = self.ablation() | {f"{row} | {m}": change for m in last for row, change in last[m].items()}
+        for row, change in rows.items():
             _, *setting, name = row.split(" | ")
             lines = [self.line(change, seed) for seed in SEEDS]
             if None in lines:

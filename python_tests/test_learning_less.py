@@ -295,7 +295,15 @@ def test_drift_moves_statistics_towards_where_the_features_went(patterns, weight
 
 # beside it -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "settings", [{"drift": "ridge"}, {"drift_budget": 0.03}, {"learn": "first"}, {"head_width": 50}]
+    "settings",
+    [
+        {"drift": "ridge"},
+        {"drift_budget": 0.03},
+        {"merge_scale": 0.5},
+        {"learn": "first"},
+        {"learn": "none", "head": "linear"},
+        {"head_width": 50},
+    ],
 )
 def test_a_run_that_is_cut_off_ends_with_the_same_bits(patterns, weights, tmp_path, settings):
     settings = {"head": "lda"} | settings

@@ -33,6 +33,8 @@ CASES: dict[str, dict[str, Any]] = {
     "janus, lda, ridge drift, guard": {"head": "lda", "drift": "ridge", "drift_budget": 0.05},
     "janus, aligned": {"head": "aligned"},
     "janus, first task": {"learn": "first", "head": "ncm"},
+    "janus, half merged": {"merge_scale": 0.5},
+    "frozen": {"learn": "none", "head": "linear"},
     "lora": {"method": "lora"},
     "lora-gpm, exact": {"method": "lora-gpm", "rectify": "exact"},
     "inflora": {"method": "inflora"},
