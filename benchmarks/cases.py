@@ -294,6 +294,7 @@ HEADS = [
     Case("lda-fit-2000", "the same, 2,000 features more", partial(lda_fit, dim=DIM + 2000), tolerance=1e-3),
     Case("ridge-fit-2000", "the same, 2,000 features more", partial(ridge_fit, dim=DIM + 2000), tolerance=1e-3),
     Case("head-scores", "five linear heads side by side", scores, {"cpu": 1.0, "cuda": 1.0}),
+    Case("head-scores-2000", "five linear heads side by side", partial(scores, width=2000)),
 ]
 GROUPS = {"kernels": KERNELS, "heads": HEADS, "program": PROGRAM}
 CASES = [*KERNELS, *HEADS, *PROGRAM]

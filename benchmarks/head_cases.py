@@ -17,10 +17,10 @@ BATCH = 200  # images of a pass in evaluation
 Sides = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def known(device: str, dim: int = DIM) -> Knowledge:
-    """What is known of so many classes of random features."""
+def known(device: str, dim: int = DIM, width: int | None = None) -> Knowledge:
+    """What is known of so many classes of features drawn at random, `width` random ones made of them."""
     heads = nn.ModuleList(nn.Linear(dim, CLASSES // TASKS, device=device) for _ in range(TASKS))
-    found = Knowledge(heads, dim, torch.device(device))
+    found = Knowledge(heads, dim, torch.device(device), width)
     labels = torch.arange(CLASSES, device=device).repeat_interleave(IMAGES)
     features = torch.randn(CLASSES, dim, device=device)[labels] + 3 * torch.randn(len(labels), dim, device=device)
     found.add(features, labels, 0)
@@ -59,9 +59,9 @@ def ridge_fit(device: str, dim: int = DIM) -> Sides:
     return lambda: ridge(G, Q, total, rows).W.cpu(), theirs
 
 
-def scores(device: str) -> Sides:
+def scores(device: str, width: int | None = None) -> Sides:
     """A batch's scores by lda against those of the tasks' linear heads; only their time is compared."""
-    have, features = known(device), torch.randn(BATCH, DIM, device=device)
+    have, features = known(device, width=width), torch.randn(BATCH, DIM, device=device)
     decision = HEADS["lda"](have)
 
     def ours() -> None:
