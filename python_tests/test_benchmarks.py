@@ -45,6 +45,7 @@ TABLES = (
     "guard.py table",
     "first_task.py table benchmarks/results/first-task.json",
     "breaks.py table",
+    "defaults.py table",
     "input_energy.py table benchmarks/results/input-energy.json",
     "random_features.py table benchmarks/results/random-features.json",
     "loader.py --table benchmarks/results/loader.json",
