@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from janus_ext.arguments import shown
 from janus_ext.config.foreign import BENCHMARK, loaded_method
-from janus_ext.config.parts import BenchmarkName, Settings, Split, flag
+from janus_ext.config.parts import NO_GUARD, BenchmarkName, Settings, Split, flag
 from janus_ext.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from janus_ext.config.train import TrainConfig
 
 MANY = 2**31 - 1  # more than anybody counts, and a number that all of PyTorch takes
-NO_GUARD = 1e9  # of drift_budget: its largest value, which is no limit
 LEAST, MOST = 1e-30, 1e30  # float32 has them, and their reciprocals
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("margin_weight", 0, MOST),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,8 @@ from tyro.conf import arg
 
 from janus_ext.config.annotations import fit
 from janus_ext.errors import ArgumentError
+
+NO_GUARD = 1e9  # the largest drift_budget
 
 T = TypeVar("T")
 Maybe = Annotated[T | None, arg(help_behavior_hint="")]  # the field's sentence says what holds where it is left out
@@ -133,10 +136,14 @@ class MethodConfig(Settings):
     merge_scale: float = 1.0
     """Share of a task's update that is merged: less moves old features less."""
     drift_budget: Maybe[float] = None
-    """Deviations by which a task may move features, the first ten times as far; by default 0.1, linear heads: none.
-    The largest, 1e9, is no limit."""
+    """Deviations by which a task may move features, the first ten times as far; by default 0.1, linear heads: none."""
     drift: Literal["none", "ridge"] = "none"
     """Move what is kept of old classes along with the features, by a ridge regression on the task's own images."""
+
+    @property
+    def guard(self) -> float:
+        """``drift_budget`` as a limit: infinite where there is none, which its largest value says as well."""
+        return math.inf if self.drift_budget is None or self.drift_budget >= NO_GUARD else self.drift_budget
 
 
 @dataclass(frozen=True)

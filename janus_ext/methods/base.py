@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext import processes
-from janus_ext.config.checks import NO_GUARD
 from janus_ext.config.foreign import Declared
 from janus_ext.errors import ArgumentError, StatisticsError
 from janus_ext.heads import HEADS
@@ -286,7 +285,7 @@ class Method(Declared, ABC):
         """Merges as much of the update as ``merge_scale`` and the guard allow."""
         if self.config.merge_scale < 1:
             self.shrink_update(self.config.merge_scale)
-        share, moved, budget = 1.0, self._movement(task), self._budget()
+        share, moved, budget = 1.0, self._movement(task), self.config.guard
         spoiled = moved > budget and not task.first and self._spoils()
         limit = self._limit(task, spoiled)
         if moved > limit:
@@ -296,11 +295,6 @@ class Method(Declared, ABC):
         report.movement = moved if math.isfinite(moved) else None
         return report
 
-    def _budget(self) -> float:
-        """``drift_budget``; infinite where there is no guard, so that features which cannot be measured are merged."""
-        budget = self.config.drift_budget
-        return math.inf if budget is None or budget >= NO_GUARD else budget
-
     def _limit(self, task: Task, spoiled: bool) -> float:
         """By how many deviations the task may move features: every one behind the first by ``drift_budget``.
 
@@ -308,8 +302,8 @@ class Method(Declared, ABC):
         what its own images may not ask for. Where it has spoiled even these, it is held as the others are.
         """
         if task.first or spoiled:
-            return self._budget()
-        return FIRST * self._budget() if task.total > 1 else math.inf
+            return self.config.guard
+        return FIRST * self.config.guard if task.total > 1 else math.inf
 
     def _within(self, budget: float, task: Task, moved: float) -> tuple[float, float]:
         """Shrinks the update until it moves features by ``budget`` or a little less: (its share, the movement)."""
