@@ -57,12 +57,13 @@ def table() -> str:
         found = {head: accuracies(change, head) for head in HEADS}
         if row in METHODS:
             plain, row = found, f"{row}, ACC"
-            cells = [f"{statistics.fmean(of.values()):.2f}" if of else "–" for of in found.values()]
-        else:
-            shared = {head: [acc - plain[head][seed] for seed, acc in of.items()] for head, of in found.items()}
-            cells = [shown(of) for of in shared.values()]
-        counts = [len(of) for of in found.values()]
-        text.append(f"| {row} | {' | '.join(map(counted, cells, counts, [len(SEEDS)] * len(HEADS)))} |")
+            values = [list(of.values()) for of in found.values()]
+            cells = [f"{statistics.fmean(of):.2f}" if of else "–" for of in values]
+        else:  # of a run that is not at its end, or diverged, a seed of either may be missing
+            values = [[acc - plain[h][seed] for seed, acc in found[h].items() if seed in plain[h]] for h in HEADS]
+            cells = [shown(of) for of in values]
+        counted_cells = [counted(cell, len(of), len(SEEDS)) for cell, of in zip(cells, values, strict=True)]
+        text.append(f"| {row} | {' | '.join(counted_cells)} |")
     return "\n".join(text)
 
 

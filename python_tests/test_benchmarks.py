@@ -92,6 +92,17 @@ def test_a_table_is_refilled_and_nothing_else_is_touched(module) -> None:
     assert documents.refilled(empty, str.upper) == empty
 
 
+def test_the_defaults_table_can_be_looked_at_while_it_is_run(module):
+    """Cells end in any order: a change may be there before its method as it is."""
+    defaults = module("defaults")
+    plain, changed = list(defaults.rows().values())[:2]
+    acc = {defaults.SEEDS[0]: 40.0, defaults.SEEDS[1]: 42.0}
+    ahead = {defaults.SEEDS[1]: 43.0, defaults.SEEDS[2]: 50.0}
+    defaults.accuracies = lambda change, head: acc if change == plain else ahead if change == changed else {}
+    first, second, third = defaults.table().splitlines()[2:5]
+    assert first.count(" 41.00 (2 of 4) ") == 3 and second.count(" +1.00 (1 of 4) ") == 3 and third.count(" – ") == 3
+
+
 def test_a_run_that_diverged_is_not_one_that_is_missing(module) -> None:
     cell, frozen = module("guard").cell, {0: 50.0, 1: 52.0, 2: 54.0}
     assert cell(frozen, {0: 51.0, 1: 53.0, 2: 55.0}, "as shipped", 3) == "**+1.00 ± 0.00**"
