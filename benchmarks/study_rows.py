@@ -76,7 +76,7 @@ _SHARES = _energies((0.5, 0.7), (0.7, 0.9), (0.97, 0.99), (0.999, 0.9999), (0.99
 _SHARES_TO_ALL = _energies((0.9, 1), (0.95, 1), (0.98, 1), (0.999, 1), (0.9999, 1))
 _MEMORY = {"ladders": (_QUARTERS, _SHARES), "first": (range(2, 5), range(1, 4))}
 _BILORA = _ladder("lr", 3.125e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 2e-2, 5e-2, 1e-1, 2e-1)
-SHIPPED = presets.HEADS["lda"] | presets.GENTLE["janus", "emoji"]  # what the default head brings along
+SHIPPED = presets.GUARD | presets.GENTLE["janus", "emoji"]  # what the default head brings along
 METHODS: dict[str, Grid] = {
     "janus": Grid({"method": "janus"}, **_MEMORY),
     "janus as shipped": Grid({"method": "janus", "epochs": None} | SHIPPED),  # nothing is tuned, epochs neither

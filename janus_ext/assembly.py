@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from janus_ext import plugins
 from janus_ext.arguments import nearest
-from janus_ext.arguments import shown as shown_value
 from janus_ext.backbone import load_backbone, prepare_torchvision
 from janus_ext.backbone.network import adopted, attach, probe, rebuild, recompute_blocks
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig, presets
 from janus_ext.config.checks import check_learning
-from janus_ext.config.foreign import find_method, loaded_method, own_settings
+from janus_ext.config.foreign import HEAD, find_head, find_method, loaded_method, own_settings
 from janus_ext.data.images import CROP_MODES, INTERPOLATIONS, View
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.heads import HEADS
+from janus_ext.heads.base import Head
 from janus_ext.methods import method_class, method_name
 from janus_ext.methods.base import Method
 from janus_ext.training.loop import Learner, derive_seed
@@ -57,6 +58,8 @@ def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Modu
 def resolve(settings: Mapping[str, Any]) -> LearnConfig:
     """The checked configuration of a learner, with its device and autocast chosen; ArgumentError names a setting."""
     settings = {**settings, "method": method_name(settings["method"])}
+    if "head" in settings:
+        settings["head"] = head_name(settings["head"])
     found = find_method(settings["method"])
     known = [] if found is None or found.Own is None else [field.name for field in fields(found.Own)]
     for name in settings:
@@ -74,7 +77,7 @@ def resolve(settings: Mapping[str, Any]) -> LearnConfig:
 def stored_config(
     settings: Mapping[str, Any],
     device: str | None = None,
-    head: str | None = None,
+    head: str | Head | None = None,
     method: str | type[Method] | None = None,
 ) -> LearnConfig:
     """The configuration in a run's ``config.json``, on ``device``, or where it was if that is there, or else anywhere.
@@ -83,8 +86,9 @@ def stored_config(
     own, said by whoever lets its code be imported.
 
     Raises:
-        ArgumentError: ``method`` is another one.
-        CheckpointError: a setting is missing or none of a learner's; the run's method has not been imported.
+        ArgumentError: ``method`` is another one, ``head`` is none.
+        CheckpointError: a setting is missing or none of a learner's; the run's method has not been imported, its head
+            is a function that nobody has named.
     """
     _consent(method, settings.get("method"))
     missing = [name for name in FIELDS if name not in (*settings, *LATER)]
@@ -105,15 +109,36 @@ def stored_config(
         raise CheckpointError(f"config.json holds what cannot be: {error}") from error
     own = config.device if _is_there(config.device) else "auto"
     chosen = pick_device(own if device is None else device)
-    if head is not None:
-        if not isinstance(head, str) or head not in HEADS:
-            found = f"{shown_value(head)}{nearest(str(head), HEADS)}"
-            raise ArgumentError(f"head must be one of {', '.join(HEADS)}, got {found}")
+    if head is None:
+        _check_stored_head(config.head)
+    else:
+        name = head_name(head)
+        find_head(name)
         unguarded = config.drift_budget is None and settings.get("preset") != "paper"
-        guard = presets.HEADS.get(head, {}) if unguarded else {}
-        config = replace(config, head=head, head_width=None, **guard)
+        guard = presets.GUARD if unguarded and name != "linear" else {}
+        config = replace(config, head=name, head_width=None, **guard)
     amp = config.amp if chosen.type == torch.device(config.device).type else pick_amp("auto", chosen)
     return replace(config, device=str(chosen), amp=amp)
+
+
+def head_name(head: str | Head) -> str:
+    """The name by which a function is found again, and a name as it is; ArgumentError where there is none."""
+    if isinstance(head, str):
+        return head
+    return next((name for name, fit in HEADS.items() if fit is head), None) or plugins.name_of(HEAD, head)
+
+
+def _check_stored_head(name: str) -> None:
+    """CheckpointError unless a head that a file names may be called: it is built in, or installed."""
+    if ":" in name:  # also of what is loaded: any function might do as a head
+        raise CheckpointError(
+            f"config.json names the head {name}, and no file makes this program run code: if you trust it, say "
+            f"--head {name}, or another head"
+        )
+    try:
+        find_head(name)
+    except ArgumentError as error:
+        raise CheckpointError(f"config.json names a head that is not here: {error}") from error
 
 
 def _consent(method: str | type[Method] | None, own: Any) -> None:

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, arg
 
-from janus_ext.config import OneHead, TrainConfig
-from janus_ext.config.parts import BENCHMARK_NAMES
+from janus_ext.config import TrainConfig
+from janus_ext.config.parts import BENCHMARK_NAMES, HEAD_NAMES
 from janus_ext.data import load_benchmark
 from janus_ext.data.benchmark import Benchmark
 from janus_ext.data.layout import find_parts
@@ -45,7 +45,7 @@ class EvaluateConfig:
     """A benchmark's test images, of the classes that the run knows; by default the run's own benchmark."""
     data_dir: Annotated[Path | None, arg(help_behavior_hint="")] = None
     """Where the benchmark's images lie; alone, a folder of class folders, or of train and test with such folders."""
-    head: Annotated[OneHead | None, arg(help_behavior_hint="")] = None
+    head: Annotated[str | None, arg(metavar=HEAD_NAMES, help_behavior_hint="")] = None
     """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
     method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
     """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
@@ -67,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     run = Run.open(config.run)
     if config.output is None:
         require_within(run.folder)
-    learner = ContinualLearner.load(config.run, config.device, head=config.head, method=typed(config.method))
+    learner = ContinualLearner.load(config.run, config.device, head=typed(config.head), method=typed(config.method))
     with naming_lost_workers():
         found = (
             _on_benchmark(learner, run.settings(), config)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from janus_ext.config import OneHead
+from janus_ext.config.parts import HEAD_NAMES
 from janus_ext.exports import onnx, peft, pt2, timm
 from janus_ext.exports.contents import Contents
 from janus_ext.learner import ContinualLearner
@@ -39,7 +39,7 @@ class ExportConfig:
     """timm: weights and config.json; onnx, pt2: image to scores in one file; peft: an adapter for every task."""
     output: Path
     """Folder to write, new or empty."""
-    head: Annotated[OneHead | None, arg(help_behavior_hint="")] = None
+    head: Annotated[str | None, arg(metavar=HEAD_NAMES, help_behavior_hint="")] = None
     """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
     method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
     """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def export(config: ExportConfig) -> None:
     """Writes the folder and says where it is."""
-    learner = ContinualLearner.load(config.run, device="cpu", head=config.head, method=typed(config.method))
+    learner = ContinualLearner.load(config.run, device="cpu", head=typed(config.head), method=typed(config.method))
     FORMATS[config.format](learner.contents(), config.output)
     print(f"{config.output}: README.md there says how to load it")
 

@@ -13,6 +13,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
+from janus_ext.config.parts import HEAD_NAMES
 from janus_ext.data.collect import labelled, labelled_as
 from janus_ext.data.layout import find_parts, shorten
 from janus_ext.data.listing import subfolders
@@ -43,6 +44,8 @@ class LearnArguments:
     """Folder of what comes out; by default that of the run with -learned behind its name."""
     tasks: int = 1
     """Number of tasks in which the new classes are learned, one after another."""
+    head: Annotated[str | None, arg(metavar=HEAD_NAMES, help_behavior_hint="")] = None
+    """Another classifier than the run's own, from now on; no old image is needed."""
     method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
     """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
     device: Annotated[str | None, arg(help_behavior_hint="")] = None
@@ -103,7 +106,9 @@ def _next_to(run: Path) -> Path:
 def _load(arguments: LearnArguments, run: Run) -> ContinualLearner:
     if run.settings()["method"] == "joint":
         raise ArgumentError(f"{run.folder} is of --method joint, which learns all classes at once and none later")
-    return ContinualLearner.load(run.folder, arguments.device, method=typed(arguments.method))
+    return ContinualLearner.load(
+        run.folder, arguments.device, head=typed(arguments.head), method=typed(arguments.method)
+    )
 
 
 def _parts(folder: Path) -> tuple[Path, Path | None]:

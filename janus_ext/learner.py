@@ -51,6 +51,7 @@ from janus_ext.training.progress import Progress, make_bar
 
 if TYPE_CHECKING:
     from janus_ext.config import LearnConfig
+    from janus_ext.heads.base import Head
     from janus_ext.methods.base import Method, TaskReport
 
 
@@ -60,7 +61,7 @@ class ContinualLearner:
     Args:
         backbone: "emoji" (embedded, 64 pixels), any name that ``--backbone`` takes, or a model of timm's, which is
             copied and stays as it is; what it has of a classifier is left out (`from_classifier` keeps it).
-        method, head: of ``--method``, all but "joint", or a class of your own (docs/extending.md); of ``--head``.
+        method, head: as ``--method`` (all but "joint") and ``--head`` take them, or your own (docs/extending.md).
         seed: of all random numbers; two learners with the same seed, images and machine have the same bits.
         planned_tasks: how often `learn` will be called, roughly: over so many tasks the protected share of the inputs
             grows from ``energy_start`` to ``energy_end``; then it stays. More are welcome. A single one has no guard.
@@ -76,7 +77,7 @@ class ContinualLearner:
         self,
         backbone: str | nn.Module = "emoji",
         method: str | type[Method] = "janus",
-        head: str = "auto",
+        head: str | Head = "auto",
         *,
         seed: int = 0,
         planned_tasks: int = 10,
@@ -206,8 +207,7 @@ class ContinualLearner:
                 any, see `from_classifier`. Then every head can be fitted, and the margin loss knows these classes.
 
         Raises:
-            ArgumentError: the method protects nothing (and the images are not labelled); a class has no image; one of
-                a class that was learned from images.
+            ArgumentError: nothing is protected, and no image labelled; a class has no image, or had some before.
             DataError: there is no image, or one cannot be read.
         """
         check_flag("labelled", labelled)
@@ -314,7 +314,7 @@ class ContinualLearner:
         folder: str | Path,
         device: str | None = None,
         backbone: nn.Module | None = None,
-        head: str | None = None,
+        head: str | Head | None = None,
         method: str | type[Method] | None = None,
     ) -> ContinualLearner:
         """The learner that was saved in ``folder``, or that a run of ``janus_ext.train`` has left there.
@@ -322,7 +322,7 @@ class ContinualLearner:
         Args:
             device: where it computes from now on; by default where it did, or what there is of that.
             backbone: a model of the architecture that it was made with, where that was none that timm makes by name.
-            head: another head than it had, fitted to what is known of all classes: no image is needed for that.
+            head: another than it had, or its own function, which no file makes this program call; no image is needed.
             method: its own, where that is one of your own: saying it is what lets its code be imported.
 
         Raises:

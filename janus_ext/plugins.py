@@ -1,4 +1,4 @@
-"""Methods and benchmarks from elsewhere: by the name of an installed entry point, or as package.module:attribute.
+"""Methods, benchmarks and heads from elsewhere: by an installed entry point's name, or as package.module:attribute.
 
 What somebody typed, in a command or in Python, may be imported: `find`. What a file says may not: `loaded`. So a
 stranger's run folder makes this program import no code, whatever it names.

@@ -13,8 +13,9 @@ import tyro
 from tyro.conf import Positional, arg
 
 from janus_ext.arguments import shown
-from janus_ext.config import OneHead, flag
+from janus_ext.config import flag
 from janus_ext.config.checks import MANY
+from janus_ext.config.parts import HEAD_NAMES
 from janus_ext.data.collect import find_images, readable, unlabelled
 from janus_ext.errors import ArgumentError, on_one_line
 from janus_ext.learner import ContinualLearner
@@ -36,7 +37,7 @@ class PredictConfig:
     """Image files, folders (all images below) and patterns."""
     top: int = 5
     """How many classes of each image."""
-    head: Annotated[OneHead | None, arg(help_behavior_hint="")] = None
+    head: Annotated[str | None, arg(metavar=HEAD_NAMES, help_behavior_hint="")] = None
     """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
     method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
     """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
@@ -68,7 +69,7 @@ def _check(config: PredictConfig) -> None:
 def predict(config: PredictConfig) -> int:
     """Prints what the images are; 1 if any could not be read, else 0."""
     _check(config)
-    learner = ContinualLearner.load(config.run, config.device, head=config.head, method=typed(config.method))
+    learner = ContinualLearner.load(config.run, config.device, head=typed(config.head), method=typed(config.method))
     paths = find_images(config.images)
     good, problems = readable(paths)
     for problem in problems:

@@ -100,6 +100,7 @@ ALLOWED = {
         "devices",
         "heads",
         "methods",
+        "plugins",
         "training.loop",
     },
     "past": {"data.images", "runs"},

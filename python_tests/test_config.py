@@ -12,7 +12,7 @@ import torch
 
 from janus_ext import ops
 from janus_ext.backbone.places import TARGETS
-from janus_ext.config import BenchmarkName, MethodName, TrainConfig, foreign, parts
+from janus_ext.config import BenchmarkName, HeadName, MethodName, TrainConfig, foreign, parts
 from janus_ext.data import BENCHMARKS
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError
@@ -42,7 +42,7 @@ def test_what_the_user_says_wins():
 def test_choices_and_registries_agree():
     assert get_args(parts.Target) == TARGETS and TrainConfig().targets == ("k", "v")
     assert set(get_args(MethodName)) == set(METHODS)
-    assert set(get_args(parts.Head)) == {"auto", *HEADS}
+    assert set(get_args(HeadName)) == set(HEADS)
     assert set(get_args(BenchmarkName)) == set(BENCHMARKS)
 
 

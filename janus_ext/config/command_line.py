@@ -45,7 +45,8 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     parts = dict(vars(groups))
     own = parts.pop("own", None)
     said = {name: value for part in parts.values() for name, value in vars(part).items()}
-    plugins.typed(said["benchmark"])
+    for name in ("benchmark", "head"):
+        plugins.typed(said[name])
     return TrainConfig(**said, own=own and vars(own))
 
 

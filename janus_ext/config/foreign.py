@@ -1,4 +1,4 @@
-"""Methods and benchmarks from elsewhere, as far as settings go: what their names stand for, and what a method declares.
+"""Methods, benchmarks and heads from elsewhere, as far as settings go: what names stand for, what a method declares.
 
 A method that is built in has its values in the presets; one from elsewhere says them in its class, see `Declared`.
 """
@@ -6,7 +6,7 @@ A method that is built in has its values in the presets; one from elsewhere says
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from types import MappingProxyType
 from typing import Any, ClassVar, get_args
@@ -16,6 +16,7 @@ from janus_ext.arguments import nearest
 from janus_ext.config.parts import (
     BenchmarkName,
     DataConfig,
+    HeadName,
     MachineConfig,
     MethodConfig,
     MethodName,
@@ -97,8 +98,13 @@ def _fault_of_benchmark(found: Any) -> str | None:
     return None if callable(found) else f"wanted is a function that gives a Benchmark, got {_shown(found)}"
 
 
+def _fault_of_head(found: Any) -> str | None:
+    return None if callable(found) else f"wanted is a function that gives a Decision, got {_shown(found)}"
+
+
 METHOD = plugins.Kind("method", OURS, "package.module:Class", _fault_of_method)
 BENCHMARK = plugins.Kind("benchmark", get_args(BenchmarkName), "package.module:function", _fault_of_benchmark)
+HEAD = plugins.Kind("head", get_args(HeadName), "package.module:function", _fault_of_head)
 
 
 def find_method(name: str) -> type[Declared] | None:
@@ -109,6 +115,17 @@ def find_method(name: str) -> type[Declared] | None:
 def loaded_method(name: str) -> type[Declared] | None:
     """The same without importing what is not installed: of a name that a file may have."""
     return None if name in OURS else plugins.loaded(METHOD, name)
+
+
+def find_head(name: str) -> None:
+    """Imports a head that somebody typed, where it is not yet; ArgumentError where the name stands for none."""
+    if name not in HEAD.ours:
+        plugins.find(HEAD, name)
+
+
+def loaded_head(name: str) -> Callable[[Any], Any]:
+    """The function of a head from elsewhere whose name was typed before, or is an installed entry point's."""
+    return plugins.loaded(HEAD, name)
 
 
 def own_settings(name: str, method: type[Declared] | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:

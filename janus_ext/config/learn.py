@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from janus_ext.config import checks, presets
-from janus_ext.config.foreign import OURS, find_method, own_settings
+from janus_ext.config.foreign import OURS, find_head, find_method, own_settings
 from janus_ext.config.parts import TRAINED_HEADS, MachineConfig, MethodConfig, ModelConfig, OptimizationConfig
 
 T = TypeVar("T", bound="LearnConfig")
@@ -45,6 +45,7 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
             defaults.pop("milestones", None)
         unsaid = {n: v for n, v in defaults.items() if hasattr(self, n) and getattr(self, n) in (None, "auto")}
         config = replace(self, **unsaid, own=own_settings(self.method, method, self.own))
+        find_head(config.head)
         checks.check_learning(config)
         checks.check_effect(self, config.without_effect(), defaults)
         return config

@@ -36,10 +36,10 @@ MethodName = Literal["janus", "lora", "lora-gpm", "inflora", "lora-drs", "bilora
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
 Rectify = Literal["auto", "none", "project", "tangent", "exact"]
 Estimator = Literal["auto", "gram", "isvd", "none"]
-OneHead = Literal["linear", "ncm", "lda", "ridge", "aligned"]
-Head = Literal["auto", OneHead]
+HeadName = Literal["linear", "ncm", "lda", "ridge", "aligned"]
 BENCHMARK_NAMES = f"{{{','.join(get_args(BenchmarkName))}}}|MODULE:FUNCTION"  # as the help has them
 METHOD_NAMES = f"{{{','.join(get_args(MethodName))}}}|MODULE:CLASS"
+HEAD_NAMES = f"{{{','.join(get_args(HeadName))}}}|MODULE:FUNCTION"
 TRAINED_HEADS = ("linear", "aligned")  # what epochs serve, even where the backbone stays as it is; others are fitted
 HeadInit = Literal["auto", "default", "small"]
 Normalize = Literal["auto", "identity", "model"]
@@ -158,8 +158,8 @@ class ModelConfig(Settings):
     """Side of the images in pixels, a multiple of the backbone's patches; by default what it was pretrained with."""
     rank: Maybe[int] = None
     """Rank of the LoRA factors on each of the --targets of every block; by default 8 for emoji, else 10 or 30."""
-    head: Head = "auto"
-    """Classifier: lda (the default), the tasks' linear heads (--preset paper), ncm (of lora-drs), ridge, or aligned."""
+    head: Annotated[str, arg(metavar=HEAD_NAMES)] = "auto"
+    """Classifier: lda (the default), linear (--preset paper), ncm (of lora-drs); your own: package.module:function."""
     head_width: Maybe[int] = None
     """Random ReLU features beside the network's own, for --head lda or ridge (after RanPAC): 2000, say; else none."""
     normalize: Normalize = "auto"

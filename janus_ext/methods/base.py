@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from janus_ext import processes
-from janus_ext.config.foreign import Declared
+from janus_ext.config.foreign import Declared, loaded_head
 from janus_ext.errors import ArgumentError, StatisticsError
-from janus_ext.heads import HEADS
+from janus_ext.heads import HEADS, elsewhere
 from janus_ext.heads.base import Decision
 from janus_ext.heads.drift import ShareSearch, drift_map, movement
 from janus_ext.heads.knowledge import Knowledge
@@ -212,7 +212,9 @@ class Method(Declared, ABC):
         if name == "linear":  # trained, not fitted
             return HEADS[name](self.known)
         if name not in self._decisions:
-            self._decisions[name] = HEADS[name](self.known)
+            own = name not in HEADS
+            fitted = elsewhere.fit(name, loaded_head(name), self.known) if own else HEADS[name](self.known)
+            self._decisions[name] = fitted
         return self._decisions[name]
 
     def decisions(self) -> dict[str, Decision]:

@@ -1,0 +1,275 @@
+"""A head in a file of somebody's own: through every command, resumed, saved, and by a stranger."""
+
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import trees
+from conftest import make_trainer, weights_of, without_time
+from learners import FIRST, SECOND, THIRD, assert_same, learner_of, state_of
+from results import set_settings
+from test_extending import forget
+from test_methods import CutOffLearner
+from test_plugins import install
+
+from janus_ext import ContinualLearner, evaluate, export, learn, predict, report, train
+from janus_ext.config import TrainConfig
+from janus_ext.config.foreign import Declared
+from janus_ext.errors import ArgumentError, CheckpointError
+from janus_ext.heads import HEADS, elsewhere, lda
+from janus_ext.heads.base import Decision
+from janus_ext.runs.checkpoint import read_json
+from janus_ext.runs.run import Run
+
+SOURCE = (Path(__file__).resolve().parents[1] / "examples" / "own_head.py").read_text(encoding="utf-8")
+NAME = "slda_here:slda"
+
+
+def same(known):
+    """As `lda`, under another name."""
+    return lda.fit(known)
+
+
+@pytest.fixture
+def here(tmp_path_factory, monkeypatch) -> Path:
+    """The current folder of somebody with a file, as a console script finds it: not on Python's path."""
+    place = tmp_path_factory.mktemp("here")
+    (place / "slda_here.py").write_text(SOURCE)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.chdir(place)
+    yield place
+    forget("slda_here")
+
+
+@pytest.fixture
+def trained(here, weights, photos) -> Path:
+    """A run of three tasks, by somebody whose process has ended."""
+    data = f"--benchmark folder --data-dir {photos} --tasks 3 --backbone emoji --weights {weights}"
+    call = f"{data} --head {NAME} --rank 4 --epochs 1 --batch-size 8 --amp off --device cpu --no-plots --output run"
+    assert train.main(call.split()) == 0
+    forget("slda_here")
+    return here / "run"
+
+
+# through the commands -------------------------------------------------------------------------------------------------
+def test_a_run_holds_what_was_typed_and_measures_it_beside_the_others(trained, here):
+    settings, results = Run(trained).settings(), Run(trained).results()
+    assert settings["head"] == results["head"] == NAME and settings["drift_budget"] == 0.1
+    assert results["heads"].keys() == {NAME, "linear", "ncm", "lda", "ridge"}
+    assert results["heads"][NAME]["acc"] == results["acc"]
+    assert report.main([str(trained), "--output", str(here / "page.html")]) == 0
+    assert NAME in (here / "page.html").read_text(encoding="utf-8")
+
+
+def test_every_command_takes_the_run_once_the_head_is_said(trained, photos, here, capsys):
+    consent = ["--head", NAME]
+    assert predict.main([str(trained), str(photos), *consent]) == 0
+    assert capsys.readouterr().out.count("\n") == 30
+    assert evaluate.main([str(trained), *consent]) == 0
+    found = read_json(trained / "evaluation" / "evaluation.json")["tasks"]
+    assert [task["accuracy"] for task in found] == pytest.approx(Run(trained).results()["accuracy_matrix"][-1])
+    assert export.main([str(trained), "--format", "timm", "--output", str(here / "timm"), *consent]) == 0
+    assert f"| head | {NAME} |" in (here / "timm" / "README.md").read_text(encoding="utf-8")
+    trees.folders(here / "more", 2, 4, lambda c: trees.wnid(c + 6))
+    assert learn.main([str(trained), "--data-dir", str(here / "more"), "--output", str(here / "new"), *consent]) == 0
+    assert read_json(here / "new" / "config.json")["head"] == NAME
+    assert predict.main([str(trained), str(photos), "--head", "lda"]) == 0  # another head needs no consent
+    assert learn.main([str(trained), "--data-dir", str(here / "more"), "--head", "ridge"]) == 0
+    assert read_json(here / "run-learned" / "config.json")["head"] == "ridge"
+
+
+# a stranger's run -----------------------------------------------------------------------------------------------------
+def calls(run: Path, images: Path) -> list[tuple]:
+    return [
+        (predict, [str(run), str(images)]),
+        (learn, [str(run), "--data-dir", str(images)]),
+        (evaluate, [str(run), "--data-dir", str(images)]),
+        (export, [str(run), "--format", "timm", "--output", str(run.parent / "exported")]),
+    ]
+
+
+def test_no_command_imports_what_a_run_names(trained, here, photos, capsys):
+    (here / "slda_here.py").write_text(f"open('{here}/trace', 'w')\n")
+    sys.path.insert(0, str(here))  # not that it could not be found
+    for command, call in calls(trained, photos):
+        assert command.main(call) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and f"names the head {NAME}, and no file makes this program run code" in err
+        assert f"if you trust it, say --head {NAME}, or another head" in err
+    with pytest.raises(CheckpointError, match=f"names the head {NAME}"):
+        ContinualLearner.load(trained)
+    assert not (here / "trace").exists() and "slda_here" not in sys.modules
+
+
+def test_no_function_is_called_that_a_run_names(trained, photos, capsys):
+    """Not even one that is loaded: any function might do as a head."""
+    for name in ("os:abort", "test_own_head:same", "nothing", "slda_here:"):
+        set_settings(trained, {"head": name})
+        for command, call in calls(trained, photos):
+            assert command.main(call) == 2
+            err = capsys.readouterr().err
+            assert err.count("\n") == 1 and "config.json names " in err and name in err
+
+
+# the same bits --------------------------------------------------------------------------------------------------------
+def test_a_function_that_does_as_lda_does_is_lda(weights, photos):
+    """So it comes with the guard, and with all else that a fitted head has."""
+    own, built_in = learner_of(weights, head=same), learner_of(weights, head="lda")
+    for names in (FIRST, SECOND, THIRD):
+        own.learn(photos, names)
+        built_in.learn(photos, names)
+    assert own.config.head == "test_own_head:same" and own.config.drift_budget == 0.1
+    assert replace(own.config, head="lda") == built_in.config
+    assert own.predict(photos, top=6) == built_in.predict(photos, top=6)
+    assert_same(state_of(own), state_of(built_in))
+
+
+def test_a_learner_takes_the_function_itself_and_goes_on_when_it_is_said_again(weights, photos, tmp_path):
+    learner = learner_of(weights, head=same)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="names the head test_own_head:same"):
+        ContinualLearner.load(tmp_path / "saved")
+    other = ContinualLearner.load(tmp_path / "saved", head=same)
+    by_name = ContinualLearner.load(tmp_path / "saved", head="test_own_head:same")
+    for one in (learner, other, by_name):
+        one.learn(photos, SECOND)
+    assert_same(state_of(other), state_of(learner))
+    assert_same(state_of(by_name), state_of(learner))
+    assert other.predict(photos) == learner.predict(photos)
+    learner.save(tmp_path / "saved")
+    assert ContinualLearner.load(tmp_path / "saved", head=HEADS["ncm"]).config.head == "ncm"
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(patterns, weights, tmp_path):
+    changes = {"head": "test_own_head:same", "epochs": 2}
+    first = make_trainer(patterns, weights, tmp_path / "first", **changes)
+    results = first.run()
+    again = make_trainer(patterns, weights, tmp_path / "again", CutOffLearner, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        again.run()
+    resumed = make_trainer(patterns, weights, tmp_path / "again", **changes)
+    resumed.restore()
+    assert without_time(resumed.run()) == without_time(results)
+    assert_same(weights_of(resumed), weights_of(first))
+
+
+def test_the_example_is_what_it_says_in_float64(here, weights, photos):
+    sys.path.insert(0, str(here))
+    learner = learner_of(weights, head=NAME, learn="all")
+    for names in (FIRST, SECOND):
+        learner.learn(photos, names)
+    known = learner._core.method.known
+    mu, S = known.statistics.means(), known.statistics.covariance()
+    inverse = torch.linalg.inv((1 - 1e-4) * S + 1e-4 * torch.eye(len(S), dtype=torch.float64))
+    features = torch.randn(5, len(S), dtype=torch.float64) + mu.mean(0)
+    wanted = features @ inverse @ mu.mT - 0.5 * (mu @ inverse * mu).sum(1)
+    got = learner._core.method.decision().scores(features.float()).double()
+    assert float((got - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
+
+
+# what is installed ----------------------------------------------------------------------------------------------------
+def test_what_is_installed_needs_no_consent(here, weights, photos, tmp_path):
+    install(here, "heads", "janus_ext.heads", f"slda = {NAME}")
+    sys.path.insert(0, str(here))
+    learner = learner_of(weights, head="slda")
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    forget("slda_here")
+    assert ContinualLearner.load(tmp_path / "saved").predict(photos) == learner.predict(photos)
+    with pytest.raises(ArgumentError, match="--head must be one of linear, .*, slda, or .*'sdla'; similar: slda"):
+        TrainConfig(head="sdla").resolved()
+
+
+# what is refused ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere:f", "--head nowhere:f: no module nowhere is installed or in the current folder"),
+        ("slda_here:sdla", "--head slda_here:sdla: module slda_here has no sdla; similar: slda"),
+        (
+            "slda_here:SHRINKAGE",
+            "--head slda_here:SHRINKAGE: wanted is a function that gives a Decision, got an object",
+        ),
+        ("slda_here:", "--head must be package.module:function"),
+    ],
+)
+def test_a_wrong_name_says_what_is_wrong(here, name, message):
+    sys.path.insert(0, str(here))
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        TrainConfig(head=name).resolved()
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        ContinualLearner(head=name)
+
+
+def test_a_method_of_ones_own_may_bring_a_head_along(monkeypatch):
+    monkeypatch.setattr(Declared, "defaults", {"head": "nowhere:f"})
+    from test_extending import Norm
+
+    with pytest.raises(ArgumentError, match="--head nowhere:f: no module nowhere"):
+        ContinualLearner(method=Norm)
+    monkeypatch.setattr(Declared, "defaults", {"head": "test_own_head:same"})
+    assert ContinualLearner(method=Norm, rank=4).config.head == "test_own_head:same"
+
+
+def test_a_function_that_cannot_be_found_again_is_refused():
+    with pytest.raises(ArgumentError, match="head must be a name, or stand at the top level of a module"):
+        ContinualLearner(head=lambda known: lda.fit(known))
+
+
+def test_random_features_belong_to_heads_that_are_built_in():
+    with pytest.raises(
+        ArgumentError, match="--head-width belongs to --head lda or ridge, got --head test_own_head:same"
+    ):
+        ContinualLearner(head=same, head_width=40)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: None, "wanted is a Decision, got an object of type NoneType"),
+        (lambda d: (d.weight, d.bias), "wanted is a Decision, got an object of type tuple"),
+        (
+            lambda d: replace(d, weight=d.weight[1:]),
+            "weight must be float32 [2, 32] on cpu, got float32 [1, 32] on cpu",
+        ),
+        (lambda d: replace(d, weight=d.weight.double()), "weight must be float32 [2, 32] on cpu, got float64 [2, 32]"),
+        (lambda d: replace(d, bias=[0.0, 0.0]), "bias must be a tensor, got an object of type list"),
+        (lambda d: replace(d, bias=d.bias[:, None]), "bias must be float32 [2] on cpu, got float32 [2, 1] on cpu"),
+        (lambda d: replace(d, bias=d.bias * float("nan")), "bias must be finite, got NaN or infinity"),
+        (lambda d: replace(d, bias=d.bias + float("inf")), "bias must be finite, got NaN or infinity"),
+        (lambda d: replace(d, weight=d.weight / 0), "weight must be finite, got NaN or infinity"),
+    ],
+)
+def test_what_a_function_gives_is_checked(weights, photos, change, message):
+    learner = learner_of(weights, head="lda")
+    learner.learn(photos, FIRST)
+    known = learner._core.method.known
+    message = message.replace("32]", f"{known.statistics.dim}]")
+    with pytest.raises(ArgumentError, match=re.escape(f"--head own:f: {message}")):
+        elsewhere.fit("own:f", lambda known: change(lda.fit(known)), known)
+
+
+def test_an_error_in_a_function_undoes_the_task(weights, photos, monkeypatch):
+    learner = learner_of(weights, head=same)
+    learner.learn(photos, FIRST)
+    before = state_of(learner)
+    monkeypatch.setattr(sys.modules[__name__], "same", lambda known: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        learner.learn(photos, SECOND)
+    assert_same(state_of(learner), before)
+
+
+def test_a_class_without_images_never_wins(weights, photos):
+    learner = learner_of(weights, head=same)
+    learner.learn(photos, FIRST)
+    decision = Decision.of(torch.zeros(2, 3), torch.zeros(2), torch.tensor([True, False]))
+    known = learner._core.method.known
+    wide = replace(decision, weight=torch.zeros(2, known.statistics.dim))
+    assert (
+        elsewhere.fit("own:f", lambda known: wide, known).scores(torch.randn(3, known.statistics.dim)).argmax(1).sum()
+        == 0
+    )
