@@ -6,7 +6,7 @@
 Every seed holds out other images and draws another order of the classes and other directions. Features come task by
 task, as in a run with `--learn none`; what `--head-width` makes of them stands beside what RanPAC does, and beside what
 lies between the two. (RanPAC itself has up to 10,000, and finds the penalty on images that it holds out; here `ridge`
-finds it, as ever.)
+finds it, as ever.) One row has ridge regression of unit features that are not centred.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from janus_ext.data.benchmark import Benchmark
 from janus_ext.heads import HEADS
 from janus_ext.heads.expansion import OWN_WEIGHT, Expansion
 from janus_ext.heads.knowledge import Knowledge
+from janus_ext.heads.ridge import ridge
 from janus_ext.heads.statistics import FeatureStatistics
 from janus_ext.training.loop import Learner
 
@@ -119,6 +120,18 @@ def accuracy(head: str, known: Knowledge, held_out: Features) -> float:
     return statistics.fmean(100 * float((decision.scores(f).argmax(1) == y).double().mean()) for f, y in held_out)
 
 
+def ridge_with_a_constant(train: Features, held_out: Features) -> float:
+    """ACC of ridge regression of one-hot targets on [f / |f|, 1], whose constant is penalised like the features."""
+
+    def inputs(f: Tensor) -> Tensor:
+        return F.pad(F.normalize(f, dim=1), (0, 1), value=1.0).double()
+
+    X = torch.cat([inputs(f) for f, _ in train])
+    Y = F.one_hot(torch.cat([y for _, y in train])).double()
+    W = ridge(X.mT @ X, X.mT @ Y, total=len(X), rows=len(X)).W
+    return statistics.fmean(100 * float(((inputs(f) @ W).argmax(1) == y).double().mean()) for f, y in held_out)
+
+
 def known_of(train: Features, head: str, width: int | None = None, expand: Expands | None = None, seed: int = 0) -> Any:
     """What is known behind the last task."""
     dim = train[0][0].shape[1]
@@ -138,6 +151,7 @@ def measure(data: str, folder: Path | None, seed: int) -> dict[str, float]:
     first = known_of(train[:1], "lda").statistics
     plain = known_of(train, "lda")
     found = {head: accuracy(head, plain, held_out) for head in ("lda", "ridge")}
+    found["ridge of unit features and a constant"] = ridge_with_a_constant(train, held_out)
     for name, (head, width, expansion) in VARIANTS.items():
         known = known_of(train, head, width, expansion(first, width, seed), seed)
         found[name] = accuracy(head, known, held_out)
