@@ -194,6 +194,10 @@ def test_what_is_installed_needs_no_consent(here, weights, photos, tmp_path):
             "slda_here:SHRINKAGE",
             "--head slda_here:SHRINKAGE: wanted is a function that gives a Decision, got an object",
         ),
+        (
+            "slda_here:Decision",
+            "--head slda_here:Decision: wanted is a function that gives a Decision, got class Decision",
+        ),
         ("slda_here:", "--head must be package.module:function"),
     ],
 )

@@ -99,7 +99,8 @@ def _fault_of_benchmark(found: Any) -> str | None:
 
 
 def _fault_of_head(found: Any) -> str | None:
-    return None if callable(found) else f"wanted is a function that gives a Decision, got {_shown(found)}"
+    is_function = callable(found) and not isinstance(found, type)
+    return None if is_function else f"wanted is a function that gives a Decision, got {_shown(found)}"
 
 
 METHOD = plugins.Kind("method", OURS, "package.module:Class", _fault_of_method)
