@@ -23,7 +23,7 @@ from janus_ext.data.images import CROP_MODES, INTERPOLATIONS, View
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.heads import HEADS
-from janus_ext.heads.base import Head
+from janus_ext.heads.elsewhere import OwnHead
 from janus_ext.methods import method_class, method_name
 from janus_ext.methods.base import Method
 from janus_ext.training.loop import Learner, derive_seed
@@ -57,9 +57,8 @@ def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Modu
 
 def resolve(settings: Mapping[str, Any]) -> LearnConfig:
     """The checked configuration of a learner, with its device and autocast chosen; ArgumentError names a setting."""
-    settings = {**settings, "method": method_name(settings["method"])}
-    if "head" in settings:
-        settings["head"] = head_name(settings["head"])
+    names = {"method": method_name(settings["method"]), "head": plugins.name_of(HEAD, settings["head"], HEADS)}
+    settings = {**settings, **names}
     found = find_method(settings["method"])
     known = [] if found is None or found.Own is None else [field.name for field in fields(found.Own)]
     for name in settings:
@@ -77,7 +76,7 @@ def resolve(settings: Mapping[str, Any]) -> LearnConfig:
 def stored_config(
     settings: Mapping[str, Any],
     device: str | None = None,
-    head: str | Head | None = None,
+    head: str | OwnHead | None = None,
     method: str | type[Method] | None = None,
 ) -> LearnConfig:
     """The configuration in a run's ``config.json``, on ``device``, or where it was if that is there, or else anywhere.
@@ -109,36 +108,30 @@ def stored_config(
         raise CheckpointError(f"config.json holds what cannot be: {error}") from error
     own = config.device if _is_there(config.device) else "auto"
     chosen = pick_device(own if device is None else device)
-    if head is None:
-        _check_stored_head(config.head)
-    else:
-        name = head_name(head)
-        find_head(name)
-        unguarded = config.drift_budget is None and settings.get("preset") != "paper"
-        guard = presets.GUARD if unguarded and name != "linear" else {}
-        config = replace(config, head=name, head_width=None, **guard)
+    config = _with_head(config, head, settings.get("preset"))
     amp = config.amp if chosen.type == torch.device(config.device).type else pick_amp("auto", chosen)
     return replace(config, device=str(chosen), amp=amp)
 
 
-def head_name(head: str | Head) -> str:
-    """The name by which a function is found again, and a name as it is; ArgumentError where there is none."""
-    if isinstance(head, str):
-        return head
-    return next((name for name, fit in HEADS.items() if fit is head), None) or plugins.name_of(HEAD, head)
+def _with_head(config: LearnConfig, head: str | OwnHead | None, preset: Any) -> LearnConfig:
+    """With another head than the run's, without random features and with the guard that belongs to it.
 
-
-def _check_stored_head(name: str) -> None:
-    """CheckpointError unless a head that a file names may be called: it is built in, or installed."""
-    if ":" in name:  # also of what is loaded: any function might do as a head
-        raise CheckpointError(
-            f"config.json names the head {name}, and no file makes this program run code: if you trust it, say "
-            f"--head {name}, or another head"
-        )
-    try:
-        find_head(name)
-    except ArgumentError as error:
-        raise CheckpointError(f"config.json names a head that is not here: {error}") from error
+    A function that is the run's own is said again so that it may be called, and changes nothing.
+    """
+    if head is None:
+        try:
+            plugins.require_installed(HEAD, config.head)
+            find_head(config.head)
+        except ArgumentError as error:
+            raise CheckpointError(f"config.json names a head that is not here: {error}") from error
+        return config
+    name = plugins.name_of(HEAD, head, HEADS)
+    find_head(name)
+    if name == config.head and name not in HEADS:
+        return config
+    unguarded = config.drift_budget is None and preset != "paper"
+    guard = presets.GUARD if unguarded and name != "linear" else {}
+    return replace(config, head=name, head_width=None, **guard)
 
 
 def _consent(method: str | type[Method] | None, own: Any) -> None:

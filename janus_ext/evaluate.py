@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from janus_ext.config import TrainConfig
+from janus_ext.config.foreign import BENCHMARK
 from janus_ext.config.parts import BENCHMARK_NAMES, HEAD_NAMES
 from janus_ext.data import load_benchmark
 from janus_ext.data.benchmark import Benchmark
@@ -20,7 +21,7 @@ from janus_ext.data.layout import find_parts
 from janus_ext.data.workers import naming_lost_workers
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.learner import ContinualLearner
-from janus_ext.plugins import typed
+from janus_ext.plugins import require_installed, typed
 from janus_ext.reports.evaluation import Evaluation
 from janus_ext.runs.folder import require_within
 from janus_ext.runs.run import Run
@@ -46,7 +47,7 @@ class EvaluateConfig:
     data_dir: Annotated[Path | None, arg(help_behavior_hint="")] = None
     """Where the benchmark's images lie; alone, a folder of class folders, or of train and test with such folders."""
     head: Annotated[str | None, arg(metavar=HEAD_NAMES, help_behavior_hint="")] = None
-    """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
+    """Another classifier than the run's own, for which no image is needed; one of your own has to be said again."""
     method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
     """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
     output: Annotated[Path | None, arg(help_behavior_hint="")] = None
@@ -105,11 +106,8 @@ def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config
     if config.data_dir is not None:
         asked["data_dir"] = config.data_dir
     wanted = TrainConfig(**asked)
-    if config.benchmark is None and ":" in wanted.benchmark:
-        raise ArgumentError(
-            f"{config.run} was trained on --benchmark {name}, and no file makes this program run code: if you trust "
-            "it, say that flag"
-        )
+    if config.benchmark is None:
+        require_installed(BENCHMARK, wanted.benchmark)
     benchmark = load_benchmark(wanted).at(learner.input_size)
     if own and "split_sha256" in settings and settings["split_sha256"] != _split_sha256(benchmark, settings):
         print(f"janus_ext.evaluate: {OTHERS}", file=sys.stderr)

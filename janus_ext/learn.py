@@ -45,7 +45,7 @@ class LearnArguments:
     tasks: int = 1
     """Number of tasks in which the new classes are learned, one after another."""
     head: Annotated[str | None, arg(metavar=HEAD_NAMES, help_behavior_hint="")] = None
-    """Another classifier than the run's own, from now on; no old image is needed."""
+    """Another classifier than the run's own, from now on; one of your own has to be said again."""
     method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
     """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
     device: Annotated[str | None, arg(help_behavior_hint="")] = None

@@ -51,7 +51,7 @@ from janus_ext.training.progress import Progress, make_bar
 
 if TYPE_CHECKING:
     from janus_ext.config import LearnConfig
-    from janus_ext.heads.base import Head
+    from janus_ext.heads.elsewhere import OwnHead
     from janus_ext.methods.base import Method, TaskReport
 
 
@@ -77,7 +77,7 @@ class ContinualLearner:
         self,
         backbone: str | nn.Module = "emoji",
         method: str | type[Method] = "janus",
-        head: str | Head = "auto",
+        head: str | OwnHead = "auto",
         *,
         seed: int = 0,
         planned_tasks: int = 10,
@@ -207,7 +207,7 @@ class ContinualLearner:
                 any, see `from_classifier`. Then every head can be fitted, and the margin loss knows these classes.
 
         Raises:
-            ArgumentError: nothing is protected, and no image labelled; a class has no image, or had some before.
+            ArgumentError: the method protects nothing (and no image is labelled); a class has none, or had some before.
             DataError: there is no image, or one cannot be read.
         """
         check_flag("labelled", labelled)
@@ -314,7 +314,7 @@ class ContinualLearner:
         folder: str | Path,
         device: str | None = None,
         backbone: nn.Module | None = None,
-        head: str | Head | None = None,
+        head: str | OwnHead | None = None,
         method: str | type[Method] | None = None,
     ) -> ContinualLearner:
         """The learner that was saved in ``folder``, or that a run of ``janus_ext.train`` has left there.
@@ -322,12 +322,12 @@ class ContinualLearner:
         Args:
             device: where it computes from now on; by default where it did, or what there is of that.
             backbone: a model of the architecture that it was made with, where that was none that timm makes by name.
-            head: another than it had, or its own function, which no file makes this program call; no image is needed.
+            head: another than it had (no image is needed), or its own, where that is a function of yours: see method.
             method: its own, where that is one of your own: saying it is what lets its code be imported.
 
         Raises:
             ArgumentError: the folder holds nothing of that kind, or the head cannot be fitted.
-            CheckpointError: no task was finished, a file is missing, damaged or altered, the method is not loaded.
+            CheckpointError: no task was finished, a file is missing or altered, the method or head was not said.
         """
         run = Run.open(checked_path("folder", folder))
         settings, saved = run.settings(), run.saved()

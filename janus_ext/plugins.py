@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -70,8 +70,28 @@ def loaded(kind: Kind, name: str) -> Any:
     return _checked(kind, name, names[attribute])
 
 
-def name_of(kind: Kind, found: Any) -> str:
-    """The name by which `find` finds an object again; ArgumentError where there is none."""
+def require_installed(kind: Kind, name: str) -> None:
+    """ArgumentError unless ``name``, which a file has and nobody typed, is built in or an installed entry point.
+
+    For kinds that are functions: of these any that is loaded might do, ``os.abort`` too.
+    """
+    if name not in kind.ours and _place(kind, name) and ":" in name:
+        raise ArgumentError(
+            f"--{kind.name} {name} was not said, and no file makes this program run code: say it if you trust it, "
+            "else another"
+        )
+
+
+def name_of(kind: Kind, found: Any, ours: Mapping[str, Any]) -> str:
+    """A name as it is, and of an object the one by which `find` finds it again; ArgumentError where there is none.
+
+    ``ours`` are the objects that are built in, by name.
+    """
+    if isinstance(found, str):
+        return found
+    for name, built_in in ours.items():
+        if built_in is found:
+            return name
     module, attribute = getattr(found, "__module__", None), getattr(found, "__qualname__", None)
     names = getattr(sys.modules.get(module), "__dict__", {})
     if attribute is None or names.get(attribute) is not found:

@@ -38,7 +38,7 @@ class PredictConfig:
     top: int = 5
     """How many classes of each image."""
     head: Annotated[str | None, arg(metavar=HEAD_NAMES, help_behavior_hint="")] = None
-    """Another classifier than the run's own: fitted to what the run keeps of all classes, no image is needed."""
+    """Another classifier than the run's own, for which no image is needed; one of your own has to be said again."""
     method: Annotated[str | None, arg(metavar="MODULE:CLASS", help_behavior_hint="")] = None
     """The run's method, where it is one of your own: saying it is what lets its code be loaded."""
     json: bool = False

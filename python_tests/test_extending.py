@@ -170,7 +170,9 @@ def test_no_function_is_called_that_a_run_names(here, weights, capsys):
         set_settings(here / "run", {"benchmark": name})
         assert evaluate.main([str(here / "run")]) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and f"was trained on --benchmark {name}, and no file makes this program" in err
+        assert (
+            err.count("\n") == 1 and f"--benchmark {name} was not said, and no file makes this program run code" in err
+        )
 
 
 @pytest.mark.parametrize("own", [3, {"strength": "much"}, {"nothing": 1}, {"strength": None}])

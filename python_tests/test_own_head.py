@@ -1,5 +1,6 @@
 """A head in a file of somebody's own: through every command, resumed, saved, and by a stranger."""
 
+import copy
 import re
 import sys
 from dataclasses import replace
@@ -20,7 +21,6 @@ from janus_ext.config import TrainConfig
 from janus_ext.config.foreign import Declared
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.heads import HEADS, elsewhere, lda
-from janus_ext.heads.base import Decision
 from janus_ext.runs.checkpoint import read_json
 from janus_ext.runs.run import Run
 
@@ -30,7 +30,18 @@ NAME = "slda_here:slda"
 
 def same(known):
     """As `lda`, under another name."""
-    return lda.fit(known)
+    return lda.rule(known.statistics)
+
+
+def traced(known):
+    """The same as parameters that autograd follows."""
+    with torch.enable_grad():
+        return tuple(torch.nn.Parameter(part) * 1 for part in same(known))
+
+
+def of_two_classes(known):
+    """The same while there are no more."""
+    return same(known) if known.classes == 2 else 1 / 0
 
 
 @pytest.fixture
@@ -97,21 +108,33 @@ def test_no_command_imports_what_a_run_names(trained, here, photos, capsys):
     for command, call in calls(trained, photos):
         assert command.main(call) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and f"names the head {NAME}, and no file makes this program run code" in err
-        assert f"if you trust it, say --head {NAME}, or another head" in err
-    with pytest.raises(CheckpointError, match=f"names the head {NAME}"):
+        assert err.count("\n") == 1 and f"--head {NAME} was not said, and no file makes this program run code" in err
+    with pytest.raises(CheckpointError, match=f"--head {NAME} was not said"):
         ContinualLearner.load(trained)
     assert not (here / "trace").exists() and "slda_here" not in sys.modules
 
 
-def test_no_function_is_called_that_a_run_names(trained, photos, capsys):
+@pytest.mark.parametrize("name", ["os:abort", "test_own_head:same", "nothing", "x:y; rm -r z #", "slda_here:", ""])
+def test_no_function_is_called_that_a_run_names(trained, photos, capsys, name):
     """Not even one that is loaded: any function might do as a head."""
-    for name in ("os:abort", "test_own_head:same", "nothing", "slda_here:"):
-        set_settings(trained, {"head": name})
-        for command, call in calls(trained, photos):
-            assert command.main(call) == 2
-            err = capsys.readouterr().err
-            assert err.count("\n") == 1 and "config.json names " in err and name in err
+    set_settings(trained, {"head": name})
+    for command, call in calls(trained, photos):
+        assert command.main(call) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "config.json names a head that is not here: --head " in err and name in err
+        assert "; rm" not in err or "got 'x:y; rm -r z #'" in err  # shown as what it is, and not to be typed
+
+
+def test_another_head_needs_no_consent_and_imports_nothing(trained, here, photos, capsys):
+    (here / "slda_here.py").write_text(f"open('{here}/trace', 'w')\n")
+    sys.path.insert(0, str(here))
+    for command, call in calls(trained, photos):
+        if command is not learn:  # whose classes the run knows
+            assert command.main([*call, "--head", "ridge"]) == 0
+    assert report.main([str(trained), "--output", str(here / "page.html")]) == 0
+    assert train.main(["--resume", "--output", str(trained)]) == 2  # other settings
+    assert ContinualLearner.load(trained, head="ncm").config.head == "ncm"
+    assert not (here / "trace").exists() and "slda_here" not in sys.modules
 
 
 # the same bits --------------------------------------------------------------------------------------------------------
@@ -127,11 +150,21 @@ def test_a_function_that_does_as_lda_does_is_lda(weights, photos):
     assert_same(state_of(own), state_of(built_in))
 
 
+def test_to_say_it_again_is_consent_and_changes_nothing(weights, photos, tmp_path):
+    """Neither the guard, which another head brings along where there is none, nor random features."""
+    learner = learner_of(weights, head=same)
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    set_settings(tmp_path / "saved", {"drift_budget": None})  # as of --preset paper
+    assert ContinualLearner.load(tmp_path / "saved", head=same).config.drift_budget is None
+    assert ContinualLearner.load(tmp_path / "saved", head="lda").config.drift_budget == 0.1
+
+
 def test_a_learner_takes_the_function_itself_and_goes_on_when_it_is_said_again(weights, photos, tmp_path):
     learner = learner_of(weights, head=same)
     learner.learn(photos, FIRST)
     learner.save(tmp_path / "saved")
-    with pytest.raises(CheckpointError, match="names the head test_own_head:same"):
+    with pytest.raises(CheckpointError, match="--head test_own_head:same was not said"):
         ContinualLearner.load(tmp_path / "saved")
     other = ContinualLearner.load(tmp_path / "saved", head=same)
     by_name = ContinualLearner.load(tmp_path / "saved", head="test_own_head:same")
@@ -192,11 +225,11 @@ def test_what_is_installed_needs_no_consent(here, weights, photos, tmp_path):
         ("slda_here:sdla", "--head slda_here:sdla: module slda_here has no sdla; similar: slda"),
         (
             "slda_here:SHRINKAGE",
-            "--head slda_here:SHRINKAGE: wanted is a function that gives a Decision, got an object",
+            "--head slda_here:SHRINKAGE: wanted is a function that gives a weight and a bias, got an object",
         ),
         (
-            "slda_here:Decision",
-            "--head slda_here:Decision: wanted is a function that gives a Decision, got class Decision",
+            "threading:Thread",
+            "wanted is a function that gives a weight and a bias, got class Thread",
         ),
         ("slda_here:", "--head must be package.module:function"),
     ],
@@ -219,6 +252,14 @@ def test_a_method_of_ones_own_may_bring_a_head_along(monkeypatch):
     assert ContinualLearner(method=Norm, rank=4).config.head == "test_own_head:same"
 
 
+def test_a_function_takes_what_is_known_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "same", lambda known, other: None)
+    with pytest.raises(
+        ArgumentError, match=r"--head test_own_head:same: wanted is a function of one argument, .*other"
+    ):
+        ContinualLearner(head="test_own_head:same")
+
+
 def test_a_function_that_cannot_be_found_again_is_refused():
     with pytest.raises(ArgumentError, match="head must be a name, or stand at the top level of a module"):
         ContinualLearner(head=lambda known: lda.fit(known))
@@ -234,46 +275,78 @@ def test_random_features_belong_to_heads_that_are_built_in():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: None, "wanted is a Decision, got an object of type NoneType"),
-        (lambda d: (d.weight, d.bias), "wanted is a Decision, got an object of type tuple"),
-        (
-            lambda d: replace(d, weight=d.weight[1:]),
-            "weight must be float32 [2, 32] on cpu, got float32 [1, 32] on cpu",
-        ),
-        (lambda d: replace(d, weight=d.weight.double()), "weight must be float32 [2, 32] on cpu, got float64 [2, 32]"),
-        (lambda d: replace(d, bias=[0.0, 0.0]), "bias must be a tensor, got an object of type list"),
-        (lambda d: replace(d, bias=d.bias[:, None]), "bias must be float32 [2] on cpu, got float32 [2, 1] on cpu"),
-        (lambda d: replace(d, bias=d.bias * float("nan")), "bias must be finite, got NaN or infinity"),
-        (lambda d: replace(d, bias=d.bias + float("inf")), "bias must be finite, got NaN or infinity"),
-        (lambda d: replace(d, weight=d.weight / 0), "weight must be finite, got NaN or infinity"),
+        (lambda w, b: None, "wanted are a weight and a bias, got an object of type NoneType"),
+        (lambda w, b: (w, b, b), "wanted are a weight and a bias, got an object of type tuple"),
+        (lambda w, b: w, "wanted are a weight and a bias, got torch.float64"),
+        (lambda w, b: (w[1:], b), "weight must be [2, DIM] on cpu, got [1, DIM] on cpu"),
+        (lambda w, b: (w.mT, b), "weight must be [2, DIM] on cpu, got [DIM, 2] on cpu"),
+        (lambda w, b: (w.to("meta"), b), "weight must be [2, DIM] on cpu, got [2, DIM] on meta"),
+        (lambda w, b: (w.long(), b), "weight must be a tensor of floating-point numbers, got torch.int64"),
+        (lambda w, b: (w, [0.0, 0.0]), "bias must be a tensor of floating-point numbers, got an object of type list"),
+        (lambda w, b: (w, b[:, None]), "bias must be [2] on cpu, got [2, 1] on cpu"),
+        (lambda w, b: (w, b * float("nan")), "bias must be finite for all classes that were seen, got NaN or infinity"),
+        (lambda w, b: (w, b - float("inf")), "bias must be finite for all classes that were seen, got NaN or infinity"),
+        (lambda w, b: (w / 0, b), "weight must be finite for all classes that were seen, got NaN or infinity"),
     ],
 )
-def test_what_a_function_gives_is_checked(weights, photos, change, message):
+def test_what_a_function_gives_is_checked(met, change, message):
+    message = message.replace("DIM", str(met.statistics.dim))
+    with pytest.raises(ArgumentError, match=re.escape(f"--head own:f: {message}")):
+        elsewhere.fit("own:f", lambda known: change(*same(known)), met)
+
+
+@pytest.fixture
+def met(weights, photos):
+    """What a learner knows of two classes."""
     learner = learner_of(weights, head="lda")
     learner.learn(photos, FIRST)
-    known = learner._core.method.known
-    message = message.replace("32]", f"{known.statistics.dim}]")
-    with pytest.raises(ArgumentError, match=re.escape(f"--head own:f: {message}")):
-        elsewhere.fit("own:f", lambda known: change(lda.fit(known)), known)
+    return learner._core.method.known
 
 
-def test_an_error_in_a_function_undoes_the_task(weights, photos, monkeypatch):
-    learner = learner_of(weights, head=same)
+def test_errors_of_ours_name_the_head(met):
+    def wrong(known):
+        raise ArgumentError("too few images")
+
+    with pytest.raises(ArgumentError, match="^--head own:f: too few images$"):
+        elsewhere.fit("own:f", wrong, met)
+
+
+def test_a_class_without_images_never_wins_whatever_is_said_of_it(met):
+    met.statistics.reserve(3)
+    met.heads[0] = torch.nn.Linear(met.statistics.dim, 3)
+
+    def own(known):
+        weight, bias = same(known)
+        weight[2], bias[2] = float("nan"), float("inf")
+        return weight, bias
+
+    scores = elsewhere.fit("own:f", own, met).scores(torch.randn(9, met.statistics.dim))
+    assert scores[:, :2].isfinite().all() and (scores[:, 2] == -float("inf")).all()
+
+
+def test_no_graph_is_kept_of_what_a_function_does(weights, photos):
+    """So a learner can be copied."""
+    learner = learner_of(weights, head=traced)
+    learner.learn(photos, FIRST)
+    decision = learner._core.method.decision()
+    assert not decision.weight.requires_grad and not decision.bias.requires_grad
+    assert copy.deepcopy(learner).predict(photos) == learner.predict(photos)
+
+
+def test_a_learner_keeps_the_function_that_it_was_made_with(weights, photos, monkeypatch):
+    """Also where the name stands for another one by now, as where a notebook's cell is run again."""
+    learner, wanted = learner_of(weights, head=same), learner_of(weights, head="lda")
+    monkeypatch.setattr(sys.modules[__name__], "same", lambda known: 1 / 0)
+    for one in (learner, wanted):
+        one.learn(photos, FIRST)
+    assert learner.predict(photos) == wanted.predict(photos)
+
+
+def test_an_error_in_a_function_undoes_the_task(weights, photos):
+    learner = learner_of(weights, head=of_two_classes)
     learner.learn(photos, FIRST)
     before = state_of(learner)
-    monkeypatch.setattr(sys.modules[__name__], "same", lambda known: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         learner.learn(photos, SECOND)
     assert_same(state_of(learner), before)
-
-
-def test_a_class_without_images_never_wins(weights, photos):
-    learner = learner_of(weights, head=same)
-    learner.learn(photos, FIRST)
-    decision = Decision.of(torch.zeros(2, 3), torch.zeros(2), torch.tensor([True, False]))
-    known = learner._core.method.known
-    wide = replace(decision, weight=torch.zeros(2, known.statistics.dim))
-    assert (
-        elsewhere.fit("own:f", lambda known: wide, known).scores(torch.randn(3, known.statistics.dim)).argmax(1).sum()
-        == 0
-    )
+    assert len(learner.predict(photos)) == 30

@@ -99,8 +99,15 @@ def _fault_of_benchmark(found: Any) -> str | None:
 
 
 def _fault_of_head(found: Any) -> str | None:
-    is_function = callable(found) and not isinstance(found, type)
-    return None if is_function else f"wanted is a function that gives a Decision, got {_shown(found)}"
+    if callable(found) and not isinstance(found, type):
+        try:
+            inspect.signature(found).bind(None)
+        except TypeError:
+            return f"wanted is a function of one argument, what is known, got one with {inspect.signature(found)}"
+        except ValueError:  # of a built-in function that does not say what it takes
+            return None
+        return None
+    return f"wanted is a function that gives a weight and a bias, got {_shown(found)}"
 
 
 METHOD = plugins.Kind("method", OURS, "package.module:Class", _fault_of_method)
@@ -118,15 +125,14 @@ def loaded_method(name: str) -> type[Declared] | None:
     return None if name in OURS else plugins.loaded(METHOD, name)
 
 
-def find_head(name: str) -> None:
-    """Imports a head that somebody typed, where it is not yet; ArgumentError where the name stands for none."""
-    if name not in HEAD.ours:
-        plugins.find(HEAD, name)
+def find_head(name: str) -> Callable[[Any], Any] | None:
+    """The function of a head that somebody typed, imported where it is not yet; None of one that is built in."""
+    return None if name in HEAD.ours else plugins.find(HEAD, name)
 
 
-def loaded_head(name: str) -> Callable[[Any], Any]:
-    """The function of a head from elsewhere whose name was typed before, or is an installed entry point's."""
-    return plugins.loaded(HEAD, name)
+def loaded_head(name: str) -> Callable[[Any], Any] | None:
+    """The same without importing what is not installed: of a name that was typed before."""
+    return None if name in HEAD.ours else plugins.loaded(HEAD, name)
 
 
 def own_settings(name: str, method: type[Declared] | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:

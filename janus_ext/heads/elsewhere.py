@@ -1,41 +1,53 @@
-"""A head that is somebody else's function: what it gives is checked."""
+"""A head that is somebody else's function: what it gives is checked, and becomes a `Decision`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from janus_ext.arguments import naming
 from janus_ext.errors import ArgumentError
-from janus_ext.heads.base import NEVER, Decision
+from janus_ext.heads.base import Decision
 from janus_ext.heads.knowledge import Knowledge
 
+OwnHead = Callable[[Knowledge], tuple[Tensor, Tensor]]
+"""Weight [C, d] and bias [C] of what is known of C classes: scores of features f [b, d] are f W^T + bias. Pure."""
 
-def fit(name: str, function: Callable[[Knowledge], Any], known: Knowledge) -> Decision:
-    """What ``function`` decides by; there are statistics of all classes when it is asked.
+
+@torch.no_grad()
+def fit(name: str, function: OwnHead, known: Knowledge) -> Decision:
+    """What ``function`` decides by; classes without images never win, whatever it gives for them.
 
     Raises:
-        ArgumentError: it gives no `Decision`, or one of other shapes. Errors of ours begin with ``name``.
+        ArgumentError: there are no statistics of all classes; it gives something else. Errors of ours begin with
+            ``name``, others are passed on.
     """
     known.require(name)
+    seen = known.statistics.seen
     with naming(f"--head {name}"):
-        decision = function(known)
-        if not isinstance(decision, Decision):
-            raise ArgumentError(f"wanted is a Decision, got an object of type {type(decision).__name__}")
-        inputs = known.statistics.dim if decision.expansion is None else sum(decision.expansion.projection.shape)
-        for part, wanted in (("weight", (known.classes, inputs)), ("bias", (known.classes,))):
-            _check(part, getattr(decision, part), wanted, known.statistics.gram.device)
-    return decision
+        given = function(known)
+        if not isinstance(given, tuple) or len(given) != 2:
+            raise ArgumentError(f"wanted are a weight and a bias, got {_shown(given)}")
+        weight = _checked("weight", given[0], seen, known.statistics.dim)
+        bias = _checked("bias", given[1], seen)
+    return Decision.of(torch.where(seen[:, None], weight, 0), bias, seen)
 
 
-def _check(part: str, found: Any, wanted: tuple[int, ...], device: Any) -> None:
-    if not isinstance(found, Tensor):
-        raise ArgumentError(f"{part} must be a tensor, got an object of type {type(found).__name__}")
-    got = f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)} on {found.device}"
-    if got != f"float32 {list(wanted)} on {device}":
-        raise ArgumentError(f"{part} must be float32 {list(wanted)} on {device}, got {got}; Decision.of gives float32")
-    never = found == NEVER if part == "bias" else False  # of a class without images
-    if not bool((found.isfinite() | never).all()):
-        raise ArgumentError(f"{part} must be finite, got NaN or infinity")
+def _checked(part: str, found: Any, seen: Tensor, *width: int) -> Tensor:
+    """Detached; finite for classes that were ``seen``."""
+    wanted = [len(seen), *width]
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise ArgumentError(f"{part} must be a tensor of floating-point numbers, got {_shown(found)}")
+    if list(found.shape) != wanted or found.device != seen.device:
+        got = f"{list(found.shape)} on {found.device}"
+        raise ArgumentError(f"{part} must be {wanted} on {seen.device}, got {got}")
+    if not bool(found[seen].isfinite().all()):
+        raise ArgumentError(f"{part} must be finite for all classes that were seen, got NaN or infinity")
+    return found.detach()
+
+
+def _shown(found: Any) -> str:
+    return f"{found.dtype}" if isinstance(found, Tensor) else f"an object of type {type(found).__name__}"

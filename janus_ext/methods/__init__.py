@@ -31,6 +31,4 @@ def method_class(name: str) -> type[Method]:
 
 def method_name(method: str | type[Method]) -> str:
     """The name by which a class is found again, and a name as it is; ArgumentError where there is none."""
-    if isinstance(method, str):
-        return method
-    return next((name for name, cls in METHODS.items() if cls is method), None) or plugins.name_of(METHOD, method)
+    return plugins.name_of(METHOD, method, METHODS)

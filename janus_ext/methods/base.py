@@ -144,6 +144,7 @@ class Method(Declared, ABC):
         self.layers: Mapping[str, nn.Module] = {}
         self.known = Knowledge(model.heads, model.feature_dim, model.mean.device, config.head_width, config.head)
         self.learns = True
+        self._own_head = loaded_head(config.head)  # looked up once: a learner keeps what it was made with
         self._decisions: dict[str, Decision] = {}
         self._before: Tensor | None = None  # features of the task's images, of all where old statistics will move
         self._probe: Probe | None = None
@@ -206,15 +207,15 @@ class Method(Declared, ABC):
         """``head`` (by default the configuration's) fitted to what is known; fitted once until more is known.
 
         Raises:
-            ArgumentError: it needs statistics of classes that were learned without.
+            ArgumentError: it needs statistics of classes that were learned without. A function of somebody's own may
+                raise more.
         """
         name = head or self.config.head
         if name == "linear":  # trained, not fitted
             return HEADS[name](self.known)
         if name not in self._decisions:
-            own = name not in HEADS
-            fitted = elsewhere.fit(name, loaded_head(name), self.known) if own else HEADS[name](self.known)
-            self._decisions[name] = fitted
+            own = None if name in HEADS else self._own_head
+            self._decisions[name] = elsewhere.fit(name, own, self.known) if own else HEADS[name](self.known)
         return self._decisions[name]
 
     def decisions(self) -> dict[str, Decision]:
