@@ -184,9 +184,8 @@ def test_settings_that_cannot_be_are_named(trained, here, own):
 
 
 # the same bits -------------------------------------------------------------------------------------------------------
-def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(here, patterns, weights, tmp_path):
-    sys.path.insert(0, str(here))
-    changes = {"method": "soft_here:Soft", "own": {"strength": 3}, "epochs": 2}
+def whole_and_resumed(patterns, weights, tmp_path, changes):
+    """The trainers of a run and of the same one, cut off and resumed, which has the same results."""
     first = make_trainer(patterns, weights, tmp_path / "first", **changes)
     results = first.run()
     again = make_trainer(patterns, weights, tmp_path / "again", CutOffLearner, **changes)
@@ -195,6 +194,13 @@ def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(here, patterns, weigh
     resumed = make_trainer(patterns, weights, tmp_path / "again", **changes)
     resumed.restore()
     assert without_time(resumed.run()) == without_time(results)
+    return first, resumed
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(here, patterns, weights, tmp_path):
+    sys.path.insert(0, str(here))
+    changes = {"method": "soft_here:Soft", "own": {"strength": 3}, "epochs": 2}
+    first, resumed = whole_and_resumed(patterns, weights, tmp_path, changes)
     assert comparable(resumed.reports[-1]) == comparable(first.reports[-1])
     assert_same(weights_of(resumed), weights_of(first))
     assert_same(resumed.learner.method.state_dict(), first.learner.method.state_dict())

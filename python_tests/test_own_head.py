@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import trees
-from conftest import make_trainer, weights_of, without_time
+from conftest import weights_of
 from learners import FIRST, SECOND, THIRD, assert_same, learner_of, state_of
 from results import set_settings
-from test_extending import forget
-from test_methods import CutOffLearner
+from test_extending import forget, whole_and_resumed
 from test_plugins import install
 
 from janus_ext import ContinualLearner, evaluate, export, learn, predict, report, train
@@ -179,14 +178,7 @@ def test_a_learner_takes_the_function_itself_and_goes_on_when_it_is_said_again(w
 
 def test_a_run_that_was_cut_off_goes_on_with_the_same_bits(patterns, weights, tmp_path):
     changes = {"head": "test_own_head:same", "epochs": 2}
-    first = make_trainer(patterns, weights, tmp_path / "first", **changes)
-    results = first.run()
-    again = make_trainer(patterns, weights, tmp_path / "again", CutOffLearner, **changes)
-    with pytest.raises(KeyboardInterrupt):
-        again.run()
-    resumed = make_trainer(patterns, weights, tmp_path / "again", **changes)
-    resumed.restore()
-    assert without_time(resumed.run()) == without_time(results)
+    first, resumed = whole_and_resumed(patterns, weights, tmp_path, changes)
     assert_same(weights_of(resumed), weights_of(first))
 
 
