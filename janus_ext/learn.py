@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -22,7 +23,7 @@ from janus_ext.data.workers import naming_lost_workers
 from janus_ext.errors import ArgumentError, DataError
 from janus_ext.learner import ContinualLearner
 from janus_ext.plugins import typed
-from janus_ext.runs.checkpoint import check_replaceable
+from janus_ext.runs.folder import reserved
 from janus_ext.runs.run import Run
 from janus_ext.terminal import command, logging_to
 
@@ -62,10 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def learn(arguments: LearnArguments) -> Path:
     """Learns the new classes, saves after every task, says where; returns the folder."""
     run = Run.open(arguments.run)
-    output = _free_output(arguments, run)
-    train, test = _parts(arguments.data_dir)
-    learner = _load(arguments, run)
-    with logging_to(), naming_lost_workers():
+    with ExitStack() as stack:
+        output = _reserve(arguments.output, run, stack)
+        train, test = _parts(arguments.data_dir)
+        learner = _load(arguments, run)
+        stack.enter_context(logging_to())
+        stack.enter_context(naming_lost_workers())
         _learn(learner, train, _planned(learner, train, test, arguments.tasks), output)
     print(f"{len(learner.classes)} classes in {len(learner.tasks)} tasks: {output}")
     if test is not None:
@@ -88,19 +91,20 @@ def _learn(learner: ContinualLearner, train: Path, tasks: Sequence[Sequence[str]
             LOG.warning("janus_ext.learn %s --data-dir FOLDER goes on, with a folder of the others: %s", output, others)
 
 
-def _free_output(arguments: LearnArguments, run: Run) -> Path:
-    """--output or its default, where nothing is yet."""
-    output = arguments.output or _next_to(run.folder)
-    if check_replaceable(output).exists() and any(output.iterdir()):
-        raise ArgumentError(f"--output {output} is there already; choose another folder")
-    return output
+def _reserve(output: Path | None, run: Run, stack: ExitStack) -> Path:
+    """``output`` or its default, where nothing is yet, for this process alone.
 
-
-def _next_to(run: Path) -> Path:
-    """The first of RUN-learned, RUN-learned-2, ... that is not there: names that janus_ext.train never takes."""
-    run = run.resolve()
-    names = (f"{run.name}-learned" + ("" if number == 1 else f"-{number}") for number in count(1))
-    return next(folder for folder in map(run.with_name, names) if not folder.exists())
+    The default is the first of RUN-learned, RUN-learned-2, ... that is free: names that janus_ext.train never takes.
+    """
+    if output is not None:
+        stack.enter_context(reserved(output))
+        return output
+    folder = run.folder.resolve()
+    for number in count(1):
+        name = f"{folder.name}-learned" + ("" if number == 1 else f"-{number}")
+        with suppress(ArgumentError):  # something is there, or another process has it
+            stack.enter_context(reserved(folder.with_name(name)))
+            return folder.with_name(name)
 
 
 def _load(arguments: LearnArguments, run: Run) -> ContinualLearner:

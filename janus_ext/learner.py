@@ -239,10 +239,10 @@ class ContinualLearner:
         return list(self.classify(split, top, temperature))
 
     def classify(self, split: Split, top: int = 5, temperature: float = 1.0) -> Iterator[list[tuple[str, float]]]:
-        """`predict` image by image for a split, as its images are decoded."""
+        """`predict` image by image for a split, as its images are decoded; labels that it has are not looked at."""
         self._require_classes()
         check_integer("top", top, lambda n: n >= 1, "positive")
-        selection = Selection.all_of(checked_split(split), (0,))
+        selection = Selection.unlabelled(checked_split(split))
         return self._classify(self._core.scores(selection), top, checked_temperature(temperature))
 
     def _classify(
@@ -343,7 +343,7 @@ class ContinualLearner:
             if head is not None:
                 learner._core.method.decision()
         with run.fitting():
-            learner._past = Past.of(run, settings, saved, config.head)
+            learner._past = Past.of(run, settings, saved, config)
         learner._core.model.eval()
         return learner
 

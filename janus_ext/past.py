@@ -15,6 +15,7 @@ from janus_ext.data.images import CROP_MODES, INTERPOLATIONS, View
 from janus_ext.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
+    from janus_ext.config import LearnConfig
     from janus_ext.methods.base import Method
     from janus_ext.runs.run import Run, Saved
 
@@ -46,8 +47,8 @@ class Past:
     results: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, run: Run, settings: Mapping[str, Any], saved: Saved, head: str) -> Past:
-        """What a run or a saved learner has left in its folder, with ``head`` from now on; a run not done is said."""
+    def of(cls, run: Run, settings: Mapping[str, Any], saved: Saved, config: LearnConfig) -> Past:
+        """What a run or saved learner has left in its folder, with ``config``'s head from now on; says if not done."""
         benchmark, done, planned = settings["benchmark"], len(saved.tasks), settings["tasks"]
         if benchmark is not None and done < planned:
             known, all_of_them = sum(map(len, saved.tasks)), len(settings["class_names"])
@@ -62,7 +63,7 @@ class Past:
             view=_view(settings),
             own_backbone=settings.get("own_backbone", False),
             unprotected=settings.get("unprotected", False),
-            results=_measured_by(head, json.loads(saved.about.get("results", "null")), settings["head"]),
+            results=_measured_by(config, json.loads(saved.about.get("results", "null")), settings),
         )
 
     @property
@@ -141,9 +142,13 @@ def _without_bases(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone() for name, tensor in factors.items() if not name.endswith(".basis")}
 
 
-def _measured_by(head: str, results: dict[str, Any] | None, own: str) -> dict[str, Any] | None:
-    """``results`` of a run as another ``head`` than its ``own`` has them; None where nobody measured that."""
-    if results is None or head == own:
-        return results
-    measured = results.get("heads", {}).get(head)
+def _measured_by(
+    config: LearnConfig, results: dict[str, Any] | None, settings: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """``results`` of a run as the head of ``config`` has them; None where nobody measured that."""
+    if results is None:
+        return None
+    if config.head == settings["head"]:
+        return results if config.head_width == settings.get("head_width") else None
+    measured = results.get("heads", {}).get(config.head)
     return None if measured is None else results | measured

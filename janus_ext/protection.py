@@ -10,6 +10,7 @@ from janus_ext import ops
 from janus_ext.errors import ArgumentError
 
 ORTHONORMALITY = 1e-3  # |V^T V - I|_F that protect() takes for rounding, half precision's of a few columns even
+LEAST_KEPT = 1e-2  # of a row's norm: rescaled from less, rounding within span(V) would be no rounding any more
 
 
 def orthonormal(basis: Tensor, dtype: torch.dtype) -> Tensor:
@@ -31,10 +32,18 @@ def checked_defect(basis: Tensor) -> float:
 
 @torch.no_grad()
 def project_rows_(A: Tensor, basis: Tensor) -> None:
-    """A <- A P in place for A [..., r, n], each row rescaled to its old norm; in float64, rounded once."""
+    """A <- A P in place for A [..., r, n], each row rescaled to its old norm; in float64, rounded once.
+
+    Rows that lie in span(V), as starts that are drawn from data may, become random ones of their norm outside of it:
+    the same ones in every process.
+    """
     safe = ops.project(A.double(), basis.double())
     before, after = A.double().norm(dim=-1, keepdim=True), safe.norm(dim=-1, keepdim=True)
-    A.copy_(safe * (before / after.clamp_min(torch.finfo(torch.float64).tiny)))
+    if bool((lost := after <= LEAST_KEPT * before).any()):
+        noise = torch.randn(A.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        safe = torch.where(lost, ops.project(noise.to(A.device), basis.double()), safe)
+        after = safe.norm(dim=-1, keepdim=True)
+    A.copy_(safe * (before / after))
 
 
 def violation(change: Tensor, basis: Tensor) -> float:

@@ -157,7 +157,8 @@ def fill(
     """Trains what is left of a run, from its beginning unless it is ``going_on``; returns its results."""
     learner = processes.in_turn(lambda: make_learner(config, config.seed[0], len(benchmark.tasks)))
     trainer = Trainer(config, benchmark.at(learner.model.input_size), learner, run)
-    about = settings | {"network": learner.model.backbone.description, "view_margin": benchmark.test.margin}
+    view = {"view_margin": benchmark.test.margin, "view_crop_mode": benchmark.test.crop_mode}
+    about = settings | {"network": learner.model.backbone.description} | view
     logging_here = logging_to(run.folder / "log.txt") if processes.is_first() else nullcontext()
     with run.opened(about, begin=not going_on), logging_here, naming_lost_workers():
         LOG.info("%s on %s, %d tasks, run folder %s", config.method, benchmark.name, len(benchmark.tasks), run.folder)

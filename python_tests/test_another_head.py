@@ -143,3 +143,14 @@ def test_a_card_shows_the_accuracy_of_the_head_that_is_exported(weights, photos,
         assert results["accuracy_matrix"] == found["accuracy_matrix"]
     assert measured.keys() == {"linear", "ncm", "lda", "ridge"}
     assert ContinualLearner.load(run, head="aligned").contents().results is None  # nobody measured it
+
+
+def test_a_card_shows_no_accuracy_of_random_features_that_are_not_exported(weights, photos, tmp_path):
+    run = str(tmp_path / "run")
+    settings = ["--backbone", "emoji", "--weights", str(weights), "--learn", "none", "--no-plots", "--output", run]
+    data = ["--benchmark", "folder", "--data-dir", str(photos), "--tasks", "3", "--device", "cpu"]
+    assert train.main([*data, *settings, "--head-width", "40"]) == 0
+    measured = ContinualLearner.load(run).contents().results
+    assert measured["accuracy_matrix"] == measured["heads"]["lda"]["accuracy_matrix"]
+    assert ContinualLearner.load(run, head="lda").contents().results is None, "nobody has measured it"
+    assert "accuracy_matrix" in ContinualLearner.load(run, head="ncm").contents().results

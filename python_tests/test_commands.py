@@ -160,6 +160,24 @@ def test_the_new_folder_is_named_after_the_run(place, tmp_path, monkeypatch, cap
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-learned", "run-learned-2"]
 
 
+def test_two_at_once_have_a_folder_each(place, tmp_path, monkeypatch):
+    """The second begins while the first is at work."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    call = [str(tmp_path / "run"), "--data-dir"]
+    learned, inner = ContinualLearner.learn, []
+
+    def learn_within(self, *arguments):
+        if not inner:
+            inner.append(None)
+            inner.append(learn.main([*call, str(place / "more")]))
+        return learned(self, *arguments)
+
+    monkeypatch.setattr(ContinualLearner, "learn", learn_within)
+    assert learn.main([*call, str(place / "more")]) == 0 and inner == [None, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-learned", "run-learned-2"]
+    assert all(len(ContinualLearner.load(tmp_path / name).classes) == 6 for name in ("run-learned", "run-learned-2"))
+
+
 def test_a_default_output_is_never_a_training_runs(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(place / "run", tmp_path / "runs" / "folder-janus-0")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import resource
 import sys
 from dataclasses import replace
@@ -49,6 +50,16 @@ def contents(run) -> Contents:
 @pytest.fixture
 def images(patterns) -> Tensor:
     return patterns.test.images
+
+
+# the folder ----------------------------------------------------------------------------------------------------------
+def test_what_a_killed_export_of_the_same_number_has_left_is_not_in_it(tmp_path):
+    left = tmp_path / f".out.{os.getpid()}.tmp"
+    (left / "task-9").mkdir(parents=True)
+    (left / "model.onnx").touch()
+    with folder.new_folder(tmp_path / "out") as made:
+        (made / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
 # what every format owes ----------------------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ METHOD = (EXAMPLES / "own_method.py").read_text(encoding="utf-8")
 BENCHMARK = (EXAMPLES / "own_benchmark.py").read_text(encoding="utf-8")
 OTHERS = """
 from dataclasses import replace
+
+import torch
+from janus_ext.data.benchmark import MemorySplit
 from shapes_here import shapes
 
 def nothing(config):
@@ -38,6 +41,16 @@ def mislabelled(config):
 
 def twice(config):
     return replace(shapes(config), tasks=((0, 1), (1, 2, 3, 4, 5)))
+
+def wide(config):
+    found = shapes(config)
+    return replace(found, train=beside(found.train), test=beside(found.test))
+
+def beside(split):
+    images = torch.full((len(split), 3, 64, 192), 255, dtype=torch.uint8)
+    for row, label in enumerate(split.labels.tolist()):  # at the edges, where the middle square has nothing
+        images[row, :, :, (label % 2) * 128 :][..., :64] = split.images[row]
+    return MemorySplit(images, split.labels, split.samples)
 
 def single(config):
     return replace(shapes(config), tasks=((0,), (1, 2, 3, 4, 5)))
@@ -335,6 +348,17 @@ def test_what_does_not_fit_is_refused_by_name(here, change, message):
 def test_the_default_folder_has_a_plain_name():
     config = TrainConfig(benchmark="a.b:c", method="my method/2", seed=(5,))
     assert folder.choose_folder(config) == Path("runs/a.b-c-my-method-2-5")
+
+
+def test_images_that_are_no_squares_are_shown_later_as_they_were_learned(here, weights, tmp_path):
+    call = f"--benchmark others_here:wide --backbone emoji --weights {weights} --limit-per-class 8 --tasks 2"
+    assert train.main(f"{call} --learn none --device cpu --no-plots --output {tmp_path}/run".split()) == 0
+    learner = ContinualLearner.load(tmp_path / "run")
+    assert learner.view.crop_mode == "squash" and shapes().test.crop_mode == "center"
+    test = shapes(benchmark="others_here:wide").test
+    shown, wanted = learner.predict(list(test.images), top=1), learner.classify(test, top=1)
+    same = [one[0][0] == other[0][0] for one, other in zip(shown, wanted, strict=True)]
+    assert sum(same) > 0.9 * len(same), "Pillow rounds"
 
 
 # in a package --------------------------------------------------------------------------------------------------------

@@ -68,6 +68,30 @@ def test_plain_pairs_keep_their_old_outputs() -> None:
     assert_close(after, before, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("what", ["singular vectors", "axes"])
+def test_a_start_that_lies_in_what_is_protected_is_drawn_anew(what, dtype) -> None:
+    """As starts from data do, PEFT's "eva" of inputs like the old ones; of axes nothing is left by the projection."""
+    x = torch.randn(50, 4, dtype=dtype) @ orthonormal(16, 4, dtype).T
+    if what == "axes":
+        x[:, :4], x[:, 4:] = 5 * torch.eye(4, dtype=dtype).repeat(13, 1)[:50], 0
+    start = 7 * torch.linalg.svd(x, full_matrices=False).Vh[:2]
+    start[1] += torch.randn(16, dtype=dtype)
+    A, B = nn.Parameter(start.clone()), nn.Parameter(torch.zeros(5, 2, dtype=dtype))
+    rectifier = GradientRectifier({"one": LoRAPair(A, B)})
+    rectifier.estimators["one"].observe(x)
+    rectifier.commit(energy=1.0)
+    V = rectifier.estimators["one"].basis.double()
+    assert V.shape == (16, 4)
+    assert (A.double() @ V).norm() <= TOLERANCE[dtype] * A.norm()
+    assert_close(A.norm(dim=1), start.norm(dim=1), dtype)
+    rectifier.attach(optimizer := torch.optim.SGD([A, B], lr=0.1))
+    for p in (A, B):
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert (B @ A).double().matmul(V).norm() <= TOLERANCE[dtype] * (B @ A).norm()
+
+
 def test_own_layers_keep_their_old_outputs() -> None:
     layers = [LoRALinear(nn.Linear(24, 30), r, rectify_in="step") for r in (3, 4)]
     before, after = two_tasks(GradientRectifier(nn.ModuleList(layers)), layers)

@@ -110,6 +110,30 @@ def test_a_folder_in_use_is_refused_until_it_is_free(tmp_path):
         pass
 
 
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_cleared(tmp_path):
+    with opened(tmp_path):
+        checkpoint.write_json(tmp_path / "results.json", {})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ArgumentError, match="holds a finished run"), opened(tmp_path):
+        pass
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_is_reserved_for_one_and_gone_if_nothing_came_into_it(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("new/deep", "empty"):
+        with run_folder.reserved(tmp_path / name):
+            with pytest.raises(ArgumentError, match="in use"), run_folder.reserved(tmp_path / name):
+                pass
+            assert (tmp_path / name).is_dir()
+    assert not (tmp_path / "new" / "deep").exists() and (tmp_path / "empty").is_dir()
+    with run_folder.reserved(tmp_path / "new"):
+        checkpoint.replace_folder(tmp_path / "new", lambda made: (made / "config.json").touch())
+        with pytest.raises(ArgumentError, match="is there already"), run_folder.reserved(tmp_path / "new"):
+            pass
+    assert (tmp_path / "new" / "config.json").exists()
+
+
 def stay(running) -> None:
     running.set()
     time.sleep(60)

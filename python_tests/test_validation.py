@@ -108,9 +108,13 @@ def test_drawings_of_one_family_stay_on_one_side(share, held):
 class Untouchable(Split):
     """A test split that must rest; but that its labels are of the classes is looked at when a benchmark is made."""
 
+    stream = take = None
+
     def __getattribute__(self, name):
         if name == "labels":
             return torch.zeros(1, dtype=torch.int64)
+        if name == "__class__":
+            return Untouchable
         raise AssertionError(f"{name} of the test images was asked for")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,7 +52,7 @@ def whole(rows: Tensor) -> Tensor:
     return rows
 
 
-class Split(Dataset):
+class Split(Dataset, ABC):
     """Labelled images, map-style: item i is (uint8 [3, H, W], class id).
 
     ``labels`` is int64 [N], ``samples`` names each image (its path inside the data set) for the split's fingerprint.
@@ -62,6 +62,12 @@ class Split(Dataset):
     samples: tuple[str, ...]
     margin = 1.0
     """How much larger than the model's square an image is made before its middle is taken; 1 shows all of it."""
+
+    @property
+    def crop_mode(self) -> str:
+        """How images become squares, see `View`: what is in memory is squashed by the model if it is none yet."""
+        images, _ = next(iter(self.stream([torch.tensor([0])])))
+        return "center" if images.shape[-1] == images.shape[-2] else "squash"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -157,6 +163,11 @@ class Selection:
     def all_of(cls, split: Split, outputs: Sequence[int]) -> Selection:
         """Every image of a split; class id c is the model's ``outputs[c]``."""
         return cls(split, torch.arange(len(split)), torch.tensor(outputs, dtype=torch.int64))
+
+    @classmethod
+    def unlabelled(cls, split: Split) -> Selection:
+        """Every image of a split, whatever its labels, as the model's output 0."""
+        return cls.all_of(split, [0] * max(1, 1 + max(split.labels.tolist(), default=0)))
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -256,6 +256,10 @@ class ImageSplit(Split):
         self._reader = Reader(source, self.view)
         self._workers = Workers(self._reader, workers)
 
+    @property
+    def crop_mode(self) -> str:
+        return self.view.crop_mode
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self._reader.read(self.keys[index], None), self.labels[index]
 

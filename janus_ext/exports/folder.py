@@ -28,6 +28,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ArgumentError(f"--output must be a new or an empty folder, {path} is not")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
     make_folder(temporary)
     try:
         yield temporary

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,12 +149,37 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[int]
     with _locked(folder) as handle:
         remove(path for glob in LEFTOVERS for path in folder.glob(glob))
         if begin:
+            if is_finished(folder):  # since it was chosen, by another process
+                raise ArgumentError(f"{folder} holds a finished run; {OTHER}")
             if is_run(folder):
                 LOG.warning("%s holds an unfinished run: it starts over (--resume would have gone on with it)", folder)
             with naming_output():
                 remove(path for glob in OURS for path in folder.glob(glob))
                 write_sealed_json(folder / "config.json", settings)
         yield handle
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keeps a folder that is new or empty for this process alone; a new one goes again if nothing came into it.
+
+    Raises:
+        ArgumentError: something is there, or another process has it.
+        CheckpointError: it cannot be made.
+    """
+    place = check_replaceable(folder)
+    is_new = not place.exists()
+    with naming_output():
+        make_folder(place)
+    with _locked(place):
+        if not place.is_dir() or any(place.iterdir()):
+            raise ArgumentError(f"--output {folder} is there already; choose another folder")
+        try:
+            yield
+        finally:
+            if is_new:
+                with suppress(OSError):  # something is in it
+                    place.rmdir()
 
 
 @contextmanager
