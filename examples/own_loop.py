@@ -41,6 +41,6 @@ for classes in benchmark.tasks[:2]:
     for name, layer in layers.items():
         print(f"{name}: |dW V| / |dW| = {layer.violation():.1e}, {layer.basis.shape[1]} directions protected")
         layer.merge()
-        layer.protect(estimators[name].commit(energy=0.7, max_rank=layer.in_features - layer.rank))
+        layer.protect(estimators[name].commit(energy=0.999, max_rank=layer.in_features - layer.rank))
     with torch.no_grad():
         prototypes.add(model.features(images), labels)

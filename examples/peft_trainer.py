@@ -1,6 +1,6 @@
 """A language model with a PEFT adapter learns two tasks with transformers' Trainer, and keeps the first.
 
-pip install 'janus-ext[peft]'; python examples/peft_trainer.py
+pip install '.[peft]' && python examples/peft_trainer.py
 """
 
 import tempfile
