@@ -4,6 +4,7 @@
 //   dL/df_i = (sum_c w_ic p_c - (sum_c w_ic q_ic) f_i / |f_i|) / (N |f_i|)
 //
 // Two products through ATen, f P^T and w P; the rows in between are the device's own. Unit vectors are never formed.
+// The gradient keeps the wider dtype: it is rounded to that of the features once it has been scaled, in the backward.
 #pragma once
 
 #include <ATen/ops/addmm.h>
@@ -11,7 +12,6 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/promote_types.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <limits>
 #include <tuple>
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor> margin_loss(const Tensor& features, const Tensor& pro
   const auto type = at::promote_types(features.scalar_type(), prototypes.scalar_type());
   const int64_t N = features.size(0), C = prototypes.size(0);
   if (N == 0 || C == 0)
-    return {at::zeros({}, features.options().dtype(type)), at::zeros_like(features, at::MemoryFormat::Contiguous)};
+    return {at::zeros({}, features.options().dtype(type)), at::zeros(features.sizes(), features.options().dtype(type))};
   const Tensor f = features.to(type), p = prototypes.to(type);
   const double tiny = std::sqrt(type == at::kDouble ? std::numeric_limits<double>::min()
                                                     : static_cast<double>(std::numeric_limits<float>::min()));
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> margin_loss(const Tensor& features, const Tensor& pro
   norm.masked_fill_(norm < tiny, std::numeric_limits<double>::infinity());  // no direction: cosines 0, no gradient
   const auto [weights, losses, along] = weigh_rows(at::mm(f, p.t()), norm, margin, temperature);
   const Tensor grad = (f * along).addmm_(weights, p, /*beta=*/-1);
-  return {losses.mean() / temperature, grad.to(features.scalar_type()).contiguous()};
+  return {losses.mean() / temperature, grad.contiguous()};
 }
 
 }  // namespace janus

@@ -19,7 +19,9 @@ class FullFloat32 {
     for (auto backend : {at::Float32Backend::CUDA, at::Float32Backend::MKLDNN}) {
       const auto precision = context.float32Precision(backend, at::Float32Op::MATMUL);
       if (precision != at::Float32Precision::TF32 && precision != at::Float32Precision::BF16) continue;
-      reduced_.emplace_back(backend, precision);
+      // What its parent has, it has from there, and goes on having: it is restored as not set.
+      const bool inherited = precision == context.float32Precision(backend, at::Float32Op::ALL);
+      reduced_.emplace_back(backend, inherited ? at::Float32Precision::NONE : precision);
       context.setFloat32Precision(backend, at::Float32Op::MATMUL, at::Float32Precision::IEEE);
     }
   }

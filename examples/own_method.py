@@ -1,7 +1,7 @@
 """A method of one's own: LoRA, and the answers to old inputs are held, softly.
 
-H is the mean of x x^T over a layer's inputs in the old tasks. Each step adds strength * tr(dW H dW^T) to the loss: the
-mean square by which the update changes what the layer answers to old inputs.
+H is the mean of x x^T over a layer's inputs in an old task, summed over the tasks. Each step adds
+strength * tr(dW H dW^T) to the loss: the mean square by which the update changes what the layer answers to old inputs.
 
 python examples/own_method.py
 """
@@ -31,8 +31,12 @@ class Soft(SequentialLoRA):
         self.moments = {}  # H of each layer, once there are old inputs
 
     def penalty(self, features, targets):
-        updates = {name: layer.scale * layer.B @ layer.A for name, layer in self.layers.items()}
-        return self.own.strength * sum((updates[name] @ H * updates[name]).sum() for name, H in self.moments.items())
+        costs = []
+        for name, source in self.layers.inputs.items():  # source: the layer that stands for all with this input
+            if source in self.moments:
+                update = self.layers[name].scale * self.layers[name].B @ self.layers[name].A
+                costs.append((update @ self.moments[source] * update).sum())
+        return self.own.strength * sum(costs)
 
     def close_task(self, task):
         for name, H in self.second_moments(task).items():  # over one more pass

@@ -1,11 +1,14 @@
 """What a caller has set in PyTorch stays as it is, and changes nothing of what a learner computes."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from learners import FIRST, SECOND, assert_same, learner_of, state_of
 
-from janus_ext import ContinualLearner
+from janus_ext import ContinualLearner, ops
 from janus_ext.data.collect import unlabelled
+from janus_ext.reference import full_float32
 
 
 def test_the_callers_random_numbers_and_switches_are_his_own(weights, photos, tmp_path):
@@ -45,6 +48,31 @@ def test_the_callers_autocast_changes_nothing(weights, photos, tmp_path, setting
 
 def labelled_photos(photos, names):
     return [(path, name) for name in names for path in sorted((photos / name).iterdir())]
+
+
+def within_an_op():
+    return nullcontext(ops.extend_basis(torch.eye(3, 1), torch.eye(3), 0.9, 2))
+
+
+@pytest.mark.parametrize("inside", [full_float32, within_an_op])
+@pytest.mark.parametrize(
+    ("parent", "reduced"), [(torch.backends, "tf32"), (torch.backends.mkldnn, "bf16"), (torch.backends.cudnn, "tf32")]
+)
+def test_a_precision_that_is_set_for_all_operations_still_reaches_products(inside, parent, reduced):
+    """What only seems to be set for products is not set for them in passing."""
+    products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    kept = parent.fp32_precision
+    try:
+        parent.fp32_precision = reduced
+        before = [product.fp32_precision for product in products]
+        assert reduced in before
+        with inside():
+            pass
+        assert [product.fp32_precision for product in products] == before
+        parent.fp32_precision = "ieee"
+        assert reduced not in [product.fp32_precision for product in products]
+    finally:
+        parent.fp32_precision = kept
 
 
 def test_movement_is_measured_in_float32_whatever_products_are_to_be(weights, photos):

@@ -32,7 +32,13 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 SCRIPTS = re.findall(r'^"(janus_ext\.\w+)" = "janus_ext\.\w+:main"$', PROJECT, re.MULTILINE)
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-FOREIGN_FLAGS = {"--no-build-isolation", "--no-deps", "--force-reinstall", "--no-cache-dir", "--no-isolation"}  # pip's, build's
+FOREIGN_FLAGS = {
+    "--no-build-isolation",
+    "--no-deps",
+    "--force-reinstall",
+    "--no-cache-dir",
+    "--no-isolation",
+}  # pip's, build's
 FOREIGN_FLAGS |= {"--dist", "--maxprocesses", "--nproc-per-node"}  # pytest-xdist's, torchrun's
 FOREIGN_FLAGS |= {"--signals-to-handle", "--shutdown-timeout", "--signal"}  # torchrun's, Slurm's
 FOLDERS = "janus_ext|python_tests|benchmarks|csrc|cmake|examples|docs|\\.ci"

@@ -13,6 +13,7 @@ from janus_ext.methods import METHODS
 from janus_ext.methods.dual_gpm import DualGPM
 from janus_ext.methods.protected import energy
 from janus_ext.protection import violation
+from janus_ext.runs.checkpoint import read_tensors, write_tensors
 
 
 # DualGPM -------------------------------------------------------------------------------------------------------------
@@ -213,6 +214,21 @@ def test_dual_gpm_continues_from_its_state(retain):
     for each in (memory, other):
         each.update(then, 0.985)
     assert memory.kind == other.kind and torch.equal(memory.basis, other.basis) and memory.basis.shape != before
+
+
+@pytest.mark.parametrize("width", [96, 192, 320])
+def test_dual_gpm_goes_on_with_the_same_bits_from_a_file(width, tmp_path):
+    """Where the layout in memory is another, products round otherwise."""
+    rng = np.random.default_rng(0)
+    moments = [torch.from_numpy(second_moment(rng, width, 0.3)) for _ in range(4)]
+    memory, other = DualGPM(width), DualGPM(width)
+    for H in moments:
+        memory.update(H, 0.99)
+        other.update(H, 0.99)
+        write_tensors(tmp_path / "state.safetensors", other.state_dict())
+        other.load_state_dict(read_tensors(tmp_path / "state.safetensors")[0])
+        assert torch.equal(memory.basis, other.basis)
+    assert memory.kind == "retain"
 
 
 # a whole run ---------------------------------------------------------------------------------------------------------

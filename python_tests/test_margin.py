@@ -24,6 +24,19 @@ def samples(n: int, d: int, c: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, d, dtype=torch.float64), F.normalize(torch.randn(c, d, dtype=torch.float64), dim=1)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 65536.0])
+def test_a_loss_scale_reaches_half_precision_before_it_is_rounded(device: str, scale: float) -> None:
+    """65536 is a GradScaler's first one; without one most entries would be subnormal."""
+    f, p = samples(128, 768, 50)
+    f = f.half().double().requires_grad_()
+    eager(f, p, 0.0, 16.0).backward()
+    x = f.detach().to(device, torch.float16).requires_grad_()
+    (scale * ops.margin_loss(x, p.to(device, torch.float32), 0.0, 16.0)).backward()
+    assert bool(x.grad.isfinite().all())
+    if scale > 1:
+        assert_close(x.grad.double() / scale, f.grad, torch.float16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 16, 5), (1, 3, 1), (33, 192, 345)], ids=str)
 def test_loss_and_gradient_equal_float64(device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:

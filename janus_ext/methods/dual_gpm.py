@@ -37,6 +37,10 @@ class DualGPM:
 
     def update(self, H: Tensor, threshold: float) -> None:
         """Takes up a task's inputs until a share ``threshold`` of |H|_F^2 is protected; H [n, n] float64, not 0."""
+        self._take_up(H, threshold)
+        self.basis = self.basis.contiguous()  # as a file gives it back: products of another layout have other bits
+
+    def _take_up(self, H: Tensor, threshold: float) -> None:
         if self.kind == "retain":
             self._shrink(H, threshold)
         else:

@@ -52,7 +52,9 @@ class LoRADRS(SequentialLoRA):
         for layer in self.layers.values():
             for B in layer.B.data.view(-1, *layer.B.shape[-2:]):
                 B.copy_(nn.init.sparse_(torch.empty(B.shape, dtype=B.dtype, device="cpu"), SPARSITY))  # as A is drawn
-        self.start = {name: layer.A.detach().clone() for name, layer in self.layers.items()}
+        # "exact" starts with A V = 0, up to a rounding that other processors do otherwise
+        start = torch.zeros_like if self.config.rectify == "exact" else torch.clone
+        self.start = {name: start(layer.A.detach()) for name, layer in self.layers.items()}
 
     def penalty(self, features: Tensor, targets: Tensor) -> Tensor | float:
         if self.config.margin_weight == 0:

@@ -32,18 +32,19 @@ def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature
 
 def _fake(features: Tensor, prototypes: Tensor, margin: float, temperature: float) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(features.dtype, prototypes.dtype)
-    return features.new_empty((), dtype=dtype), torch.empty_like(features, memory_format=torch.contiguous_format)
+    return features.new_empty((), dtype=dtype), features.new_empty(features.shape, dtype=dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
 
 
 @once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
     (grad_features,) = ctx.saved_tensors
-    return (grad_loss * grad_features).to(grad_features.dtype), None, None, None
+    return (grad_loss * grad_features).to(ctx.dtype), None, None, None  # a loss scale comes before the rounding
 
 
 define(

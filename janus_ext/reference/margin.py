@@ -25,7 +25,7 @@ def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature
     dtype = torch.promote_types(prototypes.dtype, features.dtype)
     N, C = features.shape[0], prototypes.shape[0]
     if N == 0 or C == 0:
-        return features.new_zeros((), dtype=dtype), torch.zeros_like(features)
+        return features.new_zeros((), dtype=dtype), features.new_zeros((N, features.shape[1]), dtype=dtype)
     f, p = features.to(dtype), prototypes.to(dtype)
     norm = f.norm(dim=1, keepdim=True)
     norm = norm.masked_fill(norm < torch.finfo(dtype).tiny ** 0.5, math.inf)  # no direction: cosines 0, no gradient
@@ -34,4 +34,4 @@ def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature
     log_sum = torch.logsumexp(torch.cat([z.new_zeros(N, 1), z], dim=1), dim=1, keepdim=True)
     pull = torch.exp(z - log_sum) @ p  # d loss_i / d f^_i
     grad = (pull - (pull * unit).sum(1, keepdim=True) * unit) / (norm * N)
-    return log_sum.mean() / temperature, grad.to(features.dtype)
+    return log_sum.mean() / temperature, grad

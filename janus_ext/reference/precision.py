@@ -18,11 +18,16 @@ class _FullFloat32:
     def enter(self) -> None:
         with self.lock:
             if self.inside == 0:
-                backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-                settings = [(backend, backend.fp32_precision) for backend in backends]
-                self.saved = [(b, precision) for b, precision in settings if precision not in ("ieee", "none")]
-                for backend, _ in self.saved:
-                    backend.fp32_precision = "ieee"
+                self.saved = []
+                for matmul, parent in (
+                    (torch.backends.cuda.matmul, torch.backends.cudnn),
+                    (torch.backends.mkldnn.matmul, torch.backends.mkldnn),
+                ):
+                    if (precision := matmul.fp32_precision) not in ("ieee", "none"):
+                        # What its parent has, it has from there, and goes on having: it is restored as not set.
+                        inherited = precision == parent.fp32_precision
+                        self.saved.append((matmul, "none" if inherited else precision))
+                        matmul.fp32_precision = "ieee"
             self.inside += 1
 
     def leave(self) -> None:
