@@ -54,11 +54,12 @@ rectifier = GradientRectifier(model, energy=0.99)  # finds the adapter's layers;
 tasks = [texts(0, 20), texts(20, 40)]
 
 for data in tasks:
-    arguments = TrainingArguments(
-        tempfile.mkdtemp(), num_train_epochs=40, per_device_train_batch_size=8, learning_rate=2e-2, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no",
-    )  # fmt: skip
-    Trainer(model, arguments, train_dataset=data, callbacks=[Rectification(rectifier)]).train()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, num_train_epochs=40, per_device_train_batch_size=8, learning_rate=2e-2, use_cpu=True,
+            report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=data, callbacks=[Rectification(rectifier)]).train()
     print("loss on each task:", [round(loss_on(model, known), 3) for known in tasks])  # the first stays: 2.7 without
     model = get_peft_model(model.merge_and_unload(), config)  # model.save_pretrained(...) first keeps the adapter
     rectifier.commit(layers=model)

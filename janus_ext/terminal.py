@@ -131,6 +131,8 @@ def until_closed(command: Callable[P, T]) -> Callable[P, T]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
         if sys.stdout is None:  # closed before the process began (>&-)
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        if sys.stderr is None:  # else print() would take the standard output for it
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - likewise
         try:
             try:
                 return command(*args, **kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from janus_ext import inject
 from janus_ext.backbone import EMBEDDED, load_backbone, prepare_torchvision
+from janus_ext.backbone.loading import weight_file
 from janus_ext.backbone.sources import find_source, similar_names
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.errors import ArgumentError, CheckpointError
@@ -134,6 +135,18 @@ def test_a_folder_of_timms_layout_is_a_backbone(folder, source, tmp_path, monkey
     assert_holds(load_backbone("model"), source)
 
 
+def test_a_folder_whose_name_begins_like_the_hubs_is_known_by_its_weights(folder, source, tmp_path, monkeypatch):
+    (tmp_path / "hf-hub-models").mkdir()
+    folder.rename(tmp_path / "hf-hub-models" / "vit")
+    monkeypatch.chdir(tmp_path)
+    assert_holds(load_backbone("hf-hub-models/vit"), source)
+    assert weight_file("hf-hub-models/vit", "pretrained") == Path("hf-hub-models/vit/model.safetensors")
+
+
+def test_a_weight_file_may_be_a_path(folder, source):
+    assert_holds(load_backbone(NAME, folder / "model.safetensors"), source)
+
+
 def test_weights_beside_a_folder_win_and_random_ones_are_made(folder, source, tmp_path):
     other = {key: value + 1 for key, value in source.state_dict().items()}
     torch.save(other, tmp_path / "other.pth")
@@ -176,7 +189,13 @@ def test_folders_that_are_no_backbone(folder, source, tmp_path):
     assert "\"architecture\" is 'ViTForImageClassification', and timm" in refused(CheckpointError, name)
     (folder / "config.json").write_text('{"architectures": ["ViTModel"]}')
     assert 'config.json is no description of timm\'s: its "architecture" is None' in refused(CheckpointError, name)
-    change(folder, architecture=NAME, pretrained_cfg=3)
+    change(folder, architecture=["x"])
+    assert "\"architecture\" is ['x'], and timm" in refused(CheckpointError, name)
+    change(folder, architecture=NAME, pretrained_cfg={"classifier": 5})
+    assert refused(CheckpointError, name).endswith("must be a name or a list of names")
+    change(folder, pretrained_cfg={}, model_args={"features_only": True})
+    assert "it is no classifier of timm's: it lacks" in refused(CheckpointError, name, "none")
+    change(folder, model_args={}, pretrained_cfg=3)
     assert '"pretrained_cfg" and "model_args" in' in refused(CheckpointError, name)
     change(folder, pretrained_cfg={}, model_args={"depth": "many"})
     assert "timm cannot make the network that its config.json describes (" in refused(CheckpointError, name, "none")

@@ -39,9 +39,10 @@ def of_a_process(
     words: list[str], before: str = "", prefix: tuple[str, ...] = (), **options
 ) -> subprocess.CompletedProcess:
     """The command in a process of its own, in which something is done first."""
-    code = f"import sys; {before}\nfrom janus_ext.train import main\nsys.exit(main({words!r}))"
+    code = "import sys; sys.path[:] = filter(None, sys.path)"  # without the current folder
+    code += f"; {before}\nfrom janus_ext.train import main\nsys.exit(main({words!r}))"
     return subprocess.run(
-        [*prefix, sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False, **options
+        [*prefix, sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, **options
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import make_trainer
 from tqdm import tqdm
 
-from janus_ext import info, train
+from janus_ext import info, report, train
 from janus_ext.runs.checkpoint import read_json
 from janus_ext.terminal import until_closed
 from janus_ext.training import opening
@@ -146,6 +146,14 @@ def test_a_command_works_without_any_output(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert until_closed(lambda: print("into nothing") or sys.stdout.name)() == os.devnull
     sys.stdout.close()
+
+
+def test_without_a_standard_error_nothing_else_comes_into_the_output(monkeypatch, capsys):
+    """print() takes None for the standard output."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert report.main(["/absent"]) == 2
+    assert capsys.readouterr().out == ""
+    sys.stderr.close()
 
 
 def test_a_pipe_that_breaks_elsewhere_is_an_error():

@@ -19,7 +19,10 @@ need_gpu() { # the rehearsal goes on without one
 }
 
 stage_build() {
-  if python3 -c 'import tyro, janus_ext._native as n; n.require(); assert n.cuda_available(), n.cuda_reason()' 2> /dev/null; then
+  local sources
+  sources=$(find janus_ext csrc cmake CMakeLists.txt pyproject.toml -type f ! -name '*.pyc' | sort | xargs sha256sum | sha256sum)
+  if [[ $(cat "$site/sources.sha256" 2> /dev/null) == "$sources" ]] &&
+    python3 -c 'import tyro, janus_ext._native as n; n.require(); assert n.cuda_available(), n.cuda_reason()' 2> /dev/null; then
     echo 'already built'; return; fi
   [[ -z $wheels ]] || python3 -m pip install -q --no-index --no-deps --no-cache-dir --upgrade --target "$site" "$wheels"/*.whl || return
   local capability nvcc
@@ -28,7 +31,7 @@ stage_build() {
   echo "nvcc: ${nvcc:-none}; for sm_${capability:-90}; $(nproc) cores"
   CUDACXX=$nvcc python3 -m pip install --no-build-isolation --no-deps --no-index --no-cache-dir --upgrade --target "$site" \
     -Ccmake.define.JANUS_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES="${capability:-90}-real" \
-    -Cbuild-dir="$work/build" -v . > "$out/build.log" 2>&1 && echo 'built' && return
+    -Cbuild-dir="$work/build" -v . > "$out/build.log" 2>&1 && echo "$sources" > "$site/sources.sha256" && echo 'built' && return
   grep -iE 'error|fatal' "$out/build.log" | head -n 12
   return 1
 }

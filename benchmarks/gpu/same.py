@@ -38,6 +38,6 @@ if "--near" in sys.argv:
     print("on the new classes, task by task: here {}; there {}".format(*learned))
     sys.exit(abs(first["acc"] - second["acc"]) > 3)
 UNEQUAL = ("seconds", "versions", "janus_ext_sha256")  # the last is of the whole file, its times included
-different = [key for key in first if key not in UNEQUAL and first[key] != second.get(key)]
+different = [key for key in first | second if key not in UNEQUAL and first.get(key) != second.get(key)]
 print("no: " + ", ".join(different) if different else "yes")
 sys.exit(bool(different))

@@ -24,7 +24,7 @@ from janus_ext.backbone.files import (
     sizes_of_npz,
 )
 from janus_ext.backbone.network import DROP_RATES, attach, make_vision_transformer
-from janus_ext.backbone.sources import HUB, Source, find_source, hub
+from janus_ext.backbone.sources import Source, find_source, hub, is_fetched
 from janus_ext.backbone.torchvision_guard import prepare_torchvision
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.runs.checkpoint import read_tensors
@@ -68,6 +68,7 @@ def load_backbone(name: str = "emoji", weights: str = "pretrained", image_size: 
         raise ArgumentError(f"weights must be pretrained, none or a file, got {shown(weights)}")
     if image_size is not None:
         check_integer("image_size", image_size, lambda s: 1 <= s <= WIDEST, f"from 1 to {WIDEST} pixels")
+    weights = os.fsdecode(weights)
     if weights not in ("pretrained", "none") and not os.path.isfile(weights):
         found = "it is no regular file" if os.path.exists(weights) else "no such file, nor pretrained or none"
         raise CheckpointError(f"--weights {weights}: {found}")
@@ -84,7 +85,7 @@ def weight_file(name: str, weights: str) -> Path | None:
     if name == "emoji":
         return EMBEDDED
     source = find_source(name)
-    in_folder = source.file is not None and not name.lower().startswith(HUB)
+    in_folder = source.file is not None and not is_fetched(name)
     return Path(source.weight_file().path) if in_folder else None
 
 

@@ -28,6 +28,8 @@ def attach(model: nn.Module, mean: Sequence[float], std: Sequence[float], size: 
     ValueError unless images can be brought to that.
     """
     _check_input(mean, std, size)
+    if missing := [name for name in CALLED if not hasattr(model, name)]:
+        raise ValueError(f"it is no classifier of timm's: it lacks {', '.join(missing)}")
     without_dropout(model)
     model.input_mean, model.input_std, model.input_size = tuple(mean), tuple(std), int(size)
     model.description = network | {"mean": list(mean), "std": list(std), "size": int(size)}

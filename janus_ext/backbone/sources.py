@@ -85,6 +85,11 @@ class Source:
         return WeightFile(f"--backbone {self.name}:", str(self.file(WEIGHT_FILES)))
 
 
+def is_fetched(name: str) -> bool:
+    """Whether the name is one of the hub's; a folder may begin with the same letters."""
+    return name.partition(":")[0].lower() in HUB
+
+
 def find_source(name: str) -> Source:
     """The source that ``name`` stands for; timm's old names are known, too.
 
@@ -99,7 +104,7 @@ def find_source(name: str) -> Source:
     scheme = scheme.lower()
     if scheme in (*HUB, "local-dir") and not place:
         raise ArgumentError(f"--backbone {name} names nothing: wanted hf-hub:owner/name or local-dir:FOLDER")
-    if scheme in HUB:
+    if is_fetched(name):
         return _described(name, lambda names: _fetch(name, place, names))
     if scheme == "local-dir":
         return _described(name, lambda names: _first_of(name, Path(place), names))
@@ -129,8 +134,9 @@ def _described(name: str, file: Callable[[tuple[str, ...]], Path]) -> Source:
     except CheckpointError as error:
         raise CheckpointError(f"--backbone {name}: {error}") from error
     architecture = config.get("architecture")
-    current = timm.models.get_deprecated_models().get(architecture, architecture)
-    if not isinstance(current, str) or not timm.is_model(current):
+    named = isinstance(architecture, str)
+    current = timm.models.get_deprecated_models().get(architecture, architecture) if named else None
+    if current is None or not timm.is_model(current):
         raise CheckpointError(
             f'--backbone {name}: {path} is no description of timm\'s: its "architecture" is {architecture!r}, and '
             f"timm {timm.__version__} has no such model"
@@ -139,6 +145,11 @@ def _described(name: str, file: Callable[[tuple[str, ...]], Path]) -> Source:
     cfg, options = config.get("pretrained_cfg", config), config.get("model_args", {})
     if not isinstance(cfg, dict) or not isinstance(options, dict):
         raise CheckpointError(f'--backbone {name}: "pretrained_cfg" and "model_args" in {path} must be objects')
+    parts = cfg.get("classifier")
+    if not isinstance(parts, (str, type(None))) and not (
+        isinstance(parts, list) and all(isinstance(part, str) for part in parts)
+    ):
+        raise CheckpointError(f'--backbone {name}: "classifier" in {path} must be a name or a list of names')
     kept = {key: value for key, value in cfg.items() if key in known}
     return Source(name, current.partition(".")[0], kept, options, file)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.reports.table import NUMBERS
 from janus_ext.runs.run import Run
+
+MOST_EPOCHS = 10**6  # of a task; a line of a larger one is no run's
 
 Results = dict[str, Any]
 Epoch = tuple[int, int]  # task and epoch, from 0
@@ -105,20 +108,26 @@ def _read(folder: Path) -> FoundRun:
     if reason:
         raise CheckpointError(f"{folder}/results.json: {reason}")
     settings = run.settings() if (folder / "config.json").exists() else {}
-    return FoundRun(folder, results, settings, _by_epoch(run.epochs()))
+    return FoundRun(folder, results, settings, _by_epoch(run.epochs(), len(results["accuracy_matrix"])))
 
 
-def _by_epoch(lines: Iterable[dict[str, Any]]) -> dict[Epoch, dict[str, Any]]:
+def _by_epoch(lines: Iterable[dict[str, Any]], tasks: int) -> dict[Epoch, dict[str, Any]]:
     """The lines that say which epoch they are of and hold numbers; of two for one epoch the later."""
     numbers = ("loss", "accuracy")
-    whole = (line for line in lines if all(isinstance(line.get(key), int) for key in ("task", "epoch")))
+    whole = (line for line in lines if _is_place(line.get("task"), tasks) and _is_place(line.get("epoch"), MOST_EPOCHS))
     by_epoch = {(line["task"], line["epoch"]): line for line in whole if all(_maybe(line.get(key)) for key in numbers)}
     return dict(sorted(by_epoch.items()))
 
 
+def _is_place(value: Any, count: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
+
+
 # what the values of results.json must be; the second argument is the number of tasks ----------------------------------
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, float):
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _maybe(value: Any) -> bool:

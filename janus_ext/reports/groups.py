@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,17 @@ class Group:
 
 
 def group_runs(runs: Iterable[FoundRun]) -> list[Group]:
-    """The groups in the order of their first runs, by names that tell them apart."""
-    together: dict[str, list[FoundRun]] = {}
+    """The groups in the order of their first runs, by names that tell them apart.
+
+    A run that repeats another one's seed is in a group of its own: it is no other draw, and would narrow the spread.
+    """
+    together: dict[tuple[str, int], list[FoundRun]] = {}
+    repeated: Counter[tuple[str, int]] = Counter()
     for run in runs:
-        together.setdefault(_identity(run), []).append(run)
+        identity = _identity(run)
+        key = identity, run.results["seed"]
+        together.setdefault((identity, repeated[key]), []).append(run)
+        repeated[key] += 1
     groups = [Group("", tuple(sorted(group, key=lambda run: run.results["seed"]))) for group in together.values()]
     return [Group(name, group.runs) for name, group in zip(_names(groups), groups, strict=True)]
 
@@ -68,7 +76,7 @@ def _without_effect(settings: dict[str, Any]) -> set[str]:
     known = {name: value for name, value in settings.items() if name in TrainConfig.__dataclass_fields__}
     try:
         return set(TrainConfig(**known).without_effect()) if known else set()
-    except ArgumentError:
+    except (ArgumentError, TypeError):  # the latter where a setting is missing
         return set()
 
 

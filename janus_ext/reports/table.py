@@ -79,7 +79,11 @@ def _heads_of(runs: Sequence[Results]) -> dict[str, Results]:
     measured = [run.get("heads", {}) for run in runs]
     shared = [name for name in measured[0] if all(name in heads for heads in measured)]
     return {
-        name: {key: spread([heads[name][key] for heads in measured]) for key in NUMBERS if key in measured[0][name]}
+        name: {
+            key: spread([heads[name][key] for heads in measured])
+            for key in NUMBERS
+            if all(key in heads[name] for heads in measured)
+        }
         for name in shared
     }
 

@@ -30,6 +30,7 @@ function linearAxis(values, options = {}) {
 /** The same by powers of ten; what is not positive lies at the lower end. */
 function logAxis(values) {
   const positive = values.filter((value) => value > 0);
+  if (!positive.length) positive.push(1e-12); // all of them lie at the lower end
   const least = Math.floor(Math.log10(Math.min(...positive)));
   const high = Math.max(least + 1, Math.ceil(Math.log10(Math.max(...positive))));
   const every = Math.ceil((high - least) / 6);
