@@ -53,6 +53,7 @@ TABLES = (
     "traffic.py plan",
     *(f"study.py {table} emoji" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
     *(f"study.py {table} glyphs" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
+    *(f"study.py {table} fashion-mnist" for table in ("table", "details", "paired", "hypotheses")),
 )
 
 
