@@ -53,8 +53,8 @@ class LoRADRS(SequentialLoRA):
             for B in layer.B.data.view(-1, *layer.B.shape[-2:]):
                 B.copy_(nn.init.sparse_(torch.empty(B.shape, dtype=B.dtype, device="cpu"), SPARSITY))  # as A is drawn
         # "exact" starts with A V = 0, up to a rounding that other processors do otherwise
-        start = torch.zeros_like if self.config.rectify == "exact" else torch.clone
-        self.start = {name: start(layer.A.detach()) for name, layer in self.layers.items()}
+        parts = {name: (layer.A.detach(), layer.rectification.rectify) for name, layer in self.layers.items()}
+        self.start = {name: torch.zeros_like(A) if how == "exact" else A.clone() for name, (A, how) in parts.items()}
 
     def penalty(self, features: Tensor, targets: Tensor) -> Tensor | float:
         if self.config.margin_weight == 0:
