@@ -35,6 +35,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "frozen": {"learn": "none"},
     "first task only": {"learn": "first"},
     "as shipped": {},
+    "as shipped, 6 epochs": {"epochs": 6},
+    "as shipped, 3 epochs": {"epochs": 3},
     "as shipped, rate 0.064": {"lr": 0.064},  # sixteen times the default's
     "without the guard": {"drift_budget": 1e9},
     "without the guard, rate 0.064": {"drift_budget": 1e9, "lr": 0.064},
