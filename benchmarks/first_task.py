@@ -3,10 +3,10 @@
     python benchmarks/first_task.py run --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist --json FILE
     python benchmarks/first_task.py table FILE
 
-The backbone learns the first task as shipped, but without the guard. Then shares of the update are tried, and for each
-`lda` is fitted to the features of all training images and measured on the held-out ones, as if nothing were learned in
-the tasks behind it. Held out is as in guard.py, by other seeds: no choice has seen these splits. The file keeps every
-split that is finished, and a run goes on with it.
+The backbone learns the first task as shipped, but without the guard, and once more at four times the rate. Then
+shares of the update are tried, and for each `lda` is fitted to the features of all training images and measured on the
+held-out ones, as if nothing were learned in the tasks behind it. Held out is as in guard.py, by other seeds: no choice
+has seen these splits. The file keeps every split that is finished, and a run goes on with it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from random_features import accuracy, known_of, sides
 from run import about, write
 from study_cells import OFF
 from study_rows import located
-from study_tables import shown
+from study_tables import counted, shown
 from torch import Tensor
 
 from janus_ext.assembly import make_learner
@@ -44,6 +44,7 @@ from janus_ext.training.loop import PROBE, Learner
 from janus_ext.training.progress import Progress, make_bar
 
 SEEDS = {"emoji": range(126, 150), BY_FONT: range(126, 138), "fashion-mnist": range(126, 138)}
+RATES = (0.004, 0.016)  # the default's, and four times as much
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0)
 HEAD = "lda"
 CPU = torch.device("cpu")
@@ -51,19 +52,20 @@ Point = dict[str, float]
 Probed = tuple[Tensor, Tensor]
 
 
-def measure(case: tuple[str, Path | None, int]) -> dict[str, Any]:
-    """What every share of the first task's update makes of one split: (data, its folder, seed); on one thread."""
-    data, folder, seed = case
+def measure(case: tuple[float, str, Path | None, int]) -> dict[str, Any]:
+    """What every share of the first task's update makes of one split: (rate, data, its folder, seed); on one thread."""
+    lr, data, folder, seed = case
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as fonts:
         place = located(data, hold_out_fonts(folder, seed, Path(fonts)) if data == BY_FONT else folder)
-        own = {"seed": (seed,), "shuffle_classes": True, "device": "cpu"}
+        own = {"lr": lr, "seed": (seed,), "shuffle_classes": True, "device": "cpu"}
         config = TrainConfig(**change(data, "first task only") | OFF, **place, **own).resolved()
         benchmark = load_benchmark(config)
         learner = make_learner(replace(config, amp=pick_amp(config.amp, CPU)), seed, len(benchmark.tasks))
         benchmark = benchmark.at(learner.model.input_size)
         with deterministic(CPU):
-            return {"data": data, "seed": seed, "points": learned(learner, benchmark)}
+            points = learned(learner, benchmark)
+    return {"lr": lr, "data": data, "seed": seed, "points": points, "about": about("cpu")}
 
 
 def learned(learner: Learner, benchmark: Benchmark) -> list[Point]:
@@ -108,20 +110,26 @@ def probed(learner: Learner, probe: Selection) -> Probed:
 
 
 def table(path: Path) -> str:
-    """By share: how many deviations features move (mean), how many points that is ahead of the frozen backbone."""
+    """By rate and share: how many deviations features move (mean), how many points ahead of the frozen backbone."""
     cases = json.loads(path.read_text())["cases"]
-    of = {data: [case["points"] for case in cases if case["data"] == data] for data in SEEDS}
-    sets = [data for data in SEEDS if of[data]]
-    titles = [f"{data}, {len(of[data])} splits: deviations | points ahead" for data in sets]
-    lines = [f"| share merged | {' | '.join(titles)} |", "|---" * (2 * len(sets) + 1) + "|"]
-    for number, share in enumerate(SHARES[:-1]):
-        cells = []
-        for data in sets:
-            moved = statistics.fmean(points[number]["movement"] for points in of[data])
-            gained = [points[number]["acc"] - points[-1]["acc"] for points in of[data]]
-            cells.append(f"{moved:.2f} | {shown(gained)}")
-        lines.append(f"| {share:g} | {' | '.join(cells)} |")
+    sets = [data for data in SEEDS if any(case["data"] == data for case in cases)]
+    lines = [f"| rate | share merged | {' | '.join(f'{data}: deviations | points ahead' for data in sets)} |"]
+    lines.append("|---" * (2 * len(sets) + 2) + "|")
+    for lr in RATES:
+        of = {data: [case["points"] for case in cases if (case["lr"], case["data"]) == (lr, data)] for data in sets}
+        for number, share in enumerate(SHARES[:-1]):
+            cells = [point(of[data], number, len(SEEDS[data])) for data in sets]
+            lines.append(f"| {lr:g} | {share:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def point(splits: list[list[Point]], number: int, wanted: int) -> str:
+    """Two cells of the table, and how many of the wanted splits there are where some are missing."""
+    if not splits:
+        return "– | –"
+    moved = statistics.fmean(points[number]["movement"] for points in splits)
+    gained = shown([points[number]["acc"] - points[-1]["acc"] for points in splits])
+    return f"{moved:.2f} | {counted(gained, len(splits), wanted)}"
 
 
 def main() -> None:
@@ -138,13 +146,12 @@ def main() -> None:
         print(table(options.file))
         return
     folders = {"emoji": None, BY_FONT: options.glyphs, "fashion-mnist": options.fashion_mnist}
-    result: dict[str, Any] = {"about": about("cpu"), "cases": []}
+    result: dict[str, Any] = {"cases": []}
     if options.json.exists():
         result = json.loads(options.json.read_text())
-    done = {(case["data"], case["seed"]) for case in result["cases"]}
-    splits = [
-        (data, folders[data], seed) for data, seeds in SEEDS.items() for seed in seeds if (data, seed) not in done
-    ]
+    done = {(case["lr"], case["data"], case["seed"]) for case in result["cases"]}
+    wanted = [(lr, data, seed) for lr in RATES for data, seeds in SEEDS.items() for seed in seeds]
+    splits = [(lr, data, folders[data], seed) for lr, data, seed in wanted if (lr, data, seed) not in done]
     with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         for case in pool.imap(measure, splits):
             result["cases"].append(case)
