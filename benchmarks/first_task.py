@@ -11,22 +11,18 @@ has seen these splits. The file keeps every split that is finished, and a run go
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 from guard import BY_FONT, change, hold_out_fonts
 from random_features import accuracy, known_of, sides
-from run import about, write
+from splits import Case, command, stored
 from study_cells import OFF
 from study_rows import located
 from study_tables import counted, shown
@@ -52,10 +48,9 @@ Point = dict[str, float]
 Probed = tuple[Tensor, Tensor]
 
 
-def measure(case: tuple[float, str, Path | None, int]) -> dict[str, Any]:
-    """What every share of the first task's update makes of one split: (rate, data, its folder, seed); on one thread."""
-    lr, data, folder, seed = case
-    torch.set_num_threads(1)
+def measure(case: Case, folder: Path | None) -> Case:
+    """What every share of the first task's update makes of one split."""
+    lr, data, seed = case["lr"], case["data"], case["seed"]
     with tempfile.TemporaryDirectory() as fonts:
         place = located(data, hold_out_fonts(folder, seed, Path(fonts)) if data == BY_FONT else folder)
         own = {"lr": lr, "seed": (seed,), "shuffle_classes": True, "device": "cpu"}
@@ -64,8 +59,7 @@ def measure(case: tuple[float, str, Path | None, int]) -> dict[str, Any]:
         learner = make_learner(replace(config, amp=pick_amp(config.amp, CPU)), seed, len(benchmark.tasks))
         benchmark = benchmark.at(learner.model.input_size)
         with deterministic(CPU):
-            points = learned(learner, benchmark)
-    return {"lr": lr, "data": data, "seed": seed, "points": points, "about": about("cpu")}
+            return {"points": learned(learner, benchmark)}
 
 
 def learned(learner: Learner, benchmark: Benchmark) -> list[Point]:
@@ -111,7 +105,7 @@ def probed(learner: Learner, probe: Selection) -> Probed:
 
 def table(path: Path) -> str:
     """By rate and share: how many deviations features move (mean), how many points ahead of the frozen backbone."""
-    cases = json.loads(path.read_text())["cases"]
+    cases = stored(path)
     sets = [data for data in SEEDS if any(case["data"] == data for case in cases)]
     lines = [f"| rate | share merged | {' | '.join(f'{data}: deviations | points ahead' for data in sets)} |"]
     lines.append("|---" * (2 * len(sets) + 2) + "|")
@@ -132,32 +126,6 @@ def point(splits: list[list[Point]], number: int, wanted: int) -> str:
     return f"{moved:.2f} | {counted(gained, len(splits), wanted)}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure all of it")
-    run.add_argument("--glyphs", type=Path, required=True, help="folder of the images")
-    run.add_argument("--fashion-mnist", type=Path, required=True, help="folder of the files")
-    run.add_argument("--jobs", type=int, default=2, help="splits at a time, each on one thread")
-    run.add_argument("--json", type=Path, required=True, help="where what was measured is kept, and goes on")
-    commands.add_parser("table", help="print a JSON file as Markdown").add_argument("file", type=Path)
-    options = parser.parse_args()
-    if options.command == "table":
-        print(table(options.file))
-        return
-    folders = {"emoji": None, BY_FONT: options.glyphs, "fashion-mnist": options.fashion_mnist}
-    result: dict[str, Any] = {"cases": []}
-    if options.json.exists():
-        result = json.loads(options.json.read_text())
-    done = {(case["lr"], case["data"], case["seed"]) for case in result["cases"]}
-    wanted = [(lr, data, seed) for lr in RATES for data, seeds in SEEDS.items() for seed in seeds]
-    splits = [(lr, data, folders[data], seed) for lr, data, seed in wanted if (lr, data, seed) not in done]
-    with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
-        for case in pool.imap(measure, splits):
-            result["cases"].append(case)
-            print(case, flush=True)
-            write(options.json, result)
-
-
 if __name__ == "__main__":
-    main()
+    splits = [{"lr": lr, "data": data, "seed": seed} for lr in RATES for data, seeds in SEEDS.items() for seed in seeds]
+    command(__doc__, splits, measure, table)

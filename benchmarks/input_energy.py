@@ -1,6 +1,6 @@
 """What does a share of input energy protect? Of the frozen embedded backbone's inputs, on three data sets.
 
-    python benchmarks/input_energy.py run --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist [--json FILE]
+    python benchmarks/input_energy.py run --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist --json FILE
     python benchmarks/input_energy.py table FILE
 
 Energy is uncentred: E |V^T x|^2 / E |x|^2. What tells images apart is how inputs vary, E |x - E x|^2, and an update
@@ -10,8 +10,6 @@ what varies lies outside. Inputs are those of the attention layers that learn, o
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
 from functools import reduce
@@ -21,7 +19,8 @@ from typing import Any
 
 import torch
 from random_features import untrained
-from run import about, new_file, write
+from splits import Case, command, stored
+from study_rows import DATA
 from torch import Tensor, nn
 
 ENERGIES = (0.97, 0.99, 0.999, 0.9999)
@@ -47,9 +46,9 @@ def spectrum(gram: Tensor, total: Tensor, rows: int) -> dict[str, Any]:
     return found
 
 
-def measure(data: str, folder: Path | None) -> list[dict[str, Any]]:
+def measure(case: Case, folder: Path | None) -> Case:
     """`spectrum` of every layer that learns, in float64."""
-    learner, benchmark = untrained(data, folder, SEED, learn="all")
+    learner, benchmark = untrained(case["data"], folder, SEED, learn="all")
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     rows: dict[str, int] = {}
 
@@ -70,12 +69,13 @@ def measure(data: str, folder: Path | None) -> list[dict[str, Any]]:
         for task in range(len(benchmark.tasks)):
             for images, _ in learner.clean_batches(benchmark.training(task)):
                 learner.model.eval().features(images)
-    return [{"layer": name, "width": len(sums[name][1])} | spectrum(*sums[name], rows[name]) for name in sums]
+    layers = [{"layer": name, "width": len(sums[name][1])} | spectrum(*sums[name], rows[name]) for name in sums]
+    return {"layers": layers}
 
 
 def table(path: Path) -> str:
     """Means over the layers, by data set, as Markdown."""
-    cases = json.loads(path.read_text())["cases"]
+    cases = stored(path)
 
     def row(text: str, spec: str, *keys: str) -> str:
         """A line of the table: what stands under `keys` of a layer."""
@@ -92,25 +92,5 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure all of them")
-    run.add_argument("--glyphs", type=Path, required=True, help="folder of the images")
-    run.add_argument("--fashion-mnist", type=Path, required=True, help="folder of the files")
-    run.add_argument("--json", type=new_file, help="where to keep what was measured")
-    commands.add_parser("table", help="print a JSON file as Markdown").add_argument("file", type=Path)
-    options = parser.parse_args()
-    if options.command == "table":
-        print(table(options.file))
-        return
-    result: dict[str, Any] = {"about": about("cpu"), "cases": []}
-    for data, folder in (("emoji", None), ("glyphs", options.glyphs), ("fashion-mnist", options.fashion_mnist)):
-        result["cases"].append({"data": data, "layers": measure(data, folder)})
-        print(data, flush=True)
-        if options.json is not None:
-            write(options.json, result)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, [{"data": data} for data in DATA], measure, table)

@@ -1,6 +1,6 @@
 """Which random features help which head? With the frozen backbone, on held-out training images of three data sets.
 
-    python benchmarks/random_features.py run --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist [--json FILE]
+    python benchmarks/random_features.py run --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist --json FILE
     python benchmarks/random_features.py table FILE
 
 Every seed holds out other images and draws another order of the classes and other directions. Features come task by
@@ -11,8 +11,6 @@ finds it, as ever.) One row has ridge regression of unit features that are not c
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from run import about, new_file, write
+from splits import Case, command, stored
 from study_rows import DATA, VALIDATION, located
 from study_tables import shown
 from torch import Tensor, nn
@@ -98,11 +96,6 @@ def untrained(data: str, folder: Path | None, seed: int, learn: str = "none") ->
     return learner, benchmark.at(learner.model.input_size)
 
 
-def features_of(data: str, folder: Path | None, seed: int) -> tuple[Features, Features]:
-    """Features and labels of the training and of the held-out images, task by task."""
-    return sides(*untrained(data, folder, seed))
-
-
 @torch.no_grad()
 def sides(learner: Learner, benchmark: Benchmark) -> tuple[Features, Features]:
     """The same of a learner's present features; the benchmark's images have its model's size."""
@@ -145,9 +138,10 @@ def known_of(train: Features, head: str, width: int | None = None, expand: Expan
     return known
 
 
-def measure(data: str, folder: Path | None, seed: int) -> dict[str, float]:
+def measure(case: Case, folder: Path | None) -> Case:
     """ACC of every variant, and of the heads without random features."""
-    train, held_out = features_of(data, folder, seed)
+    seed = case["seed"]
+    train, held_out = sides(*untrained(case["data"], folder, seed))
     first = known_of(train[:1], "lda").statistics
     plain = known_of(train, "lda")
     found = {head: accuracy(head, plain, held_out) for head in ("lda", "ridge")}
@@ -155,12 +149,12 @@ def measure(data: str, folder: Path | None, seed: int) -> dict[str, float]:
     for name, (head, width, expansion) in VARIANTS.items():
         known = known_of(train, head, width, expansion(first, width, seed), seed)
         found[name] = accuracy(head, known, held_out)
-    return found
+    return {"acc": found}
 
 
 def table(path: Path) -> str:
     """ACC of ``lda``, and how far each of the others is ahead of it, by data set."""
-    cases = json.loads(path.read_text())["cases"]
+    cases = stored(path)
     sets = list(dict.fromkeys(case["data"] for case in cases))
     of = {data: [case["acc"] for case in cases if case["data"] == data] for data in sets}
     lines = [f"| head, features | {' | '.join(sets)} |", "|" + "---|" * (len(sets) + 1)]
@@ -173,26 +167,5 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure all of them")
-    run.add_argument("--glyphs", type=Path, required=True, help="folder of the images")
-    run.add_argument("--fashion-mnist", type=Path, required=True, help="folder of the files")
-    run.add_argument("--json", type=new_file, help="where to keep what was measured")
-    commands.add_parser("table", help="print a JSON file as Markdown").add_argument("file", type=Path)
-    options = parser.parse_args()
-    if options.command == "table":
-        print(table(options.file))
-        return
-    result: dict[str, Any] = {"about": about("cpu"), "cases": []}
-    for data, folder in (("emoji", None), ("glyphs", options.glyphs), ("fashion-mnist", options.fashion_mnist)):
-        for seed in SEEDS:
-            result["cases"].append({"data": data, "seed": seed, "acc": measure(data, folder, seed)})
-            print(result["cases"][-1], flush=True)
-            if options.json is not None:
-                write(options.json, result)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, [{"data": data, "seed": seed} for data in DATA for seed in SEEDS], measure, table)

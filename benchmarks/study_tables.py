@@ -137,7 +137,8 @@ def hypotheses(study: Study, method: str) -> str:
     )
     ahead = [f"{rival} {difference(study, (method, head), (rival, head))}" for rival in ("frozen", *RIVALS)]
     text.append(f"2. Ahead with the same head of {', '.join(ahead)}.")
-    text.append(f"3. {_forgetting(study, method)}")
+    text.append(f"3. {_forgetting(study, method, head)}")
+    text.append(f"   {_forgetting(study, method, 'linear')}")
     return "\n".join(text)
 
 
@@ -171,20 +172,18 @@ def least_forgetting(points: list[tuple[float, float]], plasticity: float) -> fl
     return min((forgotten for learned, forgotten in points if learned >= plasticity), default=None)
 
 
-def _forgetting(study: Study, method: str) -> str:
-    """At the plasticity of InfLoRA's choice, linear heads; and the choices of both on the reported seeds."""
-    row = study.chosen("inflora", "linear")
+def _forgetting(study: Study, method: str, head: str) -> str:
+    """At the plasticity of InfLoRA's choice for the head; and the choices of both on the reported seeds."""
+    row = study.chosen("inflora", head)
     line = study.line(study.trial(study.candidates("inflora")[row]), SELECTION_SEEDS[0]) if row else None
     if line is None:
         return "– (trials are missing)"
-    theirs = line["heads"]["linear"]
-    ours = least_forgetting(curve(study, method, "linear"), theirs["plasticity"])
+    theirs = line["heads"][head]
+    ours = least_forgetting(curve(study, method, head), theirs["plasticity"])
     said = "no candidate has that" if ours is None else f"forgets {ours:.1f}"
-    more, less = (
-        difference(study, (method, "linear"), ("inflora", "linear"), metric) for metric in ("plasticity", "bwt")
-    )
+    more, less = (difference(study, (method, head), ("inflora", head), metric) for metric in ("plasticity", "bwt"))
     return (
-        f"With linear heads, on the held-out images of seed {SELECTION_SEEDS[0]}, InfLoRA's choice learns "
+        f"With `{head}`, on the held-out images of seed {SELECTION_SEEDS[0]}, InfLoRA's choice learns "
         f"{theirs['plasticity']:.1f} and forgets {-theirs['bwt']:.1f}; with at least its plasticity {method} {said}. "
         f"On the reported seeds the choice for {method} learns {more} more than InfLoRA's, and its BWT is {less} above."
     )

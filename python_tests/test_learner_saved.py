@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import trees
-from learners import FIRST, SECOND, SETTINGS, assert_same, learner_of, state_of
+from learners import FIRST, SECOND, SETTINGS, THIRD, assert_same, learner_of, state_of
 
 from janus_ext import ContinualLearner
 from janus_ext.errors import ArgumentError, CheckpointError
@@ -76,8 +76,8 @@ def test_a_save_that_fails_leaves_the_last_one(weights, photos, tmp_path, monkey
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_what_is_kept_has_the_layout_that_a_file_gives_back(weights, photos, tmp_path, settings):
-    """Products of numbers in another order in memory round otherwise: later tasks would have other bits."""
+def test_what_is_read_back_goes_on_to_the_same_bits(weights, photos, tmp_path, settings):
+    """And has the same layout: products of numbers in another order in memory round otherwise."""
     method = settings.get("method")
     unread = {"lora": ENERGIES, "bilora": {*ENERGIES, "rank"}, "inflora": {"energy_power"}}.get(method, ())
     settings = {name: value for name, value in (SETTINGS | settings).items() if name not in unread}
@@ -89,6 +89,10 @@ def test_what_is_kept_has_the_layout_that_a_file_gives_back(weights, photos, tmp
     loaded = ContinualLearner.load(tmp_path / "saved")
     for found, wanted in zip(loaded._core.state(), learner._core.state(), strict=True):
         assert {name: x.stride() for name, x in found.items()} == {name: x.stride() for name, x in wanted.items()}
+    learner.learn(photos, THIRD)
+    loaded.learn(photos, THIRD)
+    assert_same(state_of(loaded), state_of(learner))
+    assert loaded.predict(photos, top=6) == learner.predict(photos, top=6)
 
 
 def test_a_learner_outlives_its_folder(weights, photos, tmp_path):

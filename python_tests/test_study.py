@@ -295,7 +295,9 @@ def test_hypotheses_say_what_came_out(study):
     assert "`janus` with `lda`" in text
     assert "closes 47% (42.0 to 61.0; it has 51.0)" in text  # 9 of 19
     assert "frozen **+3.00 ± 0.00**" in text and "inflora +0.00" in text
-    assert "InfLoRA's choice learns 50.0 and forgets 9.0; with at least its plasticity janus forgets 9.0" in text
+    for head, learned in {"lda": 51.0 + 9, "linear": 41.0 + 9}.items():
+        said = f"With `{head}`, on the held-out images of seed 100, InfLoRA's choice learns {learned} and forgets 9.0"
+        assert f"{said}; with at least its plasticity janus forgets 9.0" in text
     assert "learns +0.00 ± 0.00 more than InfLoRA's, and its BWT is +0.00 ± 0.00 above" in text
     text = hypotheses(study(lambda row, seed, head: plain(row, seed, head) - 2 * row.startswith("inflora")), "janus")
     assert "learns **+2.00 ± 0.00** more than InfLoRA's, and its BWT is +0.00 ± 0.00 above" in text
@@ -346,3 +348,21 @@ def test_fonts_are_held_out_whole(study, tmp_path):
         assert all(file.read_text() == file.parent.name + file.name for file in folder.glob("*/*/*.png"))
         splits[seed] = parts["test", "a"]
     assert splits[1] != splits[2]
+
+
+def test_what_methods_take_on_the_embedded_images_is_what_held_out_images_chose():
+    from study import Study
+    from study_tables import RIVALS
+
+    from janus_ext.config import presets
+
+    study = Study("emoji")
+    stays = {("lora-drs", "lda", "margin_weight")}  # 0.2, as with linear heads: "lda" had most of it, "ncm" none
+    for method, head in [("janus", "linear"), *((rival, head) for rival in RIVALS for head in ("linear", "lda"))]:
+        row = study.chosen(method, head)
+        assert row is not None
+        wanted = dict(words.split(" ") for words in row.split(" | ")[1].split(", "))
+        values = presets.values("default", "emoji", method, {}, head=head)
+        for name, value in wanted.items():
+            if (method, head, name) not in stays:
+                assert values[name] == float(value), (method, head, name)

@@ -1,0 +1,103 @@
+"""The measurements behind REPRODUCIBILITY.md go on where they stopped, and one command goes through all of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs the checkout")
+SCRIPT = """
+from pathlib import Path
+from splits import command, stored
+
+def measure(case, folder):
+    if case["seed"] == 3 and not Path("mended").exists():
+        raise ValueError("seed 3 fails")
+    return {"acc": case["seed"] + 0.5, "folder": str(folder)}
+
+def table(path):
+    return " ".join(str(case["acc"]) for case in stored(path))
+
+if __name__ == "__main__":
+    cases = [{"data": data, "seed": seed} for data in ("emoji", "fonts") for seed in (1, 2, 3)]
+    command("a script", cases, measure, table)
+"""
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A script of the benchmarks as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def run_script(folder: Path, *words: str, monkeypatch: pytest.MonkeyPatch) -> subprocess.CompletedProcess[str]:
+    (folder / "script.py").write_text(SCRIPT)
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS), prepend=":")
+    return subprocess.run(
+        [sys.executable, "script.py", *words], cwd=folder, capture_output=True, text=True, check=False
+    )
+
+
+def test_what_was_measured_is_kept_and_a_run_goes_on_with_it(tmp_path, monkeypatch):
+    words = ("run", "--glyphs", "G", "--fashion-mnist", "F", "--jobs", "1", "--json", "found.json")
+    done = run_script(tmp_path, *words, monkeypatch=monkeypatch)
+    assert done.returncode != 0 and "seed 3 fails" in done.stderr
+    kept: list[dict[str, Any]] = json.loads((tmp_path / "found.json").read_text())["cases"]
+    assert [(case["data"], case["seed"], case["acc"]) for case in kept] == [("emoji", 1, 1.5), ("emoji", 2, 2.5)]
+    assert kept[0]["about"]["threads"] == 1 and kept[0]["folder"] == "None"
+    marked = {"cases": [case | {"acc": 9.0} for case in kept]}
+    (tmp_path / "found.json").write_text(json.dumps(marked))
+    (tmp_path / "mended").touch()
+    done = run_script(tmp_path, *words, monkeypatch=monkeypatch)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads((tmp_path / "found.json").read_text())["cases"]
+    assert [case["acc"] for case in cases] == [9.0, 9.0, 3.5, 1.5, 2.5, 3.5], "the first two are not run again"
+    assert cases[-1]["folder"] == "G", "fonts are made of the glyphs"
+    done = run_script(tmp_path, "table", "found.json", monkeypatch=monkeypatch)
+    assert done.stdout.strip() == "9.0 9.0 3.5 1.5 2.5 3.5"
+
+
+def test_a_case_is_finished_only_where_all_that_it_says_is_there(module):
+    still_to_run = module("splits").still_to_run
+    wanted = [{"lr": lr, "data": "emoji", "seed": seed} for lr in (1.0, 2.0) for seed in (0, 1)]
+    found = [{"data": "emoji", "seed": 0, "lr": 1.0, "acc": [5]}, {"data": "glyphs", "seed": 1, "lr": 1.0, "acc": [5]}]
+    assert still_to_run(wanted, found) == wanted[1:]
+
+
+def test_one_command_goes_through_every_script_that_keeps_what_the_tables_show(module):
+    evidence = module("evidence")
+    runs = [run.split() for run in evidence.RUNS]
+    assert all((BENCHMARKS / script).is_file() for script, *_ in runs)
+    assert runs[-1] == ["documents.py"]
+    of = {script: {words[1] for other, *words in runs if other == script and len(words) > 1} for script, *_ in runs}
+    assert (
+        of["study.py"] == set(study.DATA) and of["guard.py"] == set(guard.SEEDS) and of["breaks.py"] == set(breaks.OF)
+    )
+    kept = {word.rpartition("/")[2] for words in runs for word in words if word.endswith(".json")}
+    assert kept == {"first-task.json", "input-energy.json", "random-features.json"}
+    assert all((BENCHMARKS / "results" / name).is_file() for name in kept)
+
+
+def test_the_command_ends_with_the_first_script_that_fails(module, tmp_path, monkeypatch):
+    evidence = module("evidence")
+    (tmp_path / "writes.py").write_text("import sys\nopen(sys.argv[1] + '/' + sys.argv[2], 'w').close()\n")
+    (tmp_path / "fails.py").write_text("raise SystemExit(7)\n")
+    monkeypatch.setattr(evidence, "HERE", tmp_path)
+    runs = ("writes.py {glyphs} first", "fails.py", "writes.py {fashion_mnist} second")
+    monkeypatch.setattr(evidence, "RUNS", runs)
+    (tmp_path / "with a space").mkdir()
+    given = ["evidence.py", "--glyphs", str(tmp_path / "with a space"), "--fashion-mnist", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit, match=r"fails.py ended with 7; the same command goes on"):
+        evidence.main()
+    assert (tmp_path / "with a space" / "first").exists() and not (tmp_path / "second").exists()
