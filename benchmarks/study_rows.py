@@ -98,7 +98,7 @@ METHODS: dict[str, Grid] = {
 
 def _own_runs(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """A head in runs of its own, by method."""
-    learners = {method: change | OFF for method in ("janus", "lora", "inflora", "joint")}
+    learners = {method: change | OFF for method in ("janus", "lora", "inflora", "joint", "first task only")}
     shipped = dict.fromkeys(("janus as shipped", "frozen as shipped"), change)
     return learners | shipped | {"frozen": change | frozen}
 
