@@ -26,8 +26,7 @@ RUNS = (
     "study.py run emoji",
     "study.py run glyphs --data-dir {glyphs}",
     "study.py run fashion-mnist --data-dir {fashion_mnist}",
-    "merged.py run emoji",
-    "merged.py run fashion-mnist --data-dir {fashion_mnist}",
+    "merged.py run",
     "defaults.py run",
     "documents.py",
 )
