@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from study_cells import identity, is_done, read_lines, run_cells
+from study_cells import accuracies, finite, run_cells
 from study_rows import DATA, VALIDATION
 from study_tables import counted, shown
 
@@ -42,19 +42,12 @@ def rows() -> dict[str, dict[str, Any]]:
     }
 
 
-def accuracies(change: dict[str, Any], head: str) -> dict[int, float]:
-    """ACC of a configuration with a head, by seed, of the runs that are finished and did not diverge."""
-    lines = read_lines(PATH)
-    found = {seed: next((x for x in lines if is_done(x, identity(change, seed))), None) for seed in SEEDS}
-    return {seed: line["heads"][head]["acc"] for seed, line in found.items() if line and line["heads"]}
-
-
 def table() -> str:
     """ACC of each method as it is, and how far the others are ahead of it, seed by seed."""
     text = [f"| | {' | '.join(HEADS)} |", "|" + "---|" * (len(HEADS) + 1)]
     plain: dict[str, dict[int, float]] = {}
     for row, change in rows().items():
-        found = {head: accuracies(change, head) for head in HEADS}
+        found = {head: finite(accuracies(PATH, change, head, SEEDS)) for head in HEADS}
         if row in METHODS:
             plain, row = found, f"{row}, ACC"
             values = [list(of.values()) for of in found.values()]

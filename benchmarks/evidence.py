@@ -1,4 +1,4 @@
-"""Everything that REPRODUCIBILITY.md says of accuracy, by one command: it runs what is missing, then the tables.
+"""Every table of accuracy in REPRODUCIBILITY.md by one command: it runs what is missing, then makes the tables.
 
     python benchmarks/evidence.py --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import study_rows
-from study_cells import identity, is_done, read_lines, run_cells
+from study_cells import accuracies, run_cells
 from study_rows import VALIDATION, located
 from study_tables import shown
 
@@ -77,17 +77,11 @@ def hold_out_fonts(glyphs: Path, seed: int, target: Path) -> Path:
     return target
 
 
-def accuracies(data: str, row: str) -> dict[int, float | None]:
-    """ACC by seed, of the runs that are finished; None where it diverged."""
-    lines = read_lines(path(data))
-    wanted = {seed: identity(change(data, row), seed) for seed in SEEDS[data]}
-    done = {seed: x for seed, cell in wanted.items() for x in lines if is_done(x, cell)}
-    return {seed: line["heads"][HEAD]["acc"] if line["heads"] else None for seed, line in done.items()}
-
-
 def table() -> str:
     """ACC of the frozen backbone, and how far the others are ahead of it, seed by seed, as Markdown."""
-    columns = {data: {row: accuracies(data, row) for row in ROWS} for data in SEEDS}
+    columns = {
+        data: {row: accuracies(path(data), change(data, row), HEAD, SEEDS[data]) for row in ROWS} for data in SEEDS
+    }
     columns = {data: column for data, column in columns.items() if column["frozen"]}
     if not columns:
         raise SystemExit("nothing has been run yet: python benchmarks/guard.py run emoji")

@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from study_cells import identity, is_done, read_lines, run_cells
+from study_cells import accuracies, finite, run_cells
 from study_rows import ALL_HEADS, DATA, OWN_RUNS, VALIDATION
 from study_tables import counted, shown
 
@@ -31,17 +31,14 @@ def change(share: float, head: str) -> dict[str, Any]:
     return DATA["emoji"] | {"validation": VALIDATION["emoji"]} | SETTING | {"merge_scale": share} | own
 
 
-def accuracies(share: float, head: str) -> dict[int, float]:
-    """ACC by seed, of the runs that are finished and did not diverge."""
-    lines, configuration = read_lines(PATH), change(share, head)
-    found = {seed: next((x for x in lines if is_done(x, identity(configuration, seed))), None) for seed in SEEDS}
-    name = "lda" if head == "lda 2000" else head
-    return {seed: line["heads"][name]["acc"] for seed, line in found.items() if line and line["heads"]}
+def found(share: float, head: str) -> dict[int, float]:
+    """ACC by seed."""
+    return finite(accuracies(PATH, change(share, head), head, SEEDS))
 
 
 def table() -> str:
     """ACC where all is merged, and how far a part of it is ahead of that, seed by seed, as Markdown."""
-    whole = {head: accuracies(1.0, head) for head in ALL_HEADS}
+    whole = {head: found(1.0, head) for head in ALL_HEADS}
     text = [f"| share merged | {' | '.join(ALL_HEADS)} |", "|" + "---|" * (len(ALL_HEADS) + 1)]
     means = [f"{statistics.fmean(of.values()):.2f}" if of else "–" for of in whole.values()]
     cells = [counted(mean, len(of), len(SEEDS)) for mean, of in zip(means, whole.values(), strict=True)]
@@ -54,7 +51,7 @@ def ahead(share: float, whole: dict[str, dict[int, float]]) -> list[str]:
     """The cells of a row: how far this share is ahead of all, by head."""
     cells = []
     for head, of in whole.items():
-        values = [acc - of[seed] for seed, acc in accuracies(share, head).items() if seed in of]
+        values = [acc - of[seed] for seed, acc in found(share, head).items() if seed in of]
         cells.append(counted(shown(values), len(values), len(SEEDS)))
     return cells
 
@@ -69,7 +66,7 @@ def main() -> None:
     if arguments.action == "table":
         print(table())
         return
-    rows = {f"{share:g} merged | {head}": change(share, head) for head in ("lda", *OWN_RUNS) for share in SHARES}
+    rows = {f"{share:g} merged | {head}": change(share, head) for head in ("linear", *OWN_RUNS) for share in SHARES}
     cells = [(row, configuration, seed) for seed in SEEDS for row, configuration in rows.items()]
     run_cells(cells, arguments.jobs, 1, PATH)
 

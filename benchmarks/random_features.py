@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from splits import Case, command, stored
 from study_rows import DATA, VALIDATION, located
-from study_tables import shown
+from study_tables import counted, shown
 from torch import Tensor, nn
 
 from janus_ext.assembly import make_learner
@@ -86,6 +86,10 @@ VARIANTS: dict[str, tuple[str, int, Callable[..., Expands]]] = {
 }
 
 
+CONSTANT = "ridge of unit features and a constant"
+ROWS = ["lda", "ridge", CONSTANT, *VARIANTS]
+
+
 def untrained(data: str, folder: Path | None, seed: int, learn: str = "none") -> tuple[Learner, Benchmark]:
     """A learner of a study's data set that has learned nothing yet, in float32, and its split of the seed."""
     settings = {name: value for name, value in DATA[data].items() if name != "epochs"}
@@ -145,7 +149,7 @@ def measure(case: Case, folder: Path | None) -> Case:
     first = known_of(train[:1], "lda").statistics
     plain = known_of(train, "lda")
     found = {head: accuracy(head, plain, held_out) for head in ("lda", "ridge")}
-    found["ridge of unit features and a constant"] = ridge_with_a_constant(train, held_out)
+    found[CONSTANT] = ridge_with_a_constant(train, held_out)
     for name, (head, width, expansion) in VARIANTS.items():
         known = known_of(train, head, width, expansion(first, width, seed), seed)
         found[name] = accuracy(head, known, held_out)
@@ -154,18 +158,21 @@ def measure(case: Case, folder: Path | None) -> Case:
 
 def table(path: Path) -> str:
     """ACC of ``lda``, and how far each of the others is ahead of it, by data set."""
-    cases = stored(path)
-    sets = list(dict.fromkeys(case["data"] for case in cases))
-    of = {data: [case["acc"] for case in cases if case["data"] == data] for data in sets}
-    lines = [f"| head, features | {' | '.join(sets)} |", "|" + "---|" * (len(sets) + 1)]
-    means = [statistics.fmean(found["lda"] for found in of[data]) for data in sets]
-    lines.append(f"| lda, ACC | {' | '.join(format(mean, '.2f') for mean in means)} |")
-    for name in of[sets[0]][0]:
-        if name != "lda":
-            cells = [shown([found[name] - found["lda"] for found in of[data]]) for data in sets]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    of = {data: [case["acc"] for case in stored(path) if case["data"] == data] for data in DATA}
+    lines = [f"| head, features | {' | '.join(of)} |", "|" + "---|" * (len(of) + 1)]
+    for name in ROWS:
+        known = [[found for found in splits if name in found] for splits in of.values()]
+        cells = [counted(cell(name, splits), len(splits), len(SEEDS)) for splits in known]
+        lines.append(f"| {name}{', ACC' if name == 'lda' else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def cell(name: str, splits: list[dict[str, float]]) -> str:
+    """A mean for ``lda``, a difference to it for the others."""
+    if name == "lda" and splits:
+        return f"{statistics.fmean(found[name] for found in splits):.2f}"
+    return shown([found[name] - found["lda"] for found in splits])
+
+
 if __name__ == "__main__":
-    command(__doc__, [{"data": data, "seed": seed} for data in DATA for seed in SEEDS], measure, table)
+    command(__doc__, [{"data": d, "seed": seed, "rows": ROWS} for d in DATA for seed in SEEDS], measure, table)

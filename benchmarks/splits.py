@@ -1,7 +1,8 @@
 """The command line of a script that measures case by case, on the study's data sets, and keeps what is finished.
 
 A case is what tells it from others, its data set among it ({"data": "emoji", "seed": 100}); what was measured, and on
-which processor, is added to it. The JSON file is written behind every case, and a run goes on with it.
+which processor, is added to it. The JSON file is written behind every case, and a run goes on with it; what is there
+and no longer wanted goes.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ def stored(path: Path) -> list[Case]:
     return cases
 
 
-def still_to_run(wanted: list[Case], finished: list[Case]) -> list[Case]:
-    """Those of which no finished one has all that they say."""
-    return [case for case in wanted if not any(case.items() <= found.items() for found in finished)]
+def finished(wanted: list[Case], found: list[Case]) -> dict[int, Case]:
+    """Of the wanted cases those that are found, with all that they say, by their place."""
+    fitting = {place: [x for x in found if case.items() <= x.items()] for place, case in enumerate(wanted)}
+    return {place: cases[0] for place, cases in fitting.items() if cases}
 
 
 @until_closed
@@ -49,16 +51,17 @@ def command(description: str, wanted: list[Case], measure: Measure, table: Calla
         print(table(options.file))
         return
     folders = {"emoji": None, "fashion-mnist": options.fashion_mnist}  # all others are made of the glyphs
-    cases = stored(options.json) if options.json.exists() else []
-    tasks = [(measure, case, folders.get(case["data"], options.glyphs)) for case in still_to_run(wanted, cases)]
+    done = finished(wanted, stored(options.json)) if options.json.exists() else {}
+    missing = [(place, case) for place, case in enumerate(wanted) if place not in done]
+    tasks = [(measure, place, case, folders.get(case["data"], options.glyphs)) for place, case in missing]
     with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
-        for case in pool.imap(_measured, tasks):
-            cases.append(case)
+        for place, case in pool.imap_unordered(_measured, tasks):
+            done[place] = case
+            write(options.json, {"cases": [done[at] for at in sorted(done)]})
             print({name: value for name, value in case.items() if name != "about"}, flush=True)
-            write(options.json, {"cases": cases})
 
 
-def _measured(task: tuple[Measure, Case, Path | None]) -> Case:
-    measure, case, folder = task
+def _measured(task: tuple[Measure, int, Case, Path | None]) -> tuple[int, Case]:
+    measure, place, case, folder = task
     torch.set_num_threads(1)
-    return case | measure(case, folder) | {"about": about("cpu")}
+    return place, case | measure(case, folder) | {"about": about("cpu")}

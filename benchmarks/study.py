@@ -18,11 +18,11 @@ All are run on seed 100 with `--validation`, so that the test images are not see
 (or what equals the second) lies at the edge of what was tried, the settings beyond are tried as well, until none does,
 or their ladder ends. These are run on seed 101, too, and the best mean ACC goes to seeds 0 to 4, which are trained on
 all training images and tested on the test images; of equal ones that which was better on seed 100. Two heads are not
-measured in every run, but in runs of their own, of three methods, Janus-LoRA as shipped, joint training, who learns the
-first task only, and frozen: "aligned", at what was chosen for linear heads, and "lda 2000" (random features), at what
-was chosen for "lda". "As shipped" has the defaults' rate, energies, guard and epochs: nothing is chosen; of the frozen
-backbone it has the epochs, for linear and aligned heads. The class order is drawn from the seed. Every finished run is
-a line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
+measured in every run, but in runs of their own, of three methods, Janus-LoRA as shipped, joint training, "first task
+only" and frozen: "aligned", at what was chosen for linear heads, and "lda 2000" (random features), at what was chosen
+for "lda". "As shipped" has the defaults' rate, energies, guard and epochs: nothing is chosen; of the frozen backbone
+it has the epochs, for linear and aligned heads. The class order is drawn from the seed. Every finished run is a line
+in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import statistics
 from pathlib import Path
 from typing import Any, TypeVar
 
-from study_cells import Cell, identity, is_done, read_lines, run_cells
+from study_cells import Cell, identity, is_done, named, read_lines, run_cells
 from study_rows import (
     ALL_HEADS,
     DATA,
@@ -254,15 +254,6 @@ class Study:
         lines = self.reported(method, head)
         values = [x["heads"][head][metric] for x in lines if head in x["heads"]]
         return counted(spread(values), len(values))
-
-
-def named(line: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A run whose head has random features, with that head under a name of its own, too."""
-    width = line["config"].get("head_width") if line else None
-    if not width or not line["heads"]:
-        return line
-    head = line["config"]["head"]
-    return line | {"heads": line["heads"] | {f"{head} {width}": line["heads"][head]}}
 
 
 def curves() -> None:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import statistics
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,27 @@ def is_done(line: dict[str, Any], wanted: dict[str, Any]) -> bool:
         defaults = resolved({"method": config["method"], "head": config["head"]}, line["seed"]).to_json()
         return all(value == defaults[name] for name, value in config.items() if name not in ran)
     return False
+
+
+def named(line: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A run whose head has random features, with that head under a name of its own, too."""
+    width = line["config"].get("head_width") if line else None
+    if not width or not line["heads"]:
+        return line
+    head = line["config"]["head"]
+    return line | {"heads": line["heads"] | {f"{head} {width}": line["heads"][head]}}
+
+
+def accuracies(path: Path, change: dict[str, Any], head: str, seeds: Iterable[int]) -> dict[int, float | None]:
+    """ACC of a configuration with a head, by seed, of the runs in the file; None where one diverged."""
+    lines, wanted = read_lines(path), {seed: identity(change, seed) for seed in seeds}
+    done = {seed: named(x) for seed, cell in wanted.items() for x in lines if is_done(x, cell)}
+    return {seed: line["heads"][head]["acc"] if line["heads"] else None for seed, line in done.items() if line}
+
+
+def finite(found: dict[int, float | None]) -> dict[int, float]:
+    """Without those that diverged."""
+    return {seed: acc for seed, acc in found.items() if acc is not None}
 
 
 def _unguarded(config: dict[str, Any]) -> dict[str, Any]:

@@ -62,16 +62,16 @@ def test_what_was_measured_is_kept_and_a_run_goes_on_with_it(tmp_path, monkeypat
     assert done.returncode == 0, done.stderr
     cases = json.loads((tmp_path / "found.json").read_text())["cases"]
     assert [case["acc"] for case in cases] == [9.0, 9.0, 3.5, 1.5, 2.5, 3.5], "the first two are not run again"
+    assert [case["seed"] for case in cases] == [1, 2, 3, 1, 2, 3], "in the order of what is wanted"
     assert cases[-1]["folder"] == "G", "fonts are made of the glyphs"
     done = run_script(tmp_path, "table", "found.json", monkeypatch=monkeypatch)
     assert done.stdout.strip() == "9.0 9.0 3.5 1.5 2.5 3.5"
 
 
 def test_a_case_is_finished_only_where_all_that_it_says_is_there(module):
-    still_to_run = module("splits").still_to_run
     wanted = [{"lr": lr, "data": "emoji", "seed": seed} for lr in (1.0, 2.0) for seed in (0, 1)]
-    found = [{"data": "emoji", "seed": 0, "lr": 1.0, "acc": [5]}, {"data": "glyphs", "seed": 1, "lr": 1.0, "acc": [5]}]
-    assert still_to_run(wanted, found) == wanted[1:]
+    found = [{"data": "glyphs", "seed": 1, "lr": 1.0, "acc": [5]}, {"data": "emoji", "seed": 0, "lr": 1.0, "acc": [5]}]
+    assert module("splits").finished(wanted, found) == {0: found[1]}
 
 
 def test_one_command_goes_through_every_script_that_keeps_what_the_tables_show(module):
@@ -79,6 +79,11 @@ def test_one_command_goes_through_every_script_that_keeps_what_the_tables_show(m
     runs = [run.split() for run in evidence.RUNS]
     assert all((BENCHMARKS / script).is_file() for script, *_ in runs)
     assert runs[-1] == ["documents.py"]
+    documents = module("documents")
+    page = (documents.ROOT / "REPRODUCIBILITY.md").read_text(encoding="utf-8")
+    shown = {Path(command.split()[1]).name for command, _ in documents.tables(page)}
+    assert {"guard.py", "study.py", "defaults.py"} < shown
+    assert shown <= {script for script, *_ in runs}
     of = {script: {words[1] for other, *words in runs if other == script and len(words) > 1} for script, *_ in runs}
     assert of["study.py"] == set(module("study_rows").DATA) and of["guard.py"] == set(module("guard").SEEDS)
     assert of["breaks.py"] == set(module("breaks").OF)

@@ -98,7 +98,7 @@ def test_several_seeds_go_on_where_they_were_cut_off(weights, tmp_path, capsys):
     for lost in ("summary.json", "seed-4/results.json"):
         (tmp_path / "many" / lost).unlink()
     assert train.main([*call, "--lr", "0.5"]) == 2
-    assert "seed-3 holds a run with other settings: --lr 0.0015 (asked: 0.5); choose" in capsys.readouterr().err
+    assert "seed-3 holds a run with other settings: --lr 0.00025 (asked: 0.5); choose" in capsys.readouterr().err
     assert train.main([*call, "--clip-norm", "1"]) == 2
     assert (
         "seed-3 holds a run with other settings: --clip-norm left out (asked: 1.0); choose" in capsys.readouterr().err

@@ -108,9 +108,9 @@ class MethodConfig(Settings):
     estimator: Estimator = "auto"
     """Statistics of the inputs: gram (exact), isvd (wide layers), none (janus without OE); auto: the method's."""
     energy_start: Maybe[float] = None
-    """Share of input energy protected after the first task; by default 0.999 for janus on emoji, else 0.95 to 0.99."""
+    """Share of input energy protected after the first task; the default is the method's, for janus 0.95 to 0.999."""
     energy_end: Maybe[float] = None
-    """Share of input energy towards which the protected share grows with the tasks; 0.9999 likewise, else 0.99 to 1."""
+    """Share of input energy towards which that grows with the tasks; the default is the method's, for janus 0.99 to 1."""
     margin_weight: Maybe[float] = None
     """Weight of the margin loss of janus (DML, by default 0.5) or the triplet loss of lora-drs (0.05), 0: without."""
     margin: Maybe[float] = None
@@ -179,7 +179,7 @@ class OptimizationConfig(Settings):
     batch_size: Maybe[int] = None
     """Images per step; by default 32 for emoji, else 128."""
     lr: Maybe[float] = None
-    """Learning rate of the factors as each task starts; by default 0.004 for janus on emoji, else 0.0005 to 0.016."""
+    """Learning rate of the factors as each task starts; the default is the method's, for janus 0.0005 to 0.016."""
     head_lr: Maybe[float] = None
     """Learning rate of the task's head at its start; by default 0.01 for emoji and domainnet, else 0.0005."""
     optimizer: Literal["auto", "adam", "adamw", "sgd"] = "auto"
