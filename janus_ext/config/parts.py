@@ -110,7 +110,7 @@ class MethodConfig(Settings):
     energy_start: Maybe[float] = None
     """Share of input energy protected after the first task; the default is the method's, for janus 0.95 to 0.999."""
     energy_end: Maybe[float] = None
-    """Share of input energy towards which that grows with the tasks; the default is the method's, for janus 0.99 to 1."""
+    """Share of input energy towards which that grows with the tasks; by default the method's, for janus 0.99 to 1."""
     margin_weight: Maybe[float] = None
     """Weight of the margin loss of janus (DML, by default 0.5) or the triplet loss of lora-drs (0.05), 0: without."""
     margin: Maybe[float] = None
