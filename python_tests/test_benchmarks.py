@@ -46,6 +46,7 @@ TABLES = (
     "first_task.py table benchmarks/results/first-task.json",
     "breaks.py table",
     "defaults.py table",
+    "merged.py table",
     "input_energy.py table benchmarks/results/input-energy.json",
     "random_features.py table benchmarks/results/random-features.json",
     "loader.py --table benchmarks/results/loader.json",

@@ -82,7 +82,7 @@ def test_one_command_goes_through_every_script_that_keeps_what_the_tables_show(m
     documents = module("documents")
     page = (documents.ROOT / "REPRODUCIBILITY.md").read_text(encoding="utf-8")
     shown = {Path(command.split()[1]).name for command, _ in documents.tables(page)}
-    assert {"guard.py", "study.py", "defaults.py"} < shown
+    assert {"guard.py", "study.py", "defaults.py", "merged.py"} < shown
     assert shown <= {script for script, *_ in runs}
     of = {script: {words[1] for other, *words in runs if other == script and len(words) > 1} for script, *_ in runs}
     assert of["study.py"] == set(module("study_rows").DATA) and of["guard.py"] == set(module("guard").SEEDS)
