@@ -99,10 +99,24 @@ def test_the_defaults_table_can_be_looked_at_while_it_is_run(module):
     defaults = module("defaults")
     plain, changed = list(defaults.rows().values())[:2]
     acc = {defaults.SEEDS[0]: 40.0, defaults.SEEDS[1]: 42.0}
-    ahead = {defaults.SEEDS[1]: 43.0, defaults.SEEDS[2]: 50.0}
-    defaults.accuracies = lambda change, head: acc if change == plain else ahead if change == changed else {}
+    ahead = {defaults.SEEDS[0]: None, defaults.SEEDS[1]: 43.0, defaults.SEEDS[2]: 50.0}  # the first diverged
+    defaults.accuracies = lambda path, change, head, seeds: (
+        acc if change == plain else ahead if change == changed else {}
+    )
     first, second, third = defaults.table().splitlines()[2:5]
     assert first.count(" 41.00 (2 of 4) ") == 3 and second.count(" +1.00 (1 of 4) ") == 3 and third.count(" – ") == 3
+
+
+def test_merging_a_part_is_held_against_the_same_splits(module):
+    merged = module("merged")
+    first, second, third, _ = merged.SEEDS
+    known = {(1.0, "lda"): {first: 50.0, second: 52.0}, (0.5, "lda"): {second: 53.0, third: 99.0, first: None}}
+    of = {(json.dumps(merged.change(*key)), key[1]): values for key, values in known.items()}
+    merged.accuracies = lambda path, change, head, seeds: of.get((json.dumps(change), head), {})
+    rows = {row.split(" | ")[0]: row.split(" | ") for row in merged.table().splitlines()}
+    at = merged.ALL_HEADS.index("lda") + 1
+    assert rows["| all of it, ACC"][at] == "51.00 (2 of 4)"
+    assert rows["| 0.5"][at] == "+1.00 (1 of 4)" and rows["| 0.25"][at] == "–"
 
 
 def test_a_run_that_diverged_is_not_one_that_is_missing(module) -> None:

@@ -138,7 +138,10 @@ def check_python(words: list[str]) -> None:
         for path in (word for word in words[3:] if word.startswith("python_tests")):
             assert (ROOT / path).exists(), path
         return
-    source = (ROOT / words[1]).read_text(encoding="utf-8")
+    script = ROOT / words[1]
+    source = script.read_text(encoding="utf-8")
+    if "from splits import" in source:  # which is the command line of several scripts
+        source += (script.parent / "splits.py").read_text(encoding="utf-8")
     unknown = [word for word in words[2:] if word.startswith("--") and f'"{word}"' not in source]
     assert not unknown, f"{words[1]} has no {unknown}"
 
