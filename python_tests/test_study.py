@@ -349,7 +349,8 @@ def test_fonts_are_held_out_whole(study, tmp_path):
     assert splits[1] != splits[2]
 
 
-def test_what_methods_take_on_the_embedded_images_is_what_held_out_images_chose():
+def test_what_methods_take_on_the_embedded_images_is_what_held_out_images_chose(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     from study import Study
     from study_tables import RIVALS
 
