@@ -52,9 +52,11 @@ TABLES = (
     "loader.py --table benchmarks/results/loader.json",
     "shares.py table benchmarks/results/shares.json",
     "traffic.py plan",
-    *(f"study.py {table} emoji" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
-    *(f"study.py {table} glyphs" for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")),
-    *(f"study.py {table} fashion-mnist" for table in ("table", "details", "paired", "hypotheses")),
+    *(
+        f"study.py {table} {data}"
+        for data in ("emoji", "glyphs", "fashion-mnist")
+        for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")
+    ),
 )
 
 
