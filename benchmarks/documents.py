@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "benchmarks" / "results" / "emoji-janus-0"
 TABLE = re.compile(
-    r"(?P<head><!-- \w+: (?P<command>python [^\n]+) -->\n\n)(?P<text>(?:(?!<!-- end -->).)*?)(?P<end>\n\n<!-- end -->)",
+    r"(?P<head><!-- \w+: (?P<command>python [^\n]+) -->)\s*(?P<text>(?:(?!<!-- end -->).)*?)\s*<!-- end -->",
     re.DOTALL,
 )
 
@@ -47,7 +47,7 @@ def printed(command: str) -> str:
 
 def refilled(text: str, table_of: Callable[[str], str]) -> str:
     """A document with what `table_of` gives for each of its commands."""
-    return TABLE.sub(lambda found: found["head"] + table_of(found["command"]) + found["end"], text)
+    return TABLE.sub(lambda found: f"{found['head']}\n\n{table_of(found['command'])}\n\n<!-- end -->", text)
 
 
 def out_of_date() -> dict[Path, str]:

@@ -92,8 +92,13 @@ def test_a_table_is_refilled_and_nothing_else_is_touched(module) -> None:
     documents = module("documents")
     page = "a\n\n<!-- t: python x.py | 1 -->\n\n{}\n\n<!-- end -->\n\n| b |\n<!-- end -->\n"
     assert documents.refilled(page.format("| 1 |\n\n| 2 |"), str.upper) == page.format("PYTHON X.PY | 1")
-    empty = "<!-- t: python x.py -->\n\n<!-- end -->\n\na\n\n<!-- end -->\n"  # nothing behind its end is its own
-    assert documents.refilled(empty, str.upper) == empty
+    for empty in (
+        "<!-- t: python x.py -->\n\n<!-- end -->\n\na\n\n<!-- end -->\n",
+        "<!-- t: python x.py --><!-- end -->",
+    ):
+        filled = documents.refilled(empty, str.upper)
+        assert filled.startswith("<!-- t: python x.py -->\n\nPYTHON X.PY\n\n<!-- end -->")
+        assert filled.endswith(empty.partition("<!-- end -->")[2]), "nothing behind its end is its own"
 
 
 def test_the_defaults_table_can_be_looked_at_while_it_is_run(module):
