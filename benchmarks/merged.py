@@ -27,7 +27,7 @@ SETTING = {"method": "janus", "lr": 0.016, "energy_start": 0.97, "energy_end": 0
 
 def change(share: float, head: str) -> dict[str, Any]:
     """The configuration of the run that measures a head."""
-    own = OWN_RUNS[head][1]["janus"] if head in OWN_RUNS else {}
+    own = OWN_RUNS[head]["janus"] if head in OWN_RUNS else {}
     return DATA["emoji"] | {"validation": VALIDATION["emoji"]} | SETTING | {"merge_scale": share} | own
 
 

@@ -19,10 +19,11 @@ All are run on seed 100 with `--validation`, so that the test images are not see
 or their ladder ends. These are run on seed 101, too, and the best mean ACC goes to seeds 0 to 4, which are trained on
 all training images and tested on the test images; of equal ones that which was better on seed 100. Two heads are not
 measured in every run, but in runs of their own, of three methods, Janus-LoRA as shipped, joint training, "first task
-only" and frozen: "aligned", at what was chosen for linear heads, and "lda 2000" (random features), at what was chosen
-for "lda". "As shipped" has the defaults' rate, energies, guard and epochs: nothing is chosen; of the frozen backbone
-it has the epochs, for linear and aligned heads. The class order is drawn from the seed. Every finished run is a line
-in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
+only" and frozen: "aligned", tuned like the others (but on glyphs and Fashion-MNIST still at what was chosen for linear
+heads), and "lda 2000" (random features), at what was chosen for "lda". "As shipped" has the defaults' rate, energies,
+guard and epochs: nothing is chosen; of the frozen backbone it has the epochs, for linear and aligned heads. The class
+order is drawn from the seed. Every finished run is a line in benchmarks/results/study-<data>.jsonl; one whose numbers
+end at infinity has a line without heads.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ from study_rows import (
     Position,
     ablation,
     candidate,
+    chosen_for,
     located,
+    of_own_runs,
 )
 from study_tables import best_head, counted, draw, hypotheses, is_tried, paired, parts, spread
 
@@ -66,24 +69,26 @@ class Study:
         self.where = located(data, folder)
         self.finished: Lines = read_lines(self.path)
         self._found: dict[tuple[str, int], dict[str, Any] | None] = {}
-        self._grown: dict[str, dict[str, dict[str, Any]]] = {}
+        self._grown: dict[tuple[str, tuple[str, ...]], dict[str, dict[str, Any]]] = {}
 
-    def candidates(self, method: str) -> dict[str, dict[str, Any]]:
+    def candidates(self, method: str, head: str = "linear") -> dict[str, dict[str, Any]]:
         """The configurations tried, by the name of their row: the grid, grown where the best are at its edge."""
-        if method not in self._grown:
+        heads = HEADS if head in HEADS else (head,)  # of one run
+        if (method, heads) not in self._grown:
             places = METHODS[method].start()
-            while more := self._beyond(method, places):
+            while more := self._beyond(method, heads, places):
                 places += more
-            self._grown[method] = dict(candidate(self.data, method, place) for place in sorted(places))
-        return self._grown[method]
+            known = dict(candidate(self.data, method, place, heads[0]) for place in sorted(places))
+            self._grown[method, heads] = known
+        return self._grown[method, heads]
 
-    def _beyond(self, method: str, places: list[Position]) -> list[Position]:
+    def _beyond(self, method: str, heads: tuple[str, ...], places: list[Position]) -> list[Position]:
         """What lies beside the best of a head and was not tried; nothing while some of `places` are still to be run."""
-        known = {place: candidate(self.data, method, place)[1] for place in sorted(places)}
+        known = {place: candidate(self.data, method, place, heads[0])[1] for place in sorted(places)}
         first = SELECTION_SEEDS[:1]
         if any(self.line(self.trial(change), *first) is None for change in known.values()):
             return []
-        best = [place for head in HEADS for place in self._best(known, head)]
+        best = [place for head in heads for place in self._best(known, head)]
         beside = [place for at in best for place in METHODS[method].beside(at) if place not in places]
         return list(dict.fromkeys(beside))
 
@@ -122,13 +127,13 @@ class Study:
 
     def finalists(self, method: str, head: str) -> list[str]:
         """Those that the second selection seed decides between; none while trials of the first are missing."""
-        known = self.candidates(method)
+        known = self.candidates(method, head)
         is_whole = all(self.line(self.trial(change), SELECTION_SEEDS[0]) is not None for change in known.values())
         return self._best(known, head) if is_whole else []
 
     def chosen(self, method: str, head: str) -> str | None:
         """The candidate that goes to the reported seeds; None while trials are missing."""
-        known, finalists = self.candidates(method), self.finalists(method, head)
+        known, finalists = self.candidates(method, head), self.finalists(method, head)
         if any(self.line(self.trial(known[row]), seed) is None for row in finalists for seed in SELECTION_SEEDS):
             return None
         return next(iter(self._scores({row: known[row] for row in finalists}, head, SELECTION_SEEDS)), None)
@@ -136,13 +141,13 @@ class Study:
     def run(self, methods: list[str], jobs: int) -> None:
         """Runs what is missing, trials first."""
         first, second = SELECTION_SEEDS
-        known: dict[str, dict[str, dict[str, Any]]] = {}
-        while known != (known := {method: self.candidates(method) for method in methods}):
-            self._run([(row, self.trial(c), first) for rows in known.values() for row, c in rows.items()], jobs)
-        again = {row: known[m][row] for m in methods for head in HEADS for row in self.finalists(m, head)}
+        tuned = [(m, head) for m in methods for head in ALL_HEADS if self.is_tuned(m, head)]
+        known: dict[str, dict[str, Any]] = {}
+        while known != (known := {row: c for pair in tuned for row, c in self.candidates(*pair).items()}):
+            self._run([(row, self.trial(c), first) for row, c in known.items()], jobs)
+        again = {row: known[row] for pair in tuned for row in self.finalists(*pair)}
         self._run([(row, self.trial(c), second) for row, c in again.items()], jobs)
-        best = {row: known[m][row] for m in methods for head in HEADS if (row := self.chosen(m, head))}
-        best |= dict(cell for m in methods for head in OWN_RUNS if (cell := self.pick(m, head)))
+        best = dict(cell for m in methods for head in ALL_HEADS if (cell := self.pick(m, head)))
         for rows in (best, self.ablation() if "janus" in methods else {}):
             self._run([(row, c, seed) for seed in SEEDS for row, c in rows.items()], jobs)
 
@@ -155,12 +160,18 @@ class Study:
     # what came out ----------------------------------------------------------------------------------------------------
     def pick(self, method: str, head: str) -> tuple[str, dict[str, Any]] | None:
         """What the reported seeds run for a method with a head; None while trials are missing."""
-        chosen_for, changes = OWN_RUNS.get(head, (head, {}))
-        row = self.chosen(method, chosen_for)
-        if row is None or (changes and method not in changes):
+        if head in OWN_RUNS and method not in OWN_RUNS[head]:
             return None
-        change = self.candidates(method)[row]
-        return (f"{row} | {head}", change | changes[method]) if changes else (row, change)
+        trials_of = chosen_for(self.data, method, head)
+        row = self.chosen(method, trials_of)
+        if row is None:
+            return None
+        change = self.candidates(method, trials_of)[row]
+        return (row, change) if trials_of == head else of_own_runs(row, change, method, head)
+
+    def is_tuned(self, method: str, head: str) -> bool:
+        """Whether a method's settings are tried with this head."""
+        return (head in HEADS or method in OWN_RUNS[head]) and chosen_for(self.data, method, head) == head
 
     def reported(self, method: str, head: str) -> Lines:
         """The finished runs of what was chosen, on the reported seeds."""
@@ -227,15 +238,17 @@ class Study:
 
     def trials(self) -> str:
         """ACC of every candidate and head on the held-out images of the selection seeds."""
-        text = [f"| candidate | seed | {' | '.join(HEADS)} | movement |", "|" + "---|" * (len(HEADS) + 3)]
-        for method in METHODS:
-            for row, change in self.candidates(method).items():
-                for seed in SELECTION_SEEDS:
-                    found = self.line(self.trial(change), seed)
-                    if found:
-                        shares = [f"{found['heads'][h]['acc']:.2f}" if h in found["heads"] else "–" for h in HEADS]
-                        moved = "–" if found.get("movement") is None else f"{found['movement']:.3f}"
-                        text.append(f"| {row.replace(' | ', ', ')} | {seed} | {' | '.join(shares)} | {moved} |")
+        tuned = [(m, head) for m in METHODS for head in ALL_HEADS if self.is_tuned(m, head)]
+        heads = list(dict.fromkeys((*HEADS, *(head for _, head in tuned))))
+        text = [f"| candidate | seed | {' | '.join(heads)} | movement |", "|" + "---|" * (len(heads) + 3)]
+        known = {row: change for pair in tuned for row, change in self.candidates(*pair).items()}
+        for row, change in known.items():
+            for seed in SELECTION_SEEDS:
+                found = self.line(self.trial(change), seed)
+                if found:
+                    shares = [f"{found['heads'][h]['acc']:.2f}" if h in found["heads"] else "–" for h in heads]
+                    moved = "–" if found.get("movement") is None else f"{found['movement']:.3f}"
+                    text.append(f"| {row.replace(' | ', ', ')} | {seed} | {' | '.join(shares)} | {moved} |")
         return "\n".join(text)
 
     def finished_on_reported(self) -> str:

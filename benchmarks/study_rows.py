@@ -103,11 +103,12 @@ def _own_runs(change: dict[str, Any], frozen: dict[str, Any]) -> dict[str, dict[
     return learners | shipped | {"frozen": change | frozen}
 
 
-# Heads that not every run measures: whose chosen settings they take over, and what their runs are told.
-OWN_RUNS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "aligned": ("linear", _own_runs({"head": "aligned"}, {})),
-    "lda 2000": ("lda", _own_runs({"head": "lda", "head_width": 2000}, {"epochs": None})),
+# Heads that not every run measures, and what their runs are told.
+OWN_RUNS: dict[str, dict[str, dict[str, Any]]] = {
+    "aligned": _own_runs({"head": "aligned"}, {}),
+    "lda 2000": _own_runs({"head": "lda", "head_width": 2000}, {"epochs": None}),
 }
+ALIGNED_TUNED_ON = ("emoji",)  # on the others it still takes over what was chosen for linear heads
 ALL_HEADS = (*HEADS, *OWN_RUNS)
 
 # The rows of the paper's ablation but for plain LoRA, as changes of Janus-LoRA.
@@ -140,12 +141,27 @@ def ablation(chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: (bare if name in forgetful else chosen) | change for name, change in ABLATION.items()}
 
 
-def candidate(data: str, method: str, position: Position) -> tuple[str, dict[str, Any]]:
-    """The name of a row and its configuration."""
+def chosen_for(data: str, method: str, head: str) -> str:
+    """The head whose trials choose what a method has with `head`: its own, where there is something to tune.
+
+    "lda 2000" is "lda" of wider features.
+    """
+    if head == "aligned":
+        return head if METHODS[method].ladders and data in ALIGNED_TUNED_ON else "linear"
+    return "lda" if head == "lda 2000" else head
+
+
+def candidate(data: str, method: str, position: Position, head: str = "linear") -> tuple[str, dict[str, Any]]:
+    """The name of a row and its configuration; of runs of their own, where `head` has such."""
     grid = METHODS[method]
     change = grid.change(position)
     row = " | ".join([method, ", ".join(f"{k} {v:g}" for k, v in change.items())])
-    return row, TRAINED_BY | DATA[data] | grid.fixed | change
+    return of_own_runs(row, TRAINED_BY | DATA[data] | grid.fixed | change, method, head)
+
+
+def of_own_runs(row: str, change: dict[str, Any], method: str, head: str) -> tuple[str, dict[str, Any]]:
+    """The row in runs of a head of its own; as it is with heads that every run measures."""
+    return (f"{row} | {head}", change | OWN_RUNS[head][method]) if head in OWN_RUNS else (row, change)
 
 
 def located(data: str, folder: Path | None) -> dict[str, Any]:

@@ -22,20 +22,24 @@ def study(monkeypatch, tmp_path):
 
     class Finished(module.Study):
         accuracy_of: Callable[[str, int, str], float]
+        known: dict[str, dict[str, Any]]
 
         def line(self, change: dict[str, Any], seed: int) -> dict[str, Any]:
             own = "aligned" if change.get("head") == "aligned" else "lda 2000" if "head_width" in change else None
             heads = [*SHARES, own] if own else SHARES
-            known = dict(module.candidate("emoji", m, at) for m, grid in module.METHODS.items() for at in grid.every())
-            alike = [row for row, c in known.items() if c.items() <= change.items()]
-            row = max(alike, key=lambda row: len(known[row]), default="janus | of the ablation")
+            alike = [row for row, c in self.known.items() if c.items() <= change.items()]
+            row = max(alike, key=lambda row: len(self.known[row]), default="janus | of the ablation")
             shown = {h: {"acc": self.accuracy_of(row, seed, h), "maa": 60.0, "bwt": -9.0} for h in heads}
             shown = {h: of | {"plasticity": self.accuracy_of(row, seed, h) + 9} for h, of in shown.items()}
             return {"row": row, "seed": seed, "heads": shown, "movement": None, "violation": None}
 
-    def make(accuracy: Callable[[str, int, str], float]) -> Any:
-        made = Finished("emoji")
+    def make(accuracy: Callable[[str, int, str], float], data: str = "emoji") -> Any:
+        made = Finished(data, Path())
         made.accuracy_of = accuracy
+        places = [(m, at) for m, grid in module.METHODS.items() for at in grid.every()]
+        runs = [(m, at, head) for m, at in places for head in ("linear", *module.OWN_RUNS)]
+        runs = [run for run in runs if run[2] == "linear" or run[0] in module.OWN_RUNS[run[2]]]
+        made.known = dict(module.candidate(data, *run) for run in runs)
         return made
 
     return make
@@ -113,14 +117,54 @@ def test_a_run_that_diverged_is_done_and_never_chosen(study):
     assert made.reported("janus", "lda")
 
 
-@pytest.mark.parametrize(("head", "settings_of"), [("aligned", "linear"), ("lda 2000", "lda")])
-def test_runs_of_their_own_follow_another_heads_choice_without_the_guard(study, head, settings_of):
-    made = study(lambda row, seed, head: plain(row, seed, head) + (9 if head == "lda" and "lr 0.001" in row else 0))
+@pytest.mark.parametrize("head", ["aligned", "lda 2000"])
+@pytest.mark.parametrize("data", ["emoji", "glyphs"])
+def test_runs_of_their_own_are_tuned_or_follow_another_heads_choice(study, data, head):
+    """Without the guard. Heads trained on samples have a choice of their own; LDA's is that of wider features, too."""
+    rates = {"linear": "0.004", "lda": "0.001", "aligned": "0.00025"}
+    settings_of = "lda" if head == "lda 2000" else "aligned" if data == "emoji" else "linear"
+    made = study(lambda row, seed, head: 50.0 + 9 * (head in rates and f"lr {rates[head]}," in row), data)
     row, change = made.pick("inflora", head)
-    assert row.startswith("inflora | lr 0.004" if settings_of == "linear" else "inflora | lr 0.001")
+    assert row.startswith(f"inflora | lr {rates[settings_of]},") and change["lr"] == float(rates[settings_of])
     assert row.endswith(f" | {head}") and change["head"] == head.split()[0] and change["drift_budget"] == 1e9
     assert change.get("head_width") == {"aligned": None, "lda 2000": 2000}[head]
-    assert made.pick("bilora", head) is None
+    assert made.pick("frozen", head)[0] == f"frozen |  | {head}", "nothing is to be tuned"
+    assert made.pick("bilora", head) is None and not made.is_tuned("bilora", head)
+
+
+def test_heads_that_are_tuned_on_their_own_have_trials_of_their_own(study):
+    made = study(plain)
+    known = made.candidates("lora", "aligned")
+    assert all(row.endswith(" | aligned") and change["head"] == "aligned" for row, change in known.items())
+    assert known.keys().isdisjoint(made.candidates("lora"))
+    assert any(line.startswith("| lora, lr 0.004, aligned | 100 |") for line in made.trials().splitlines())
+    found = made.line
+    made._grown.clear()
+    made.line = lambda change, seed: None if change["head"] == "aligned" else found(change, seed)
+    assert made.chosen("lora", "linear") and made.chosen("lora", "aligned") is None is made.pick("lora", "aligned")
+
+
+def test_a_run_goes_from_the_trials_to_the_seeds_and_runs_nothing_twice(study, monkeypatch):
+    import study as module
+
+    made, ran = study(plain), []
+    found = made.line
+
+    def line(change, seed):
+        return found(change, seed) if (repr(sorted(change.items())), seed) in ran else None
+
+    def run_cells(cells, jobs, threads, path, where):
+        ran.extend((repr(sorted(change.items())), seed) for _, change, seed in cells)
+
+    made.line = line
+    monkeypatch.setattr(module, "run_cells", run_cells)
+    monkeypatch.setattr(module, "read_lines", lambda path: [])
+    made.run(["lora", "frozen"], 1)
+    assert all(made.pick("lora", head) and len(made.reported("lora", head)) == 5 for head in module.ALL_HEADS)
+    tried = [seed for text, seed in ran if "validation" in text and "'aligned'" in text]
+    assert tried.count(100) >= 9 and tried.count(101) >= 2, "runs of their own are tried as well"
+    frozen = {(text, seed) for text, seed in ran if "'learn', 'none'" in text and "validation" in text}
+    assert {seed for _, seed in frozen} == {100, 101} and len(frozen) == 2, "nothing to tune: the same for all heads"
 
 
 def test_a_finalist_that_diverges_later_leaves_the_other(study):
@@ -211,7 +255,7 @@ def test_runs_of_their_own_can_run_and_their_head_has_its_own_name(study):
     from study_cells import cell_config, named
     from study_rows import OWN_RUNS
 
-    for head, (_, changes) in OWN_RUNS.items():
+    for head, changes in OWN_RUNS.items():
         for method in changes:
             assert cell_config(made.pick(method, head)[1], 0)["head"] == head.split()[0]
     heads = {"linear": {"acc": 1.0}, "lda": {"acc": 2.0}}
