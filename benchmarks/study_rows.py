@@ -13,6 +13,7 @@ from janus_ext.config import presets
 
 SELECTION_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
+FRESH_SEEDS = (5, 6, 7, 8, 9)  # run when all trials and choices had stood
 HEADS = ("linear", "ncm", "lda", "ridge")  # of every run
 
 TRAINED_BY = {"head": "linear"}  # heads of closed form are fitted beside them

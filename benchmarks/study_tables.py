@@ -61,7 +61,7 @@ def by_seed(study: Study, method: str, head: str, metric: str = "acc") -> dict[i
 def gains(study: Study, ours: tuple[str, str], theirs: tuple[str, str], metric: str = "acc") -> list[float]:
     """ours - theirs, (method, head) each, on the seeds that both have."""
     mine, other = by_seed(study, *ours, metric), by_seed(study, *theirs, metric)
-    return [mine[seed] - other[seed] for seed in SEEDS if seed in mine and seed in other]
+    return [mine[seed] - other[seed] for seed in study.seeds if seed in mine and seed in other]
 
 
 def difference(study: Study, ours: tuple[str, str], theirs: tuple[str, str], metric: str = "acc") -> str:
@@ -107,7 +107,7 @@ def parts(study: Study) -> str:
     rows = study.ablation()
     for setting in dict.fromkeys(row.rpartition(" | ")[0] for row in rows):
         for part, names in PARTS.items():
-            pairs = [[study.line(rows[f"{setting} | {name}"], seed) for name in names] for seed in SEEDS]
+            pairs = [[study.line(rows[f"{setting} | {name}"], seed) for name in names] for seed in study.seeds]
             if None in sum(pairs, []):
                 continue  # still to be run
             both = [heads for pair in pairs if all(heads := [line["heads"] for line in pair])]

@@ -165,6 +165,13 @@ def test_a_run_goes_from_the_trials_to_the_seeds_and_runs_nothing_twice(study, m
     assert tried.count(100) >= 9 and tried.count(101) >= 2, "runs of their own are tried as well"
     frozen = {(text, seed) for text, seed in ran if "'learn', 'none'" in text and "validation" in text}
     assert {seed for _, seed in frozen} == {100, 101} and len(frozen) == 2, "nothing to tune: the same for all heads"
+    ran_before, made.seeds = len(ran), module.FRESH_SEEDS
+    assert not made.heads()
+    made.run(["lora", "frozen"], 1)
+    again = ran[ran_before:]
+    assert {seed for text, seed in again if "validation" not in text} == {5, 6, 7, 8, 9}
+    assert made.heads() == list(module.HEADS), "no runs of heads' own"
+    assert [x["seed"] for x in made.reported("lora", "lda")] == [5, 6, 7, 8, 9]
 
 
 def test_a_finalist_that_diverges_later_leaves_the_other(study):
