@@ -1,4 +1,4 @@
-"""Methods times heads on three data sets: every method is tuned on held-out training images, for every head alike.
+"""Methods times heads on three data sets: every method is tuned on held-out training images, for its heads alike.
 
     python benchmarks/study.py run emoji                          # trials, choice, reported seeds; goes on with them
     python benchmarks/study.py run glyphs --data-dir DATA/glyphs  # built by benchmarks/glyphs/build.py
@@ -13,7 +13,7 @@
     python benchmarks/study.py finished emoji                     # all heads of what was chosen for any, reported seeds
     python benchmarks/study.py curves emoji                       # forgetting over plasticity, of all data sets
     python benchmarks/study.py run emoji --fresh                  # the choices once more, on seeds 5 to 9
-    python benchmarks/study.py paired emoji --fresh               # what came out on these, as all tables above
+    python benchmarks/study.py paired emoji --fresh               # what came out on these
 
 A run trains once and measures all heads, which training does not know of. Every method begins with nine candidates.
 All are run on seed 100 with `--validation`, so that the test images are not seen. Where one of the best two of a head
@@ -24,8 +24,9 @@ measured in every run, but in runs of their own, of three methods, Janus-LoRA as
 only" and frozen: "aligned", tuned like the others (but on glyphs and Fashion-MNIST still at what was chosen for linear
 heads), and "lda 2000" (random features), at what was chosen for "lda". "As shipped" has the defaults' rate, energies,
 guard and epochs: nothing is chosen; of the frozen backbone it has the epochs, for linear and aligned heads. The class
-order is drawn from the seed. On fresh seeds no head has runs of its own, and there is no ablation. Every finished run
-is a line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
+order is drawn from the seed. Fresh seeds run what is chosen for the four heads that every run measures, without trials
+of their own: on emoji and glyphs the rule of choice had changed when seeds 0 to 4 were known. Every finished run is a
+line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +54,7 @@ from study_rows import (
     candidate,
     chosen_for,
     located,
-    of_own_runs,
+    titled,
 )
 from study_tables import best_head, counted, draw, hypotheses, is_tried, paired, parts, spread
 
@@ -76,25 +78,33 @@ class Study:
         self._grown: dict[tuple[str, tuple[str, ...]], dict[str, dict[str, Any]]] = {}
 
     def candidates(self, method: str, head: str = "linear") -> dict[str, dict[str, Any]]:
-        """The configurations tried, by the name of their row: the grid, grown where the best are at its edge."""
-        heads = HEADS if head in HEADS else (head,)  # of one run
-        if (method, heads) not in self._grown:
+        """The configurations tried, by the name of their setting: the grid, grown where the best are at its edge."""
+        deciding = HEADS if head in HEADS else (head,)  # what every run measures is tried at once
+        if (method, deciding) not in self._grown:
             places = METHODS[method].start()
-            while more := self._beyond(method, heads, places):
+            while more := self._beyond(method, deciding, places):
                 places += more
-            known = dict(candidate(self.data, method, place, heads[0]) for place in sorted(places))
-            self._grown[method, heads] = known
-        return self._grown[method, heads]
+            known = dict(candidate(self.data, method, place, head) for place in sorted(places))
+            self._grown[method, deciding] = known
+        return self._grown[method, deciding]
 
-    def _beyond(self, method: str, heads: tuple[str, ...], places: list[Position]) -> list[Position]:
+    def _beyond(self, method: str, deciding: tuple[str, ...], places: list[Position]) -> list[Position]:
         """What lies beside the best of a head and was not tried; nothing while some of `places` are still to be run."""
-        known = {place: candidate(self.data, method, place, heads[0])[1] for place in sorted(places)}
+        known = {place: candidate(self.data, method, place, deciding[0])[1] for place in sorted(places)}
         first = SELECTION_SEEDS[:1]
         if any(self.line(self.trial(change), *first) is None for change in known.values()):
             return []
-        best = [place for head in heads for place in self._best(known, head)]
+        best = [place for head in deciding for place in self._best(known, head)]
         beside = [place for at in best for place in METHODS[method].beside(at) if place not in places]
         return list(dict.fromkeys(beside))
+
+    def tuned(self, methods: Iterable[str]) -> list[tuple[str, str]]:
+        """The methods and heads that have trials."""
+        return [(m, head) for m in methods for head in ALL_HEADS if chosen_for(self.data, m, head) == head]
+
+    def tried(self, methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Their candidates, by the name of their row."""
+        return {titled(row, head): c for m, head in self.tuned(methods) for row, c in self.candidates(m, head).items()}
 
     def trial(self, change: dict[str, Any]) -> dict[str, Any]:
         """A candidate as it is tried: on held-out training images."""
@@ -143,20 +153,24 @@ class Study:
         return next(iter(self._scores({row: known[row] for row in finalists}, head, SELECTION_SEEDS)), None)
 
     def run(self, methods: list[str], jobs: int) -> None:
-        """Runs what is missing, trials first."""
-        first, second = SELECTION_SEEDS
-        tuned = [(m, head) for m in methods for head in ALL_HEADS if self.is_tuned(m, head)]
-        known: dict[str, dict[str, Any]] = {}
-        while known != (known := {row: c for pair in tuned for row, c in self.candidates(*pair).items()}):
-            self._run([(row, self.trial(c), first) for row, c in known.items()], jobs)
-        again = {row: known[row] for pair in tuned for row in self.finalists(*pair)}
-        self._run([(row, self.trial(c), second) for row, c in again.items()], jobs)
-        is_whole = self.seeds == SEEDS
-        best = dict(
-            cell for m in methods for head in (ALL_HEADS if is_whole else HEADS) if (cell := self.pick(m, head))
-        )
-        for rows in (best, self.ablation() if is_whole and "janus" in methods else {}):
+        """Runs what is missing: trials, then what they chose, then the ablation; on fresh seeds what is chosen."""
+        is_first = self.seeds == SEEDS
+        if is_first:
+            self._run_trials(methods, jobs)
+        wanted = [(m, head) for m in methods for head in (ALL_HEADS if is_first else HEADS)]
+        picked = {pair: self.pick(*pair) for pair in wanted if chosen_for(self.data, *pair)}
+        if lacking := [", ".join(pair) for pair, cell in picked.items() if cell is None]:
+            raise SystemExit(f"nothing is chosen for {'; '.join(lacking)}: `run {self.data}` goes on with the trials")
+        for rows in (dict(picked.values()), self.ablation() if is_first and "janus" in methods else {}):
             self._run([(row, c, seed) for seed in self.seeds for row, c in rows.items()], jobs)
+
+    def _run_trials(self, methods: list[str], jobs: int) -> None:
+        first, second = SELECTION_SEEDS
+        known: dict[str, dict[str, Any]] = {}
+        while known != (known := self.tried(methods)):
+            self._run([(row, self.trial(c), first) for row, c in known.items()], jobs)
+        best = [titled(row, head) for m, head in self.tuned(methods) for row in self.finalists(m, head)]
+        self._run([(row, self.trial(known[row]), second) for row in dict.fromkeys(best)], jobs)
 
     def _run(self, cells: list[Cell], jobs: int) -> None:
         run_cells(cells, jobs, 1, self.path, self.where)
@@ -167,18 +181,12 @@ class Study:
     # what came out ----------------------------------------------------------------------------------------------------
     def pick(self, method: str, head: str) -> tuple[str, dict[str, Any]] | None:
         """What the reported seeds run for a method with a head; None while trials are missing."""
-        if head in OWN_RUNS and method not in OWN_RUNS[head]:
-            return None
         trials_of = chosen_for(self.data, method, head)
-        row = self.chosen(method, trials_of)
+        row = self.chosen(method, trials_of) if trials_of else None
         if row is None:
             return None
         change = self.candidates(method, trials_of)[row]
-        return (row, change) if trials_of == head else of_own_runs(row, change, method, head)
-
-    def is_tuned(self, method: str, head: str) -> bool:
-        """Whether a method's settings are tried with this head."""
-        return (head in HEADS or method in OWN_RUNS[head]) and chosen_for(self.data, method, head) == head
+        return titled(row, head), change | OWN_RUNS.get(head, {}).get(method, {})
 
     def reported(self, method: str, head: str) -> Lines:
         """The finished runs of what was chosen, on the reported seeds."""
@@ -245,11 +253,9 @@ class Study:
 
     def trials(self) -> str:
         """ACC of every candidate and head on the held-out images of the selection seeds."""
-        tuned = [(m, head) for m in METHODS for head in ALL_HEADS if self.is_tuned(m, head)]
-        heads = list(dict.fromkeys((*HEADS, *(head for _, head in tuned))))
+        heads = list(dict.fromkeys((*HEADS, *(head for _, head in self.tuned(METHODS)))))
         text = [f"| candidate | seed | {' | '.join(heads)} | movement |", "|" + "---|" * (len(heads) + 3)]
-        known = {row: change for pair in tuned for row, change in self.candidates(*pair).items()}
-        for row, change in known.items():
+        for row, change in self.tried(METHODS).items():
             for seed in SELECTION_SEEDS:
                 found = self.line(self.trial(change), seed)
                 if found:
@@ -297,10 +303,12 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="where the images of glyphs or fashion-mnist lie")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
-    parser.add_argument("--fresh", action="store_true", help=f"seeds {FRESH_SEEDS[0]} to {FRESH_SEEDS[-1]} instead")
+    parser.add_argument("--fresh", action="store_true", help="of the choices, seeds 5 to 9 instead of 0 to 4")
     parser.add_argument("--against", choices=list(METHODS), default="janus", help="of paired and hypotheses")
     arguments = parser.parse_args()
     seeds = FRESH_SEEDS if arguments.fresh else SEEDS
+    if arguments.fresh and arguments.action in ("ablation", "parts", "trials", "curves"):
+        parser.error(f"--fresh: {arguments.action} has no fresh seeds; run, table, details, paired and others have")
     study = Study(arguments.data, arguments.data_dir if arguments.action == "run" else Path(), seeds)
     if arguments.action == "run":
         study.run(arguments.methods, arguments.jobs)

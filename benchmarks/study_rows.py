@@ -13,7 +13,7 @@ from janus_ext.config import presets
 
 SELECTION_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
-FRESH_SEEDS = (5, 6, 7, 8, 9)  # run when all trials and choices had stood
+FRESH_SEEDS = (5, 6, 7, 8, 9)  # as many; no grid or rule of choice changes once one of them has been run
 HEADS = ("linear", "ncm", "lda", "ridge")  # of every run
 
 TRAINED_BY = {"head": "linear"}  # heads of closed form are fitted beside them
@@ -109,7 +109,7 @@ OWN_RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "aligned": _own_runs({"head": "aligned"}, {}),
     "lda 2000": _own_runs({"head": "lda", "head_width": 2000}, {"epochs": None}),
 }
-ALIGNED_TUNED_ON = ("emoji",)  # on the others it still takes over what was chosen for linear heads
+ALIGNED_TUNED_ON = ("emoji",)  # on the other data sets it takes over what was chosen for linear heads
 ALL_HEADS = (*HEADS, *OWN_RUNS)
 
 # The rows of the paper's ablation but for plain LoRA, as changes of Janus-LoRA.
@@ -142,27 +142,30 @@ def ablation(chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: (bare if name in forgetful else chosen) | change for name, change in ABLATION.items()}
 
 
-def chosen_for(data: str, method: str, head: str) -> str:
-    """The head whose trials choose what a method has with `head`: its own, where there is something to tune.
+def chosen_for(data: str, method: str, head: str) -> str | None:
+    """The head whose trials choose what a method has with `head`; None where it is not measured with it.
 
-    "lda 2000" is "lda" of wider features.
+    Its own, but "lda 2000" is "lda" of wider features, and "aligned" takes over what linear heads have where nothing is
+    to tune.
     """
-    if head == "aligned":
-        return head if METHODS[method].ladders and data in ALIGNED_TUNED_ON else "linear"
+    if head in OWN_RUNS and method not in OWN_RUNS[head]:
+        return None
+    if head == "aligned" and not (METHODS[method].ladders and data in ALIGNED_TUNED_ON):
+        return "linear"
     return "lda" if head == "lda 2000" else head
 
 
 def candidate(data: str, method: str, position: Position, head: str = "linear") -> tuple[str, dict[str, Any]]:
-    """The name of a row and its configuration; of runs of their own, where `head` has such."""
+    """The name of a setting and the configuration that measures `head` there: one for all heads without own runs."""
     grid = METHODS[method]
     change = grid.change(position)
     row = " | ".join([method, ", ".join(f"{k} {v:g}" for k, v in change.items())])
-    return of_own_runs(row, TRAINED_BY | DATA[data] | grid.fixed | change, method, head)
+    return row, TRAINED_BY | DATA[data] | grid.fixed | change | OWN_RUNS.get(head, {}).get(method, {})
 
 
-def of_own_runs(row: str, change: dict[str, Any], method: str, head: str) -> tuple[str, dict[str, Any]]:
-    """The row in runs of a head of its own; as it is with heads that every run measures."""
-    return (f"{row} | {head}", change | OWN_RUNS[head][method]) if head in OWN_RUNS else (row, change)
+def titled(row: str, head: str) -> str:
+    """The row of a setting in runs for `head`: in its own, where it has such."""
+    return f"{row} | {head}" if head in OWN_RUNS else row
 
 
 def located(data: str, folder: Path | None) -> dict[str, Any]:

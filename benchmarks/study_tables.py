@@ -185,7 +185,8 @@ def _forgetting(study: Study, method: str, head: str) -> str:
     return (
         f"With `{head}`, on the held-out images of seed {SELECTION_SEEDS[0]}, InfLoRA's choice learns "
         f"{theirs['plasticity']:.1f} and forgets {-theirs['bwt']:.1f}; with at least its plasticity {method} {said}. "
-        f"On the reported seeds the choice for {method} learns {more} more than InfLoRA's, and its BWT is {less} above."
+        f"On seeds {study.seeds[0]} to {study.seeds[-1]} the choice for {method} learns {more} more than InfLoRA's, "
+        f"and its BWT is {less} above."
     )
 
 

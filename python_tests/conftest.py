@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several (-n): threads that wai
 
 import numpy as np
 import pytest
+import studies
 import torch
 import trees
 from PIL import Image
@@ -249,3 +250,10 @@ def assert_protected_inputs_are_left_alone(trainer: KeepingTrainer, tasks: int) 
             assert (change @ basis).norm() <= 1e-5 * change.norm() + rounding
             update = factors[f"{name}.B"].double() @ factors[f"{name}.A"].double()
             assert (update @ basis).norm() <= 1e-5 * update.norm()
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """`studies.finished`, with the benchmarks where Python finds them."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return studies.finished

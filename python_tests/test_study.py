@@ -1,72 +1,14 @@
-"""benchmarks/study.py: what is chosen and said of finished runs, from runs that never were."""
+"""benchmarks/study.py: what is said of finished runs, from runs that never were."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_close, orthonormal
+from studies import SHARES, plain
 
 from janus_ext import ops
 from janus_ext.rectification import Rectification
-
-SHARES = {"linear": 40.0, "ncm": 45.0, "lda": 50.0, "ridge": 48.0}
-
-
-@pytest.fixture
-def study(monkeypatch, tmp_path):
-    """A study whose runs are all finished: `accuracy(row, seed, head)` says what each has reached."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    import study as module
-
-    class Finished(module.Study):
-        accuracy_of: Callable[[str, int, str], float]
-        known: dict[str, dict[str, Any]]
-
-        def line(self, change: dict[str, Any], seed: int) -> dict[str, Any]:
-            own = "aligned" if change.get("head") == "aligned" else "lda 2000" if "head_width" in change else None
-            heads = [*SHARES, own] if own else SHARES
-            alike = [row for row, c in self.known.items() if c.items() <= change.items()]
-            row = max(alike, key=lambda row: len(self.known[row]), default="janus | of the ablation")
-            shown = {h: {"acc": self.accuracy_of(row, seed, h), "maa": 60.0, "bwt": -9.0} for h in heads}
-            shown = {h: of | {"plasticity": self.accuracy_of(row, seed, h) + 9} for h, of in shown.items()}
-            return {"row": row, "seed": seed, "heads": shown, "movement": None, "violation": None}
-
-    def make(accuracy: Callable[[str, int, str], float], data: str = "emoji") -> Any:
-        made = Finished(data, Path())
-        made.accuracy_of = accuracy
-        places = [(m, at) for m, grid in module.METHODS.items() for at in grid.every()]
-        runs = [(m, at, head) for m, at in places for head in ("linear", *module.OWN_RUNS)]
-        runs = [run for run in runs if run[2] == "linear" or run[0] in module.OWN_RUNS[run[2]]]
-        made.known = dict(module.candidate(data, *run) for run in runs)
-        return made
-
-    return make
-
-
-def plain(row: str, seed: int, head: str) -> float:
-    """Joint is 20 ahead, frozen 2 behind, what is tried at 0.004 the best; other methods are level but for the seed."""
-    method, setting = row.split(" | ")[:2]
-    share = SHARES.get(head, 49.0) + (20 if method == "joint" else -2 if method == "frozen" else 0)
-    return share + (1 if setting.startswith("lr 0.004") else 0) + (0.5 * seed if method == "lora" else 0)
-
-
-def test_the_best_candidate_of_the_selection_seeds_is_chosen(study):
-    assert study(plain).chosen("janus", "lda").startswith("janus | lr 0.004")
-    late = study(lambda row, seed, head: plain(row, seed, head) + (9 if "lr 0.016" in row and seed == 101 else 0))
-    assert late.chosen("bilora", "lda").startswith("bilora | lr 0.004"), "only the best are run on seed 101"
-
-
-def test_of_equal_candidates_all_go_on_and_the_lowest_rate_is_chosen(study):
-    rates = ("lr 0.002", "lr 0.004", "lr 0.016")
-    equal = study(lambda row, seed, head: 50 + (1e-13 * seed if rates[2] in row else 0) + row.endswith(rates))
-    finalists = [f"lora | {rate}" for rate in rates]
-    assert equal.finalists("lora", "lda") == finalists, "three of them share the first place"
-    assert equal.chosen("lora", "lda") == finalists[0]
-    tied = study(lambda row, seed, head: plain(row, 0, head) + (seed == 101 and "lr 0.032" in row))
-    assert tied.finalists("lora", "lda")[0] == "lora | lr 0.004" and len(tied.finalists("lora", "lda")) > 5
-    assert tied.chosen("lora", "lda") == "lora | lr 0.004", "of 51 twice, and of 50 and 51"
 
 
 def test_what_went_to_the_reported_seeds_is_shown_with_every_head(study):
@@ -78,110 +20,26 @@ def test_what_went_to_the_reported_seeds_is_shown_with_every_head(study):
     assert "lr 0.004" not in made.finished_on_reported() and "lora, lr 0.008" in made.finished_on_reported()
 
 
-def test_a_grid_grows_until_its_best_is_within_or_the_ladder_ends(study):
+def test_tables_are_of_the_seeds_that_are_asked_for(study, capsys, monkeypatch):
+    """Plain LoRA has half a point more a seed, so that the mean of seeds 5 to 9 is 2.5 points above that of 0 to 4."""
     import study as module
-    from study_rows import METHODS
+    from study_tables import hypotheses, paired
 
-    def rises(row: str, seed: int, head: str) -> float:
-        """LDA is best at a rate of 0.064 and an energy of 0.999, linear at the lowest rate, others in the middle."""
-        change = dict(pair.rsplit(" ", 1) for pair in row.split(" | ")[1].split(", ") if pair)
-        lr, energy = float(change.get("lr", 1)), float(change.get("energy_start", 1))
-        best = {"lda": (0.064, 0.999), "linear": (0.0, 0.97)}.get(head, (0.004, 0.97))
-        return 50 - abs(lr - best[0]) - abs(energy - best[1])
-
-    made = study(rises)
-    grid, known = METHODS["janus"], made.candidates("janus")
-    names = {place: module.candidate("emoji", "janus", place)[0] for place in grid.every()}
-    assert {names[place] for place in grid.start()} < known.keys() and len(known) < len(grid.every())
-    best = {place for place in names for head in SHARES if names[place] in made.finalists("janus", head)}
-    assert all(names[beside] in known for place in best for beside in grid.beside(place))
-    assert "janus | lr 6.25e-05, energy_start 0.5, energy_end 0.7" not in known, "far from what is best of any head"
-    assert made.chosen("janus", "lda") == "janus | lr 0.064, energy_start 0.999, energy_end 0.9999"
-    assert len(made.candidates("frozen")) == 1
-
-
-def test_a_grid_does_not_grow_while_trials_are_missing(study):
-    made = study(lambda row, seed, head: 50.0 + ("lr 0.016" in row))
-    found = made.line
-    assert len(made.candidates("janus")) > 9
-    made._grown.clear()
-    made.line = lambda change, seed: None if change.get("lr") == 0.004 else found(change, seed)
-    assert len(made.candidates("janus")) == 9
-
-
-def test_a_run_that_diverged_is_done_and_never_chosen(study):
     made = study(plain)
-    found = made.line
-    made.line = lambda change, seed: found(change, seed) | ({"heads": {}} if change.get("lr") == 0.004 else {})
-    assert "lr 0.004" not in made.chosen("janus", "lda") and "lr 0.004" in made.trials()
-    assert made.reported("janus", "lda")
-
-
-@pytest.mark.parametrize("head", ["aligned", "lda 2000"])
-@pytest.mark.parametrize("data", ["emoji", "glyphs"])
-def test_runs_of_their_own_are_tuned_or_follow_another_heads_choice(study, data, head):
-    """Without the guard. Heads trained on samples have a choice of their own; LDA's is that of wider features, too."""
-    rates = {"linear": "0.004", "lda": "0.001", "aligned": "0.00025"}
-    settings_of = "lda" if head == "lda 2000" else "aligned" if data == "emoji" else "linear"
-    made = study(lambda row, seed, head: 50.0 + 9 * (head in rates and f"lr {rates[head]}," in row), data)
-    row, change = made.pick("inflora", head)
-    assert row.startswith(f"inflora | lr {rates[settings_of]},") and change["lr"] == float(rates[settings_of])
-    assert row.endswith(f" | {head}") and change["head"] == head.split()[0] and change["drift_budget"] == 1e9
-    assert change.get("head_width") == {"aligned": None, "lda 2000": 2000}[head]
-    assert made.pick("frozen", head)[0] == f"frozen |  | {head}", "nothing is to be tuned"
-    assert made.pick("bilora", head) is None and not made.is_tuned("bilora", head)
-
-
-def test_heads_that_are_tuned_on_their_own_have_trials_of_their_own(study):
-    made = study(plain)
-    known = made.candidates("lora", "aligned")
-    assert all(row.endswith(" | aligned") and change["head"] == "aligned" for row, change in known.items())
-    assert known.keys().isdisjoint(made.candidates("lora"))
-    assert any(line.startswith("| lora, lr 0.004, aligned | 100 |") for line in made.trials().splitlines())
-    found = made.line
-    made._grown.clear()
-    made.line = lambda change, seed: None if change["head"] == "aligned" else found(change, seed)
-    assert made.chosen("lora", "linear") and made.chosen("lora", "aligned") is None is made.pick("lora", "aligned")
-
-
-def test_a_run_goes_from_the_trials_to_the_seeds_and_runs_nothing_twice(study, monkeypatch):
-    import study as module
-
-    made, ran = study(plain), []
-    found = made.line
-
-    def line(change, seed):
-        return found(change, seed) if (repr(sorted(change.items())), seed) in ran else None
-
-    def run_cells(cells, jobs, threads, path, where):
-        ran.extend((repr(sorted(change.items())), seed) for _, change, seed in cells)
-
-    made.line = line
-    monkeypatch.setattr(module, "run_cells", run_cells)
-    monkeypatch.setattr(module, "read_lines", lambda path: [])
-    made.run(["lora", "frozen"], 1)
-    assert all(made.pick("lora", head) and len(made.reported("lora", head)) == 5 for head in module.ALL_HEADS)
-    tried = [seed for text, seed in ran if "validation" in text and "'aligned'" in text]
-    assert tried.count(100) >= 9 and tried.count(101) >= 2, "runs of their own are tried as well"
-    frozen = {(text, seed) for text, seed in ran if "'learn', 'none'" in text and "validation" in text}
-    assert {seed for _, seed in frozen} == {100, 101} and len(frozen) == 2, "nothing to tune: the same for all heads"
-    ran_before, made.seeds = len(ran), module.FRESH_SEEDS
-    assert not made.heads()
-    made.run(["lora", "frozen"], 1)
-    again = ran[ran_before:]
-    assert {seed for text, seed in again if "validation" not in text} == {5, 6, 7, 8, 9}
-    assert made.heads() == list(module.HEADS), "no runs of heads' own"
-    assert [x["seed"] for x in made.reported("lora", "lda")] == [5, 6, 7, 8, 9]
-
-
-def test_a_finalist_that_diverges_later_leaves_the_other(study):
-    made = study(plain)
-    found = made.line
-    made.line = lambda change, seed: (
-        found(change, seed) | ({"heads": {}} if change.get("lr") == 0.004 and seed == 101 else {})
-    )
-    assert made.finalists("lora", "lda")[0].startswith("lora | lr 0.004")
-    assert made.chosen("lora", "lda") == made.finalists("lora", "lda")[1]
+    known, ahead = made.finished_on_reported(), paired(made, "janus")
+    made.seeds = module.FRESH_SEEDS
+    assert "| lora, lr 0.004 | 42.00 ± 0.79 |" in known
+    assert "| lora, lr 0.004 | 44.50 ± 0.79 |" in made.finished_on_reported()
+    assert "| lora | **+1.00 ± 0.98** |" in ahead and "| lora | **+3.50 ± 0.98** |" in paired(made, "janus")
+    assert "On seeds 5 to 9 the choice" in hypotheses(made, "janus")
+    monkeypatch.setattr("sys.argv", ["study.py", "parts", "emoji", "--fresh"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "--fresh: parts has no fresh seeds" in capsys.readouterr().err
+    monkeypatch.setattr(module, "Study", lambda data, folder, seeds: pytest.fail(f"seeds {seeds}"))
+    monkeypatch.setattr("sys.argv", ["study.py", "table", "emoji", "--fresh"])
+    with pytest.raises(pytest.fail.Exception, match=r"seeds \(5, 6, 7, 8, 9\)"):
+        module.main()
 
 
 def test_seeds_that_diverged_are_counted_out(study):
@@ -191,30 +49,6 @@ def test_seeds_that_diverged_are_counted_out(study):
     row = next(line for line in made.table().splitlines() if line.startswith("| lora |"))
     assert row.count("(3 of 5)") == 6
     assert next(line for line in made.details().splitlines() if line.startswith("| lora, lda |")).endswith("| 3 |")
-
-
-def test_nothing_is_chosen_while_trials_are_missing(study):
-    from study_tables import best_head, hypotheses, is_tried
-
-    made = study(lambda row, seed, head: 50.0 + ("lr 0.064" in row) + 0.5 * ("lr 0.016" in row))
-    assert "lr 0.064" in made.chosen("janus", "lda") and is_tried(made)
-    made._grown.clear()
-    found = made.line
-    made.line = lambda change, seed: None if change.get("energy_start") == 0.5 else found(change, seed)
-    assert len(made.candidates("janus")) > 9 and made.chosen("janus", "lda") is None and not is_tried(made)
-    assert best_head(made, "janus") is None
-    with pytest.raises(SystemExit, match="trials are missing"):
-        hypotheses(made, "janus")
-
-
-def test_a_best_head_is_none_while_one_head_is_undecided(study):
-    from study_tables import best_head
-
-    made = study(plain)
-    chosen = made.chosen
-    assert best_head(made, "janus") == "lda"
-    made.chosen = lambda method, head: None if head == "ncm" else chosen(method, head)
-    assert best_head(made, "janus") is None
 
 
 def test_cells_of_missing_seeds_say_so_and_are_not_in_bold(study):
@@ -398,22 +232,3 @@ def test_fonts_are_held_out_whole(study, tmp_path):
         assert all(file.read_text() == file.parent.name + file.name for file in folder.glob("*/*/*.png"))
         splits[seed] = parts["test", "a"]
     assert splits[1] != splits[2]
-
-
-def test_what_methods_take_on_the_embedded_images_is_what_held_out_images_chose(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    from study import Study
-    from study_tables import RIVALS
-
-    from janus_ext.config import presets
-
-    study = Study("emoji")
-    stays = {("lora-drs", "lda", "margin_weight")}  # 0.2, as with linear heads: "lda" chose 0.8, "ncm" 0
-    for method, head in [("janus", "linear"), *((rival, head) for rival in RIVALS for head in ("linear", "lda"))]:
-        row = study.chosen(method, head)
-        assert row is not None
-        wanted = dict(words.split(" ") for words in row.split(" | ")[1].split(", "))
-        values = presets.values("default", "emoji", method, {}, head=head)
-        for name, value in wanted.items():
-            if (method, head, name) not in stays:
-                assert values[name] == float(value), (method, head, name)
