@@ -21,12 +21,13 @@ All are run on seed 100 with `--validation`, so that the test images are not see
 or their ladder ends. These are run on seed 101, too, and the best mean ACC goes to seeds 0 to 4, which are trained on
 all training images and tested on the test images; of equal ones that which was better on seed 100. Two heads are not
 measured in every run, but in runs of their own, of three methods, Janus-LoRA as shipped, joint training, "first task
-only" and frozen: "aligned", tuned like the others (but on glyphs and Fashion-MNIST still at what was chosen for linear
-heads), and "lda 2000" (random features), at what was chosen for "lda". "As shipped" has the defaults' rate, energies,
-guard and epochs: nothing is chosen; of the frozen backbone it has the epochs, for linear and aligned heads. The class
-order is drawn from the seed. Fresh seeds run what is chosen for the four heads that every run measures, without trials
-of their own: on emoji and glyphs the rule of choice had changed when seeds 0 to 4 were known. Every finished run is a
-line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line without heads.
+only" and frozen: "aligned", tuned like the others on the data of `study_rows.ALIGNED_TUNED_ON` (else at what was
+chosen for linear heads), and "lda 2000" (random features), at what was chosen for "lda". "As shipped" has the defaults'
+rate, energies, guard and epochs: nothing is chosen; of the frozen backbone it has the epochs, for linear and aligned
+heads. The class order is drawn from the seed. Fresh seeds run what is chosen for the four heads that every run
+measures, without trials of their own: on emoji and glyphs the rule of choice had changed when seeds 0 to 4 were known.
+Every finished run is a line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line
+without heads.
 """
 
 from __future__ import annotations
