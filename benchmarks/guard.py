@@ -4,6 +4,7 @@
     python benchmarks/guard.py run fashion-mnist --data-dir DATA/fashion-mnist
     python benchmarks/guard.py run glyphs-fonts --data-dir DATA/glyphs
     python benchmarks/guard.py table                                # of all data sets that were run
+    python benchmarks/guard.py table --against "as shipped"         # held against another row than frozen
 
 Every seed holds out other training images (shares as in the study) and draws another order of the classes. Seeds 100
 to 109 are left out: what is shipped was chosen on them. "glyphs-fonts" holds out whole fonts, six of the 30 that
@@ -77,26 +78,29 @@ def hold_out_fonts(glyphs: Path, seed: int, target: Path) -> Path:
     return target
 
 
-def table() -> str:
-    """ACC of the frozen backbone, and how far the others are ahead of it, seed by seed, as Markdown."""
+def table(against: str = "frozen") -> str:
+    """ACC of the row `against`, and how far the others are ahead of it, seed by seed, as Markdown."""
     columns = {
         data: {row: accuracies(path(data), change(data, row), HEAD, SEEDS[data]) for row in ROWS} for data in SEEDS
     }
-    columns = {data: column for data, column in columns.items() if column["frozen"]}
+    columns = {data: column for data, column in columns.items() if column[against]}
     if not columns:
         raise SystemExit("nothing has been run yet: python benchmarks/guard.py run emoji")
     text = [f"| | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
     for row in ROWS:
-        cells = [cell(column["frozen"], column[row], row, len(SEEDS[data])) for data, column in columns.items()]
-        text.append(f"| {'frozen, ACC' if row == 'frozen' else row} | {' | '.join(cells)} |")
+        base = None if row == against else against
+        cells = [cell(column.get(base), column[row], len(SEEDS[data])) for data, column in columns.items()]
+        text.append(f"| {row if base else f'{row}, ACC'} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
-def cell(frozen: dict[int, float | None], found: dict[int, float | None], row: str, seeds: int) -> str:
-    """A cell of the table, and how many of the seeds are missing, or diverged."""
+def cell(base: dict[int, float | None] | None, found: dict[int, float | None], seeds: int) -> str:
+    """How far a row is ahead of `base`, or its own ACC, and how many of the seeds are missing, or diverged."""
     known = {seed: acc for seed, acc in found.items() if acc is not None}
-    shared = [acc - frozen[seed] for seed, acc in known.items() if seed in frozen]
-    text = f"{statistics.fmean(known.values()):.2f}" if row == "frozen" else shown(shared)
+    if base is None:
+        text = f"{statistics.fmean(known.values()):.2f}"
+    else:
+        text = shown([acc - base[seed] for seed, acc in known.items() if base.get(seed) is not None])
     missing, diverged = seeds - len(found), len(found) - len(known)
     text += f" ({seeds - missing} of {seeds} seeds)" if 0 < missing < seeds else ""
     return text + (f" ({diverged} diverged)" if diverged else "")
@@ -109,10 +113,11 @@ def main() -> None:
     runs.add_argument("data", choices=SEEDS)
     runs.add_argument("--data-dir", type=Path, help="where the images of fashion-mnist or glyphs lie")
     runs.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
-    actions.add_parser("table")
+    shows = actions.add_parser("table")
+    shows.add_argument("--against", choices=ROWS, default="frozen", help="the row that the others are held against")
     arguments = parser.parse_args()
     if arguments.action == "table":
-        print(table())
+        print(table(arguments.against))
     else:
         run(arguments.data, arguments.data_dir, arguments.jobs)
 

@@ -128,10 +128,24 @@ def test_merging_a_part_is_held_against_the_same_splits(module):
 
 def test_a_run_that_diverged_is_not_one_that_is_missing(module) -> None:
     cell, frozen = module("guard").cell, {0: 50.0, 1: 52.0, 2: 54.0}
-    assert cell(frozen, {0: 51.0, 1: 53.0, 2: 55.0}, "as shipped", 3) == "**+1.00 ± 0.00**"
-    assert cell(frozen, {0: 51.0, 1: 53.0, 2: None}, "as shipped", 4) == "**+1.00 ± 0.00** (3 of 4 seeds) (1 diverged)"
-    assert cell(frozen, {0: None, 1: None, 2: None}, "as shipped", 3) == "– (3 diverged)"
-    assert cell(frozen, frozen, "frozen", 8) == "52.00 (3 of 8 seeds)"
+    assert cell(frozen, {0: 51.0, 1: 53.0, 2: 55.0}, 3) == "**+1.00 ± 0.00**"
+    assert cell(frozen, {0: 51.0, 1: 53.0, 2: None}, 4) == "**+1.00 ± 0.00** (3 of 4 seeds) (1 diverged)"
+    assert cell(frozen, {0: None, 1: None, 2: None}, 3) == "– (3 diverged)"
+    assert cell({0: 50.0, 1: None}, {0: 51.0, 1: 53.0}, 2) == "+1.00", "nor is what it is held against"
+    assert cell(None, frozen, 8) == "52.00 (3 of 8 seeds)"
+
+
+def test_the_guards_rows_can_be_held_against_any_of_them(module) -> None:
+    guard = module("guard")
+    acc = {"frozen": 50.0, "as shipped": 53.0}
+    row_of = {repr(guard.change("emoji", row)): row for row in guard.ROWS}
+    guard.accuracies = lambda path, change, head, seeds: (
+        {seed: acc[row] + seed % 2 for seed in seeds} if (row := row_of.get(repr(change))) in acc else {}
+    )
+    for against, other in (("frozen", "as shipped"), ("as shipped", "frozen")):
+        rows = dict(line.strip("| ").split(" | ")[:2] for line in guard.table(against).splitlines()[2:])
+        ahead = acc[other] - acc[against]
+        assert rows[f"{against}, ACC"] == f"{acc[against] + 0.5:.2f}" and rows[other] == f"**{ahead:+.2f} ± 0.00**"
 
 
 @pytest.mark.xdist_group("together")
