@@ -21,13 +21,12 @@ All are run on seed 100 with `--validation`, so that the test images are not see
 or their ladder ends. These are run on seed 101, too, and the best mean ACC goes to seeds 0 to 4, which are trained on
 all training images and tested on the test images; of equal ones that which was better on seed 100. Two heads are not
 measured in every run, but in runs of their own, of three methods, Janus-LoRA as shipped, joint training, "first task
-only" and frozen: "aligned", tuned like the others on the data of `study_rows.ALIGNED_TUNED_ON` (else at what was
-chosen for linear heads), and "lda 2000" (random features), at what was chosen for "lda". "As shipped" has the defaults'
-rate, energies, guard and epochs: nothing is chosen; of the frozen backbone it has the epochs, for linear and aligned
-heads. The class order is drawn from the seed. Fresh seeds run what is chosen for the four heads that every run
-measures, without trials of their own: on emoji and glyphs the rule of choice had changed when seeds 0 to 4 were known.
-Every finished run is a line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line
-without heads.
+only" and frozen: "aligned", with trials of their own like the others, and "lda 2000" (random features), at what was
+chosen for "lda". "As shipped" has the defaults' rate, energies, guard and epochs: nothing is chosen; of the frozen
+backbone it has the epochs, for linear and aligned heads. The class order is drawn from the seed. Fresh seeds run what
+is chosen for the four heads that every run measures, without trials of their own: on emoji and glyphs the rule of
+choice had changed when seeds 0 to 4 were known. Every finished run is a line in benchmarks/results/study-<data>.jsonl;
+one whose numbers end at infinity has a line without heads.
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ class Study:
 
     def tuned(self, methods: Iterable[str]) -> list[tuple[str, str]]:
         """The methods and heads that have trials."""
-        return [(m, head) for m in methods for head in ALL_HEADS if chosen_for(self.data, m, head) == head]
+        return [(m, head) for m in methods for head in ALL_HEADS if chosen_for(m, head) == head]
 
     def tried(self, methods: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Their candidates, by the name of their row."""
@@ -159,7 +158,7 @@ class Study:
         if is_first:
             self._run_trials(methods, jobs)
         wanted = [(m, head) for m in methods for head in (ALL_HEADS if is_first else HEADS)]
-        picked = {pair: self.pick(*pair) for pair in wanted if chosen_for(self.data, *pair)}
+        picked = {pair: self.pick(*pair) for pair in wanted if chosen_for(*pair)}
         if lacking := [", ".join(pair) for pair, cell in picked.items() if cell is None]:
             raise SystemExit(f"nothing is chosen for {'; '.join(lacking)}: `run {self.data}` goes on with the trials")
         for rows in (dict(picked.values()), self.ablation() if is_first and "janus" in methods else {}):
@@ -182,7 +181,7 @@ class Study:
     # what came out ----------------------------------------------------------------------------------------------------
     def pick(self, method: str, head: str) -> tuple[str, dict[str, Any]] | None:
         """What the reported seeds run for a method with a head; None while trials are missing."""
-        trials_of = chosen_for(self.data, method, head)
+        trials_of = chosen_for(method, head)
         row = self.chosen(method, trials_of) if trials_of else None
         if row is None:
             return None

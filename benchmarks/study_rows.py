@@ -109,7 +109,6 @@ OWN_RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "aligned": _own_runs({"head": "aligned"}, {}),
     "lda 2000": _own_runs({"head": "lda", "head_width": 2000}, {"epochs": None}),
 }
-ALIGNED_TUNED_ON: tuple[str, ...] = ()  # whose trials are run; on others it takes over what linear heads have
 ALL_HEADS = (*HEADS, *OWN_RUNS)
 
 # The rows of the paper's ablation but for plain LoRA, as changes of Janus-LoRA.
@@ -142,15 +141,14 @@ def ablation(chosen: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: (bare if name in forgetful else chosen) | change for name, change in ABLATION.items()}
 
 
-def chosen_for(data: str, method: str, head: str) -> str | None:
+def chosen_for(method: str, head: str) -> str | None:
     """The head whose trials choose what a method has with `head`; None where it is not measured with it.
 
-    Its own, but "lda 2000" is "lda" of wider features, and "aligned" takes over what linear heads have where nothing is
-    to tune.
+    Its own; but "lda 2000" is "lda" of wider features, and where nothing is to tune, one trial is for all heads.
     """
     if head in OWN_RUNS and method not in OWN_RUNS[head]:
         return None
-    if head == "aligned" and not (METHODS[method].ladders and data in ALIGNED_TUNED_ON):
+    if head == "aligned" and not METHODS[method].ladders:
         return "linear"
     return "lda" if head == "lda 2000" else head
 

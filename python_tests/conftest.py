@@ -254,7 +254,6 @@ def assert_protected_inputs_are_left_alone(trainer: KeepingTrainer, tasks: int) 
 
 @pytest.fixture
 def study(monkeypatch):
-    """`studies.finished`, with the benchmarks where Python finds them; aligned heads are tuned on emoji alone."""
+    """`studies.finished`, with the benchmarks where Python finds them."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    monkeypatch.setattr("study_rows.ALIGNED_TUNED_ON", ("emoji",))
     return studies.finished

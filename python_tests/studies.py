@@ -14,8 +14,8 @@ def plain(row: str, seed: int, head: str) -> float:
     return share + (1 if setting.startswith("lr 0.004") else 0) + (0.5 * seed if method == "lora" else 0)
 
 
-def finished(accuracy: Callable[[str, int, str], float], data: str = "emoji") -> Any:
-    """A study whose runs are all finished: `accuracy(row, seed, head)` says what each has reached."""
+def finished(accuracy: Callable[[str, int, str], float]) -> Any:
+    """A study of emoji whose runs are all finished: `accuracy(row, seed, head)` says what each has reached."""
     import study as module
 
     class Finished(module.Study):
@@ -31,11 +31,11 @@ def finished(accuracy: Callable[[str, int, str], float], data: str = "emoji") ->
             shown = {h: of | {"plasticity": self.accuracy_of(row, seed, h) + 9} for h, of in shown.items()}
             return {"row": row, "seed": seed, "heads": shown, "movement": None, "violation": None}
 
-    made = Finished(data, Path())
+    made = Finished("emoji", Path())
     made.accuracy_of = accuracy
     places = [(m, at) for m, grid in module.METHODS.items() for at in grid.every()]
     runs = [(m, at, head) for m, at in places for head in ("linear", *module.OWN_RUNS)]
     runs = [run for run in runs if run[2] == "linear" or run[0] in module.OWN_RUNS[run[2]]]
-    named = {run: module.candidate(data, *run) for run in runs}
+    named = {run: module.candidate("emoji", *run) for run in runs}
     made.known = {module.titled(row, run[2]): change for run, (row, change) in named.items()}
     return made
