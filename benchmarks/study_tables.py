@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scipy.stats import t as student
+from scipy.stats import ttest_1samp
 from study_rows import HEADS, METHODS, SEEDS, SELECTION_SEEDS
 
 if TYPE_CHECKING:
@@ -70,13 +71,35 @@ def difference(study: Study, ours: tuple[str, str], theirs: tuple[str, str], met
     return counted(shown(values), len(values))
 
 
+def standing(found: dict[str, list[float]]) -> set[str]:
+    """Those whose mean Holm's correction tells from zero, by paired t tests: all together at CONFIDENCE."""
+    chances = {name: ttest_1samp(values, 0).pvalue if any(values) else 1.0 for name, values in found.items()}
+    stays: set[str] = set()
+    for name in sorted(chances, key=chances.__getitem__):
+        if chances[name] > (1 - CONFIDENCE) / (len(chances) - len(stays)):
+            break
+        stays.add(name)
+    return stays
+
+
+def _stands(study: Study, head: str, against: str) -> set[str]:
+    """Of the learners with all seeds of a head, those that Holm's correction over them leaves apart from `against`."""
+    found = {method: gains(study, (method, head), (against, head)) for method in LEARNERS if method != against}
+    return standing({method: values for method, values in found.items() if len(values) == len(study.seeds)})
+
+
 def paired(study: Study, against: str) -> str:
-    """How far each method is ahead of `against` with the same head, seed by seed: mean ± half of the interval."""
+    """How far each method is ahead of `against` with the same head, seed by seed: mean ± half of the interval.
+
+    A dagger stands where Holm's correction, over those of a head that learn task after task, leaves the difference.
+    """
     heads = study.heads()
+    stands = {head: _stands(study, head, against) for head in heads}
     text = [f"| ACC less that of {against} | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
     for method in METHODS:
         if method != against and any(study.reported(method, head) for head in heads):
             cells = [difference(study, (method, head), (against, head)) for head in heads]
+            cells = [f"{cell} †" if method in stands[head] else cell for head, cell in zip(heads, cells, strict=True)]
             text.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(text)
 

@@ -30,7 +30,7 @@ def test_tables_are_of_the_seeds_that_are_asked_for(study, capsys, monkeypatch):
     made.seeds = module.FRESH_SEEDS
     assert "| lora, lr 0.004 | 42.00 ± 0.79 |" in known
     assert "| lora, lr 0.004 | 44.50 ± 0.79 |" in made.finished_on_reported()
-    assert "| lora | **+1.00 ± 0.98** |" in ahead and "| lora | **+3.50 ± 0.98** |" in paired(made, "janus")
+    assert "| lora | **+1.00 ± 0.98** |" in ahead and "| lora | **+3.50 ± 0.98** † |" in paired(made, "janus")
     assert "On seeds 5 to 9 the choice" in hypotheses(made, "janus")
     monkeypatch.setattr("sys.argv", ["study.py", "parts", "emoji", "--fresh"])
     with pytest.raises(SystemExit):
@@ -170,6 +170,29 @@ def test_paired_differences_are_seed_by_seed(study):
     text = paired(study(plain), "janus")
     assert "| frozen | **-3.00 ± 0.00** |" in text and "| joint | **+20.00 ± 0.00** |" in text
     assert "| lora | **+1.00 ± 0.98** |" in text, "0, 0.5, ... 2"
+
+
+def test_daggers_are_holms(study):
+    """Every part of the step-down, against p-values of the paired test worked out by hand (t of 4 degrees)."""
+    from scipy.stats import t as student
+    from study_tables import paired, standing
+
+    study(plain)
+    far, near, hardly = ([mean + 0.1 * k for k in (-2, -1, 0, 1, 2)] for mean in (1.0, 0.22, 0.19))
+    chance = {mean: 2 * student.sf(mean / (0.1 * 2.5**0.5 / 5**0.5), 4) for mean in (1.0, 0.22, 0.19)}
+    assert chance[1.0] < 0.05 / 3 and 0.05 / 2 < chance[0.22] < 0.05 < chance[0.19]
+    assert standing({"a": near}) == {"a"} and standing({"a": hardly}) == set()
+    assert standing({"a": near, "b": far}) == {"a", "b"}, "0.05 for the last of two"
+    assert standing({"a": near, "b": hardly, "c": far}) == {"c"}, "0.025 for the second of three"
+    assert standing({"a": [0.0] * 5, "b": [-x for x in far]}) == {"b"} and standing({}) == set()
+    made = study(plain)
+    assert "| lora | **+1.00 ± 0.98** |" in paired(made, "janus"), "one of five, and 0.047 is no 0.01"
+    made = study(lambda row, seed, head: plain(row, seed, head) + 5 * row.startswith(("lora |", "frozen |")))
+    text = paired(made, "janus")
+    assert "| lora | **+6.00 ± 0.98** † |" in text and "| frozen | **+2.00 ± 0.00** |" in text
+    whole = made.line
+    made.line = lambda change, seed: None if seed == 4 and change.get("method") == "lora" else whole(change, seed)
+    assert "†" not in paired(made, "janus"), "not all seeds"
 
 
 def test_hypotheses_say_what_came_out(study):
