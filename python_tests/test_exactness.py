@@ -16,6 +16,7 @@ from janus_ext.runs.checkpoint import read_tensors
 from janus_ext.train import train
 
 prepare_torchvision()
+pytestmark = pytest.mark.xdist_group("exactness")
 TASKS = 3
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -54,14 +55,26 @@ def here(tmp_path_factory, monkeypatch) -> Path:
     forget("slda_here")
 
 
-@pytest.fixture
-def trained(here, weights, photos) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, weights) -> Path:
     """A run of three tasks, by somebody whose process has ended."""
-    data = f"--benchmark folder --data-dir {photos} --tasks 3 --backbone emoji --weights {weights}"
+    place = tmp_path_factory.mktemp("original")
+    (place / "slda_here.py").write_text(SOURCE)
+    trees.folders(place / "photos", 6, 5)
+    data = f"--benchmark folder --data-dir {place / 'photos'} --tasks 3 --backbone emoji --weights {weights}"
     call = f"{data} --head {NAME} --rank 4 --epochs 1 --batch-size 8 --amp off --device cpu --no-plots --output run"
-    assert train.main(call.split()) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", sys.path[:])
+        patch.chdir(place)
+        assert train.main(call.split()) == 0
     forget("slda_here")
-    return here / "run"
+    return place / "run"
+
+
+@pytest.fixture
+def trained(here, original) -> Path:
+    """A copy of it in the current folder."""
+    return Path(shutil.copytree(original, here / "run"))
 
 
 # through the commands -------------------------------------------------------------------------------------------------
