@@ -26,6 +26,8 @@ RUNS = (
     "study.py run emoji",
     "study.py run glyphs --data-dir {glyphs}",
     "study.py run fashion-mnist --data-dir {fashion_mnist}",
+    "study.py run emoji --fresh",
+    "study.py run glyphs --data-dir {glyphs} --fresh",
     "merged.py run",
     "defaults.py run",
     "documents.py",

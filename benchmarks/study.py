@@ -12,7 +12,7 @@
     python benchmarks/study.py trials emoji                       # every candidate on the held-out images
     python benchmarks/study.py finished emoji                     # all heads of what was chosen for any, reported seeds
     python benchmarks/study.py curves emoji                       # forgetting over plasticity, of all data sets
-    python benchmarks/study.py run emoji --fresh                  # the choices once more, on seeds 5 to 9
+    python benchmarks/study.py run emoji --fresh                  # the choices once more, on other seeds
     python benchmarks/study.py paired emoji --fresh               # what came out on these
 
 A run trains once and measures all heads, which training does not know of. Every method begins with nine candidates.
@@ -272,14 +272,14 @@ class Study:
                 lines = [self.line(change, seed) for seed in self.seeds]
                 if None not in lines:
                     values = [[x["heads"][h]["acc"] for x in lines if h in x["heads"]] for h in HEADS]
-                    cells = [counted(spread(found), len(found)) for found in values]
+                    cells = [counted(spread(found), len(found), len(self.seeds)) for found in values]
                     text.append(f"| {row.replace(' | ', ', ')} | {' | '.join(cells)} |")
         return "\n".join(text)
 
     def _cell(self, method: str, head: str, metric: str) -> str:
         lines = self.reported(method, head)
         values = [x["heads"][head][metric] for x in lines if head in x["heads"]]
-        return counted(spread(values), len(values))
+        return counted(spread(values), len(values), len(self.seeds))
 
 
 def curves() -> None:
@@ -303,12 +303,14 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="where the images of glyphs or fashion-mnist lie")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
-    parser.add_argument("--fresh", action="store_true", help="of the choices, seeds 5 to 9 instead of 0 to 4")
+    parser.add_argument("--fresh", action="store_true", help="seeds behind 4, with what was chosen; no trials")
     parser.add_argument("--against", choices=list(METHODS), default="janus", help="of paired and hypotheses")
     arguments = parser.parse_args()
-    seeds = FRESH_SEEDS if arguments.fresh else SEEDS
     if arguments.fresh and arguments.action in ("ablation", "parts", "trials", "curves"):
         parser.error(f"--fresh: {arguments.action} has no fresh seeds; run, table, details, paired and others have")
+    if arguments.fresh and arguments.data not in FRESH_SEEDS:
+        parser.error(f"--fresh: {arguments.data} has no fresh seeds; {' and '.join(FRESH_SEEDS)} have")
+    seeds = FRESH_SEEDS[arguments.data] if arguments.fresh else SEEDS
     study = Study(arguments.data, arguments.data_dir if arguments.action == "run" else Path(), seeds)
     if arguments.action == "run":
         study.run(arguments.methods, arguments.jobs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
-from study_rows import HEADS, METHODS, SEEDS, SELECTION_SEEDS
+from study_rows import HEADS, METHODS, SELECTION_SEEDS
 
 if TYPE_CHECKING:
     from study import Study
@@ -48,7 +48,7 @@ def shown(values: list[float]) -> str:
     return f"**{text}**" if abs(mean) > half else text
 
 
-def counted(text: str, count: int, wanted: int = len(SEEDS)) -> str:
+def counted(text: str, count: int, wanted: int) -> str:
     """With the number of runs that it speaks of, and nothing in bold, where some diverged or are still to be run."""
     return text if count in (0, wanted) else f"{text.replace('**', '')} ({count} of {wanted})"
 
@@ -68,7 +68,7 @@ def gains(study: Study, ours: tuple[str, str], theirs: tuple[str, str], metric: 
 def difference(study: Study, ours: tuple[str, str], theirs: tuple[str, str], metric: str = "acc") -> str:
     """Mean ± half of the interval of the gains, and of how many seeds where that is not all."""
     values = gains(study, ours, theirs, metric)
-    return counted(shown(values), len(values))
+    return counted(shown(values), len(values), len(study.seeds))
 
 
 def standing(found: dict[str, list[float]]) -> set[str]:
@@ -135,7 +135,7 @@ def parts(study: Study) -> str:
                 continue  # still to be run
             both = [heads for pair in pairs if all(heads := [line["heads"] for line in pair])]
             added = [[with_it[head]["acc"] - without[head]["acc"] for with_it, without in both] for head in HEADS]
-            cells = [counted(shown(values), len(values)) for values in added]
+            cells = [counted(shown(values), len(values), len(study.seeds)) for values in added]
             text.append(f"| {part} | {setting.partition(' | ')[2].replace(' | ', ', ')} | {' | '.join(cells)} |")
     return "\n".join(text)
 
@@ -172,7 +172,7 @@ def _closed(study: Study, method: str, head: str) -> str:
         return "– (runs are missing)"
     mean = [statistics.fmean(side[s] for s in seeds) for side in (own, low, high)]
     share = (mean[0] - mean[1]) / (mean[2] - mean[1])
-    return counted(f"{share:.0%} ({mean[1]:.1f} to {mean[2]:.1f}; it has {mean[0]:.1f})", len(seeds))
+    return counted(f"{share:.0%} ({mean[1]:.1f} to {mean[2]:.1f}; it has {mean[0]:.1f})", len(seeds), len(study.seeds))
 
 
 def curve(study: Study, method: str, head: str) -> list[tuple[float, float]]:

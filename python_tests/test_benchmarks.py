@@ -57,6 +57,11 @@ TABLES = (
         for data in ("emoji", "glyphs", "fashion-mnist")
         for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")
     ),
+    *(
+        f"study.py {table} {data} --fresh"
+        for data in ("emoji", "glyphs")
+        for table in ("table", "paired", "hypotheses")
+    ),
 )
 
 

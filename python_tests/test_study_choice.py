@@ -173,13 +173,13 @@ def test_fresh_seeds_run_what_is_chosen_and_nothing_else(running):
     import study as module
 
     made, ran = running
-    made.seeds = module.FRESH_SEEDS
+    made.seeds = module.FRESH_SEEDS["glyphs"]
     with pytest.raises(SystemExit, match="nothing is chosen for janus, linear; janus, ncm"):
         made.run(["janus", "inflora"], 1)
     assert not ran, "no trials on account of fresh seeds"
     made.seeds = module.SEEDS
     made.run(["janus", "inflora"], 1)
-    ran_before, made.seeds = len(ran), module.FRESH_SEEDS
+    ran_before, made.seeds = len(ran), module.FRESH_SEEDS["glyphs"]
     assert not made.heads()
     made.run(["janus", "inflora"], 1)
     picked = {made.pick(m, head)[0] for m in ("janus", "inflora") for head in module.HEADS}
