@@ -29,6 +29,7 @@ MARGINS = {f"margin {margin:g}": {"margin": margin} for margin in (0.0, 0.1, 0.4
 METHODS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "janus": ({"method": "janus"}, HEAD_RATES | WEIGHTS | MARGINS),
     "lora": ({"method": "lora", "lr": 0.008}, HEAD_RATES),
+    "frozen": ({"learn": "none"}, {}),
 }
 
 

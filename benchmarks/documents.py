@@ -1,9 +1,10 @@
-"""Remake every table and picture of the documents from the stored results; nothing is measured.
+"""Remake every table of the documents that names its command, and the pictures, from the stored results.
 
     python benchmarks/documents.py           # rewrites the tables that are out of date, and draws the pictures
     python benchmarks/documents.py --check   # changes nothing, and fails where a table is out of date
 
 A table stands between ``<!-- name: python benchmarks/... -->`` and ``<!-- end -->``: it is what that command prints.
+Nothing is measured. The pictures of the README's run are drawn from its results.json, which a run has copied there.
 """
 
 from __future__ import annotations

@@ -170,6 +170,8 @@ def test_the_paper_preset_is_the_published_protocol(name, published):
     c = TrainConfig(preset="paper", benchmark=name).resolved()
     assert (c.optimizer, c.lr, c.head_lr, c.schedule, c.epochs, c.rank, c.energy_start) == published
     assert (c.batch_size, c.energy_end, c.seed, c.normalize) == (128, 1.0, (0, 1, 2, 3, 4), "identity")
+    assert (c.head, c.drift, c.drift_budget) == ("linear", "none", None)
+    assert TrainConfig(benchmark=name).resolved().head == "lda"
     assert c.head_init == "default" and TrainConfig(benchmark=name).resolved().head_init == "small"
     assert (c.backbone, c.scale) == ("vit_base_patch16_224.augreg_in21k", 1.0)
     assert (c.milestones or ()) == ((4,) if name == "domainnet" else ())

@@ -140,15 +140,23 @@ def test_check_data_compares_with_the_lists(birds, copy, capsys):
 
 
 # train/ and test/ ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("name", "module"), [("cub", cub), ("imagenet-a", imagenet_a)])
-def test_two_sides_are_taken_as_they_are(tmp_path, caplog, name, module):
-    trees.sides(tmp_path, 200, 2, 1)
+@pytest.mark.parametrize(
+    ("name", "classes", "official"),
+    [
+        ("cub", 200, {"train": 5_994, "test": 5_794}),
+        ("imagenet-a", 200, {"train": 5_981, "test": 1_519}),
+        ("cars", 196, {"train": 8_144, "test": 8_041}),
+    ],
+)
+def test_two_sides_are_taken_as_they_are(tmp_path, caplog, name, classes, official):
+    trees.sides(tmp_path, classes, 2, 1)
     benchmark = load(name, tmp_path)
-    assert (len(benchmark.train), len(benchmark.test)) == (400, 200)
-    assert benchmark.class_names == tuple(map(trees.wnid, range(200)))
+    assert (len(benchmark.train), len(benchmark.test)) == (2 * classes, classes)
+    assert benchmark.class_names == tuple(map(trees.wnid, range(classes)))
     assert {sample.split("/")[0] for sample in benchmark.test.samples} == {"test"}
-    expected = getattr(module, "OFFICIAL" if name == "cub" else "PILOT")
-    assert f"{name} is not the official data set: train 400 images (official: {expected['train']:,})" in caplog.text
+    counts = {"train": 2 * classes, "test": classes}
+    said = "; ".join(f"{side} {counts[side]:,} images (official: {wanted:,})" for side, wanted in official.items())
+    assert f"{name} is not the official data set: {said}" in caplog.text
 
 
 def test_each_division_in_circulation_is_known(tmp_path, monkeypatch, caplog):
