@@ -73,7 +73,7 @@ def difference(study: Study, ours: tuple[str, str], theirs: tuple[str, str], met
 
 def standing(found: dict[str, list[float]]) -> set[str]:
     """Those whose mean Holm's correction tells from zero, by paired t tests: all together at CONFIDENCE."""
-    chances = {name: ttest_1samp(values, 0).pvalue if any(values) else 1.0 for name, values in found.items()}
+    chances = {n: ttest_1samp(x, 0).pvalue if len(x) > 1 and any(x) else 1.0 for n, x in found.items()}
     stays: set[str] = set()
     for name in sorted(chances, key=chances.__getitem__):
         if chances[name] > (1 - CONFIDENCE) / (len(chances) - len(stays)):

@@ -26,6 +26,7 @@ from janus_ext.runs.run import Run
 
 SOURCE = (Path(__file__).resolve().parents[1] / "examples" / "own_head.py").read_text(encoding="utf-8")
 NAME = "slda_here:slda"
+pytestmark = pytest.mark.xdist_group("own head")
 
 
 def same(known):

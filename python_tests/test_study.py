@@ -188,6 +188,8 @@ def test_daggers_are_holms(study):
     assert standing({"a": near}) == {"a"} and standing({"a": hardly}) == set()
     assert standing({"a": near, "b": far}) == {"a", "b"}, "0.05 for the last of two"
     assert standing({"a": near, "b": hardly, "c": far}) == {"c"}, "0.025 for the second of three"
+    assert standing({"a": near, "b": near}) == set(), "from the least p-value on"
+    assert standing({"a": [3.0], "b": far}) == {"b"}
     assert standing({"a": [0.0] * 5, "b": [-x for x in far]}) == {"b"} and standing({}) == set()
     made = study(plain)
     assert "| lora | **+1.00 ± 0.98** |" in paired(made, "janus"), "one of five, and 0.047 is no 0.01"
