@@ -4,7 +4,7 @@
 
 Days on two cores. Every script keeps what it has finished in benchmarks/results, and goes on from there, so that it may
 be stopped at any time. What is to be measured anew is removed there first. The pictures of the README are of its first
-command's run, whose results.json is kept in benchmarks/results/emoji-janus-0. Tables of times have commands of their own.
+command: its results.json is kept in benchmarks/results/emoji-janus-0. Tables of times have commands of their own.
 """
 
 from __future__ import annotations
