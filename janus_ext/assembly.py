@@ -116,6 +116,7 @@ def stored_config(
 def _with_head(config: LearnConfig, head: str | OwnHead | None, preset: Any) -> LearnConfig:
     """With another head than the run's, without random features and with the guard that belongs to it.
 
+    A guard that the head before it had by default goes with that one; what the user said stays.
     A function that is the run's own is said again so that it may be called, and changes nothing.
     """
     if head is None:
@@ -129,9 +130,12 @@ def _with_head(config: LearnConfig, head: str | OwnHead | None, preset: Any) -> 
     find_head(name)
     if name == config.head and name not in HEADS:
         return config
-    unguarded = config.drift_budget is None and preset != "paper"
-    guard = presets.GUARD if unguarded and name != "linear" else {}
-    return replace(config, head=name, head_width=None, **guard)
+    guard = config.drift_budget
+    if guard is None and name != "linear" and preset != "paper":
+        guard = presets.GUARD["drift_budget"]
+    elif name == "linear" != config.head and guard == presets.GUARD["drift_budget"]:
+        guard = None
+    return replace(config, head=name, head_width=None, drift_budget=guard)
 
 
 def _consent(method: str | type[Method] | None, own: Any) -> None:

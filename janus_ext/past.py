@@ -32,6 +32,7 @@ class Past:
         tasks: the names of the classes of each task.
         factors: what each task has added to the weights, on the CPU, without the bases.
         benchmark: of the run that it comes from.
+        preset: of that run, which says whether another head brings its guard along.
         view: of its images, but for their size.
         own_backbone: whether the network was handed over as a model, and has no name.
         unprotected: whether there are old classes of which nothing is protected.
@@ -41,6 +42,7 @@ class Past:
     tasks: list[tuple[str, ...]] = field(default_factory=list)
     factors: list[dict[str, Tensor]] = field(default_factory=list)
     benchmark: str | None = None
+    preset: str | None = None
     view: View = View()
     own_backbone: bool = False
     unprotected: bool = False
@@ -60,6 +62,7 @@ class Past:
             tasks=list(saved.tasks),
             factors=[_without_bases(run.factors(task)) for task in range(len(saved.tasks))],
             benchmark=benchmark,
+            preset=settings.get("preset"),
             view=_view(settings),
             own_backbone=settings.get("own_backbone", False),
             unprotected=settings.get("unprotected", False),
@@ -115,6 +118,7 @@ class Past:
         """What of it ``config.json`` holds; the tasks are in the metadata of the model."""
         return {
             "benchmark": self.benchmark,
+            "preset": self.preset,
             "class_names": list(self.classes),
             "view_margin": self.view.margin,
             "view_interpolation": self.view.interpolation,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from learners import FIRST, SECOND, SETTINGS, THIRD, assert_same, learner_of, state_of
+from results import set_settings
 
 from janus_ext import ContinualLearner, evaluate, export, predict, train
 from janus_ext.errors import ArgumentError
@@ -44,6 +45,31 @@ def test_it_is_the_head_that_learning_with_it_gives(weights, photos, saved, head
     assert loaded.config.head == head and (loaded.config.drift_budget == 0.1) == (head != "linear")
     assert loaded.predict(photos, top=6) == learner.predict(photos, top=6)
     assert_same(state_of(loaded), state_of(learner))
+
+
+def test_the_guard_is_the_one_that_the_head_has_by_default(weights, photos, tmp_path):
+    """Also once the learner was saved in between; what the user said stays."""
+    learner = learner_of(weights)
+    learner.learn(photos, FIRST)
+    budgets = []
+    for head in ("linear", "lda", "ridge", "linear"):
+        learner.save(tmp_path / head)
+        learner = ContinualLearner.load(tmp_path / head, head=head)
+        budgets.append(learner.config.drift_budget)
+    assert budgets == [None, 0.1, 0.1, None]
+    set_settings(tmp_path / "linear", {"drift_budget": 0.5})
+    assert ContinualLearner.load(tmp_path / "linear", head="linear").config.drift_budget == 0.5
+
+
+def test_of_a_paper_preset_no_head_brings_a_guard_however_often_it_is_saved(weights, photos, tmp_path):
+    learner = learner_of(weights, head="linear")
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "run")
+    set_settings(tmp_path / "run", {"preset": "paper"})
+    for head in ("lda", "lda", "linear", "ridge"):
+        learner = ContinualLearner.load(tmp_path / "run", head=head)
+        assert learner.config.drift_budget is None
+        learner.save(tmp_path / "run")
 
 
 def test_it_is_kept(photos, saved, tmp_path):
@@ -103,7 +129,11 @@ def test_a_head_that_is_none_is_named(saved):
 
 @pytest.mark.parametrize("learn", ["none", "first"])
 def test_linear_heads_that_were_never_trained_are_refused(weights, photos, tmp_path, learn):
-    idle = {"epochs", "batch_size", "lr", "energy_start", "energy_end", "energy_power"} if learn == "none" else set()
+    idle = (
+        {"rank", "epochs", "batch_size", "lr", "energy_start", "energy_end", "energy_power"}
+        if learn == "none"
+        else set()
+    )
     settings = {name: value for name, value in SETTINGS.items() if name not in idle}
     learner = ContinualLearner("emoji", weights=str(weights), head="lda", learn=learn, **settings)
     for names in (FIRST, SECOND):

@@ -102,6 +102,10 @@ def test_every_field_is_explained_to_the_user():
         ({"method": "joint", "drift": "ridge"}, "--drift would do nothing here"),
         ({"tasks": 1, "drift": "ridge"}, "--drift would do nothing here"),
         ({"learn": "none", "lr": 0.5}, "--lr would do nothing here: it needs a backbone that learns"),
+        ({"learn": "none", "rank": 4}, "--rank would do nothing here: it needs a backbone that learns"),
+        ({"learn": "first", "margin_weight": 0.9}, "--margin-weight would do nothing here: it needs a backbone that"),
+        ({"learn": "first", "margin": 0.3}, "--margin would do nothing here: it needs a backbone that learns in"),
+        ({"tasks": 1, "temperature": 0.3}, "--temperature would do nothing here: it needs a backbone that learns in"),
         ({"learn": "none", "head": "lda", "epochs": 3}, "--epochs would do nothing here: it needs --head linear or"),
         (
             {"learn": "first", "drift": "ridge"},

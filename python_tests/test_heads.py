@@ -11,7 +11,7 @@ from conftest import assert_close
 from gaussians import expanded, gaussians, known_of, one_hot
 from torch import Tensor
 
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, StatisticsError
 from janus_ext.heads import HEADS, aligned
 from janus_ext.heads.base import LOWEST, NEVER, Decision
 from janus_ext.heads.expansion import Expansion
@@ -179,6 +179,10 @@ def test_nearest_class_means_by_cosine() -> None:
 
 
 # aligned --------------------------------------------------------------------------------------------------------------
+def test_aligned_says_where_rounding_hides_the_covariance() -> None:
+    features, labels = gaussians([20, 20], 60)
+    with pytest.raises(StatisticsError, match="rounding hides their covariance"):
+        aligned.fit(known_of(features + 1e6, labels, [2]))
 
 
 @pytest.fixture

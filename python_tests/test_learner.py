@@ -128,6 +128,21 @@ def test_one_class_is_learned_by_the_head_alone(weights, photos, method, head, k
 
 
 @pytest.mark.filterwarnings("ignore:one class teaches")
+def test_linear_heads_of_one_class_are_never_trained_whatever_the_head(weights, photos, tmp_path):
+    """So they are refused alone, and aligned heads begin at them as they are, of whichever run they come."""
+    learners = {head: learner_of(weights, head=head) for head in ("lda", "aligned")}
+    for head, learner in learners.items():
+        learner.learn(photos, FIRST)
+        learner.learn(photos, SECOND[:1])
+        assert learner._core.method.known.untrained == [1]
+        learner.save(tmp_path / head)
+        with pytest.raises(ArgumentError, match="those of 1 of 2 tasks were never trained: of one class"):
+            ContinualLearner.load(tmp_path / head, head="linear")
+    loaded = ContinualLearner.load(tmp_path / "lda", head="aligned")
+    assert loaded.predict(photos, top=3) == learners["aligned"].predict(photos, top=3)
+
+
+@pytest.mark.filterwarnings("ignore:one class teaches")
 def test_the_inputs_of_one_class_are_protected_like_others(weights, photos):
     """So that later tasks leave it alone, although none learned from it: a basis of 0.9 of their energy."""
     learner = learner_of(weights, energy_start=0.9, energy_end=0.9)

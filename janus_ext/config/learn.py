@@ -13,9 +13,10 @@ from janus_ext.config.parts import TRAINED_HEADS, MachineConfig, MethodConfig, M
 T = TypeVar("T", bound="LearnConfig")
 # What a run reads only where the backbone learns, and where anything is trained in steps.
 OF_BACKBONE = (
-    *("targets", "lr", "scale", "gpm", "rectify", "damping", "share", "balance", "estimator"),
+    *("targets", "rank", "lr", "scale", "gpm", "rectify", "damping", "share", "balance", "estimator"),
     *("estimator_rank", "energy_start", "energy_end", "energy_power", "margin_weight", "margin", "temperature"),
 )
+OF_MARGIN = ("margin_weight", "margin", "temperature")
 OF_STEPS = (
     *("epochs", "batch_size", "head_lr", "head_init", "optimizer", "schedule", "milestones", "clip_norm"),
     "accumulate",
@@ -57,7 +58,7 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
         remembering = (self.estimator != "none", "a method that remembers old inputs, and an --estimator")
         learning = (self.learn != "none", "a backbone that learns: --learn all or first")
         several = self.learn == "all" and self.method != "joint" and getattr(self, "tasks", None) != 1
-        later = (several, "a backbone that learns in several tasks: --learn all, and no --method joint")
+        later = (several, "a backbone that learns in several tasks: --learn all, --tasks above 1, no --method joint")
         training = (learning[0] or self.head in TRAINED_HEADS, f"--head {' or '.join(TRAINED_HEADS)}, or {learning[1]}")
         pushing = (self.margin_weight > 0, "--method janus or lora-drs, and a --margin-weight above 0")
         sharp = other or self.method == "janus"
@@ -78,6 +79,7 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
             "drift": later,
             "milestones": (max(self.milestones or (0,)) < self.epochs, f"epochs below --epochs {self.epochs}"),
         }
-        unread = dict.fromkeys(OF_BACKBONE, learning) if not learning[0] else {}
+        unread = dict.fromkeys(OF_MARGIN, later) if self.method == "janus" and not several else {}  # no old prototypes
+        unread |= dict.fromkeys(OF_BACKBONE, learning) if not learning[0] else {}
         unread |= dict.fromkeys(OF_STEPS, training) if not training[0] else {}
         return {name: wanted for name, (is_read, wanted) in (needs | unread).items() if not is_read}

@@ -14,6 +14,7 @@ from torch import Tensor
 from janus_ext.heads import linear
 from janus_ext.heads.base import Decision
 from janus_ext.heads.knowledge import Knowledge
+from janus_ext.heads.statistics import factor_of
 
 SAMPLES = 256  # of each class and epoch, and of a batch
 EPOCHS = 5
@@ -28,13 +29,12 @@ def fit(known: Knowledge) -> Decision:
     """
     known.require("aligned")
     statistics = known.statistics
-    start = linear.fit(known)
-    parameters = [part.clone().cpu().requires_grad_() for part in (start.weight, start.bias)]
+    parameters = [part.cpu().requires_grad_() for part in linear.rows(known)]
     optimizer = torch.optim.SGD(parameters, lr=RATE, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     means = (known.ages()[:, None] * statistics.means().cpu()).float()
     S = statistics.covariance().cpu()
-    root = torch.linalg.cholesky(S + RIDGE * torch.eye(len(S), dtype=S.dtype)).float()
+    root = factor_of(S + RIDGE * torch.eye(len(S), dtype=S.dtype)).float()
     seen = statistics.seen.nonzero().flatten().cpu()
     generator = torch.Generator().manual_seed(known.seed)
     with torch.enable_grad():
@@ -45,7 +45,7 @@ def fit(known: Knowledge) -> Decision:
                 F.cross_entropy(F.linear(samples, *parameters), labels).backward()
                 optimizer.step()
             schedule.step()
-    weight, bias = (part.detach().to(start.weight.device) for part in parameters)
+    weight, bias = (part.detach().to(statistics.gram.device) for part in parameters)
     return Decision.of(weight, bias, statistics.seen)
 
 

@@ -26,7 +26,8 @@ class Knowledge:
         expanded: of `Expansion` of the features, None without a width.
         expansion: of ``width`` random features, made once, of the first task; None before, and without a width.
         head: the one that works on expanded features, where there is a width.
-        untrained: the tasks whose linear head was never trained, because a fitted one stood in its place.
+        untrained: the tasks whose linear head was never trained, because a fitted one stood in its place, or because
+            a task has one class.
         seed: of what a head draws.
     """
 
@@ -74,11 +75,12 @@ class Knowledge:
             self.require_statistics(head)
 
     def require_trained(self, head: str) -> None:
-        """ArgumentError unless all linear heads were trained."""
-        if self.untrained:
+        """ArgumentError unless all linear heads were trained; ``aligned`` begins at those of one class as they are."""
+        untrained = [t for t in self.untrained if head != "aligned" or self.sizes[t] > 1]
+        if untrained:
             raise ArgumentError(
-                f"head {head!r} needs linear heads, and those of {len(self.untrained)} of {len(self.sizes)} tasks were "
-                "never trained: the backbone did not learn, and a fitted head stood in their place"
+                f"head {head!r} needs linear heads, and those of {len(untrained)} of {len(self.sizes)} tasks were "
+                "never trained: of one class, or of a backbone that did not learn, with a fitted head in their place"
             )
 
     def require_means(self, head: str) -> None:

@@ -202,7 +202,7 @@ class FeatureStatistics:
 
 
 def factor_of(S: Tensor) -> Tensor:
-    """L [d, d] with L L^T = S, a `spread`; StatisticsError where rounding has left none."""
+    """L [d, d] with L L^T = S, a covariance within classes; StatisticsError where rounding has left none."""
     L, info = torch.linalg.cholesky_ex(S)
     if int(info):
         raise StatisticsError(

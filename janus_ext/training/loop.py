@@ -290,8 +290,9 @@ class Learner:
         return classes != 1 and (self.config.learn == "all" or (self.config.learn == "first" and task == 0))
 
     def epochs(self, task: int, classes: int) -> int:
-        """How many epochs a task is trained for: none where there is nothing to train, and the head is fitted."""
-        return self.config.epochs if self.learns(task, classes) or self.config.head in TRAINED_HEADS else 0
+        """How many epochs a task is trained for: none of one class, nor where nothing learns and the head is fitted."""
+        trains = self.learns(task, classes) or (classes != 1 and self.config.head in TRAINED_HEADS)
+        return self.config.epochs if trains else 0
 
     def clean_batches(self, images: Selection) -> Batches:
         """Images as they are, as many at once as a pass without gradients takes, on the model's device."""
