@@ -212,6 +212,14 @@ def test_an_empty_state_leaves_nothing_of_what_came_after_it() -> None:
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in known.state_dict().items())
 
 
+def test_what_is_small_against_the_features_but_more_than_rounding_is_a_spread() -> None:
+    """Classes far from each other, of 1e-5 of their length: float64 sees it to a hundredth, and it is used."""
+    features, labels = gaussians(COUNTS, DIM)
+    features = features.double()
+    near, far = known_of(features, labels, SIZES), known_of(features + 1e5 * (labels[:, None] - 2), labels, SIZES)
+    assert_close(far.statistics.spread(), near.statistics.spread(), torch.bfloat16)
+
+
 def test_one_image_a_class_has_the_spread_of_all_features() -> None:
     """What is left of G - sum mu mu^T is rounding, and tells nothing: the mean variance stands for it."""
     features, labels = gaussians([1] * 5, DIM)
