@@ -57,7 +57,7 @@ TABLES = (
         for data in ("emoji", "glyphs", "fashion-mnist")
         for table in ("table", "details", "paired", "hypotheses", "ablation", "parts")
     ),
-    *(f"study.py {table} {data} --fresh" for data in ("emoji", "glyphs") for table in ("table", "paired", "hypotheses")),
+    *(f"study.py {part} {data} --fresh" for data in ("emoji", "glyphs") for part in ("table", "paired", "hypotheses")),
 )
 
 
