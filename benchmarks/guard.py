@@ -95,14 +95,14 @@ def table(against: str = "frozen") -> str:
 
 
 def cell(base: dict[int, float | None] | None, found: dict[int, float | None], seeds: int) -> str:
-    """How far a row is ahead of `base`, or its own ACC, in bold only where all seeds have it; how many have not."""
+    """How far a row is ahead of `base`, or its own ACC, in bold only where both have all seeds; how many it lacks."""
     known = {seed: acc for seed, acc in found.items() if acc is not None}
     if base is None:
         text = f"{statistics.fmean(known.values()):.2f}"
     else:
-        text = shown([acc - base[seed] for seed, acc in known.items() if base.get(seed) is not None])
+        gains = [acc - base[seed] for seed, acc in known.items() if base.get(seed) is not None]
+        text = shown(gains) if len(gains) == seeds else shown(gains).replace("**", "")
     missing, diverged = seeds - len(found), len(found) - len(known)
-    text = text.replace("**", "") if missing or diverged else text
     text += f" ({seeds - missing} of {seeds} seeds)" if 0 < missing < seeds else ""
     return text + (f" ({diverged} diverged)" if diverged else "")
 

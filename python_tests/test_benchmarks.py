@@ -135,7 +135,7 @@ def test_a_run_that_diverged_is_not_one_that_is_missing(module) -> None:
     assert cell(frozen, {0: 51.0, 1: 53.0}, 3) == "+1.00 ± 0.00 (2 of 3 seeds)", "no bold for a part of them"
     assert cell(frozen, {0: 51.0, 1: 53.0, 2: None}, 4) == "+1.00 ± 0.00 (3 of 4 seeds) (1 diverged)"
     assert cell(frozen, {0: None, 1: None, 2: None}, 3) == "– (3 diverged)"
-    assert cell({0: 50.0, 1: None}, {0: 51.0, 1: 53.0}, 2) == "+1.00", "nor is what it is held against"
+    assert cell({0: 50.0, 1: 52.0, 2: None}, {0: 51.0, 1: 53.0, 2: 55.0}, 3) == "+1.00 ± 0.00", "nor the other row"
     assert cell(None, frozen, 8) == "52.00 (3 of 8 seeds)"
 
 
