@@ -16,7 +16,6 @@ import importlib.util
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from janus_ext.errors import NativeError
+from janus_ext.errors import NativeError, warn
 
 DISTRIBUTION = "janus-ext"
 OPS, OPS_CUDA, RECORD = "libjanus_ops.so", "libjanus_ops_cuda.so", "_C"
@@ -57,7 +56,7 @@ def load() -> None:
     if required():
         require()
     for note in _notes(state) if first else ():
-        warnings.warn(note, RuntimeWarning, stacklevel=2)
+        warn(note, RuntimeWarning)
 
 
 @contextmanager

@@ -1,9 +1,11 @@
-"""Every error that janus_ext raises on purpose. Catch :class:`JanusError` to catch them all.
+"""Every error that janus_ext raises on purpose, and how it warns. Catch :class:`JanusError` to catch all errors.
 
 The ops themselves (``janus_ext.ops``) raise ``ValueError`` and ``TypeError``, as PyTorch's own operators do.
 """
 
 import re
+import sys
+import warnings
 
 # Also what turns the direction of a text, and halves of pairs, which stand for bytes of a name that are no text: no
 # output takes them.
@@ -18,6 +20,20 @@ def on_one_line(name: str) -> str:
 def visible(text: str) -> str:
     """A text of one or more lines with all other control characters, which a terminal would obey, as escapes."""
     return "\n".join(map(on_one_line, text.split("\n")))
+
+
+BETWEEN = ("janus_ext", "torch", "contextlib", "importlib")
+"""Packages whose frames may lie between a warning and the line that the caller wrote."""
+
+
+def warn(text: str, kind: type[Warning] = UserWarning) -> None:
+    """A warning that names the line of the caller's own code, however many calls of ours it passed through."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+        frame = frame.f_back
+    where, names = frame.f_code.co_filename, frame.f_globals
+    registry = names.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, kind, where, frame.f_lineno, names.get("__name__"), registry)
 
 
 class JanusError(Exception):

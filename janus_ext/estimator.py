@@ -5,7 +5,6 @@ the processes of a data-parallel training, which are summed at the end of a task
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MethodType
@@ -28,7 +27,7 @@ from janus_ext.arguments import (
     naming,
     shown,
 )
-from janus_ext.errors import ArgumentError, StatisticsError, TaskBoundaryError
+from janus_ext.errors import ArgumentError, StatisticsError, TaskBoundaryError, warn
 from janus_ext.protection import checked_defect
 from janus_ext.statistics import SKETCH_RANK, Gram, Sketch, Statistics
 
@@ -188,7 +187,7 @@ class OnlineEstimator:
                 message = f"an energy of {energy:g} was asked, {sketch}"
         if message is not None:
             self._warned = True
-            warnings.warn(f"{self.name}: {message}", stacklevel=4)
+            warn(f"{self.name}: {message}")
 
     def merge(self, other: "OnlineEstimator") -> None:
         """Add what another estimator of the same layer and task observed; `other` is not changed."""

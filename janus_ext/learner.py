@@ -185,7 +185,7 @@ class ContinualLearner:
         """
         found = processes.together(lambda: labelled(images, classes, self.view, self.workers()))
         require_alike(self._core, classes=(self.classes, found.class_names), labels=found.split.labels.tolist())
-        self._past.check_new(checked_names(found.class_names), self.config.head)
+        self._past.check_new(checked_names(found.class_names), self.config)
         self._past.warn_of_unprotected(self._core.method)
         if self._past.tasks:
             self._core.method.known.require(self.config.head)  # said before a task is learned, and not behind it

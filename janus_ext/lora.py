@@ -6,7 +6,6 @@ of the first task serves all of them.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from janus_ext import ops
 from janus_ext.adapter import Adapter
 from janus_ext.arguments import are_floats, check_flag, check_tensor, naming, shown
-from janus_ext.errors import ArgumentError, TaskBoundaryError
+from janus_ext.errors import ArgumentError, TaskBoundaryError, warn
 from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_linear, check_rank, check_scale
 from janus_ext.ops import WORKING_DTYPES
 from janus_ext.protection import orthonormal, project_rows_, violation
@@ -173,7 +172,7 @@ class LoRALayer(Adapter):
                 self._make_master()
             else:
                 cure = "merge(master=True) keeps them in float32"
-                warnings.warn(f"merge(): {ROUNDED_WEIGHTS}; {cure}", stacklevel=3)  # one level is no_grad's
+                warn(f"merge(): {ROUNDED_WEIGHTS}; {cure}")
         delta = self._delta64()
         change = torch.empty_like(delta)
         updates = zip(delta.view(-1, *delta.shape[-2:]), change.view(-1, *delta.shape[-2:]), strict=True)

@@ -1,6 +1,5 @@
 """LoRA factors that somebody else owns, and whether their layer computes what protection presumes: W x + s B (A x)."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext.arguments import WIDEST, check_tensor, shown
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, warn
 from janus_ext.lora_arguments import ROUNDED_WEIGHTS, check_scale
 from janus_ext.ops import WORKING_DTYPES
 from janus_ext.peft_layers import base_layer, check_adapter
@@ -60,10 +59,7 @@ def warn_of_rounded_weights(modules: Mapping[str, nn.Module | None]) -> None:
     coarse = [name for name, weight in weights.items() if weight is not None and weight.dtype not in WORKING_DTYPES]
     if coarse:
         others = f" (and {len(coarse) - 1} more)" if len(coarse) > 1 else ""
-        warnings.warn(
-            f"{coarse[0]}{others}: hold W in float32, got {_short(weights[coarse[0]].dtype)}; {ROUNDED_WEIGHTS}",
-            stacklevel=3,
-        )
+        warn(f"{coarse[0]}{others}: hold W in float32, got {_short(weights[coarse[0]].dtype)}; {ROUNDED_WEIGHTS}")
 
 
 def _check_shapes(name: str, A: Tensor, B: Tensor) -> None:

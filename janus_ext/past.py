@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from janus_ext.data.images import CROP_MODES, INTERPOLATIONS, View
-from janus_ext.errors import ArgumentError, CheckpointError
+from janus_ext.errors import ArgumentError, CheckpointError, warn
 
 if TYPE_CHECKING:
     from janus_ext.config import LearnConfig
@@ -74,28 +73,26 @@ class Past:
         """The names of all classes, in the order of the model's outputs."""
         return tuple(name for task in self.tasks for name in task)
 
-    def check_new(self, names: Sequence[str], head: str) -> None:
-        """ArgumentError unless a task of these classes can be learned."""
+    def check_new(self, names: Sequence[str], config: LearnConfig) -> None:
+        """ArgumentError unless a task of these classes can be learned; a warning where one class alone rests it."""
         known = [name for name in names if name in self.classes]
         if known:
             some = ", ".join(known[:3]) + (f" and {len(known) - 3} more" if len(known) > 3 else "")
             raise ArgumentError(f"classes must be new, got {some}, which the learner knows already")
-        if len(names) == 1 and head == "linear":
+        if len(names) == 1 and config.head == "linear":
             raise ArgumentError(
                 f"a task needs two classes at least, got {names[0]} alone, from which linear heads learn nothing; "
-                'wait for another, or use head="lda" or another one'
+                "wait for another, or take another head, such as lda"
             )
-        if len(names) == 1:
-            warnings.warn(
-                f"one class teaches head {head} alone: its cross entropy is 0, the backbone rests", stacklevel=3
-            )
+        if len(names) == 1 and config.lets_learn(len(self.tasks)):
+            warn(f"one class teaches head {config.head} alone: its cross entropy is 0, the backbone rests")
 
     def warn_of_unprotected(self, method: Method) -> None:
         """A warning to who lets ``method`` learn, where nothing protects old classes."""
         if self.unprotected:
             none = f"method {method.config.method} protects nothing"
             cure = "observe() takes images of that kind, without labels" if method.remembers else none
-            warnings.warn(f"nothing of what the model knew is protected: {cure}", stacklevel=3)
+            warn(f"nothing of what the model knew is protected: {cure}")
 
     def check_met(self, known: Sequence[int], shown: Sequence[int]) -> None:
         """ArgumentError unless images are ``shown`` of exactly those classes that no image was ``known`` of."""

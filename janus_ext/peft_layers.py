@@ -4,14 +4,13 @@ They are known by their attributes (`lora_A`, `scaling`, ... by adapter name), s
 """
 
 import math
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from janus_ext.adapter import Adapter
 from janus_ext.arguments import first_of
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, warn
 
 # By class name, layers whose one input is not what their adapter is multiplied with.
 OTHERWISE = {
@@ -82,10 +81,9 @@ def _check_trained(model: nn.Module, layers: dict[str, nn.Module], adapter: str)
         if id(p) not in known and "modules_to_save" not in name and not name.startswith(inside)
     ]
     if beside:
-        warnings.warn(
+        warn(
             f"{first_of(beside)} trained beside the adapter: nothing keeps them from changing protected outputs; "
-            "bias='none' and frozen norms and tokens do",
-            stacklevel=5,
+            "bias='none' and frozen norms and tokens do"
         )
 
 

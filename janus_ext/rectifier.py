@@ -13,7 +13,6 @@ A loop that clips rectified gradients does not attach its optimizer, but calls
 loss.backward(); rectifier.rectify(); clip_your_gradients(); optimizer.step(); rectifier.project()
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from janus_ext.arguments import check_flag, check_integer, check_number, first_of, shown
-from janus_ext.errors import ArgumentError, TaskBoundaryError
+from janus_ext.errors import ArgumentError, TaskBoundaryError, warn
 from janus_ext.estimator import NothingObserved, OnlineEstimator, observing
 from janus_ext.pairs import warn_of_rounded_weights
 from janus_ext.processes import refuse_together
@@ -193,10 +192,9 @@ class GradientRectifier:
         """One warning where a task's update reached what the tasks before it protect."""
         moved = [entry.name for entry in self._entries if entry.is_unsafe()]
         if moved:
-            warnings.warn(
+            warn(
                 f"{first_of(moved)}: the update of this task was not kept from protected inputs: attach() the "
-                "optimizer of every task, or call rectify() before and project() behind its steps",
-                stacklevel=3,
+                "optimizer of every task, or call rectify() before and project() behind its steps"
             )
 
     def _rank_on(self, estimator: OnlineEstimator, entries: list[Rectified]) -> int:
@@ -348,9 +346,7 @@ def _extended(estimators: dict[int, OnlineEstimator], share: float, rooms: dict[
         raise unseen[0]
     if unseen:
         names = ", ".join(str(error).partition(":")[0] for error in unseen)
-        warnings.warn(
-            f"{names}: no input was observed since the last commit, what was protected stays so", stacklevel=4
-        )
+        warn(f"{names}: no input was observed since the last commit, what was protected stays so")
     return bases
 
 

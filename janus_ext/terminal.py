@@ -11,6 +11,7 @@ import os
 import select
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import ParamSpec, TextIO, TypeVar
 from tqdm import tqdm
 
 from janus_ext import processes
-from janus_ext.errors import CheckpointError, Interrupted, JanusError, visible
+from janus_ext.errors import CheckpointError, Interrupted, JanusError, on_one_line, visible
 
 LOG = logging.getLogger("janus_ext")
 P, T = ParamSpec("P"), TypeVar("T")
@@ -66,7 +67,7 @@ class LogFile(logging.FileHandler):
 
 @contextmanager
 def logging_to(path: Path | None = None) -> Iterator[None]:
-    """Sends the program's log to the terminal, around the progress bar, and to ``path``."""
+    """Sends the log, and warnings as lines of it, to the terminal, around the progress bar, and to ``path``."""
     handlers: list[logging.Handler] = [TerminalHandler()]
     if path is not None:
         handlers.insert(0, LogFile(path))  # first: it is whole wherever the terminal ends
@@ -78,7 +79,14 @@ def logging_to(path: Path | None = None) -> Iterator[None]:
             stack.callback(LOG.removeHandler, handler)
             LOG.addHandler(handler)
         LOG.setLevel(logging.INFO)
+        stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
+        warnings.showwarning = _as_a_line
         yield
+
+
+def _as_a_line(message: Warning | str, kind: type[Warning], *where: object) -> None:
+    """What `warnings.showwarning` is while a command works: where it comes from is of no use to who typed it."""
+    LOG.warning("%s: %s", kind.__name__, on_one_line(str(message)))
 
 
 def command(name: str, interrupted: str = "interrupted") -> Callable[[Callable[P, int]], Callable[P, int]]:

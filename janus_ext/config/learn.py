@@ -51,6 +51,10 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
         checks.check_effect(self, config.without_effect(), defaults)
         return config
 
+    def lets_learn(self, task: int) -> bool:
+        """Whether ``--learn`` lets the backbone learn in a task, counted from 0."""
+        return self.learn == "all" or (self.learn == "first" and task == 0)
+
     def without_effect(self) -> dict[str, str]:
         """The fields that a run of this resolved configuration does not read, each with what it would take."""
         other = self.method not in OURS  # which may read whatever its limits take

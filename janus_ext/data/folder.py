@@ -26,7 +26,7 @@ LAYOUT = f"""\
 <data-dir>/train/<class>/*.jpg      one folder a class, any depth below it
 <data-dir>/test/<class>/*.jpg       the same classes; val, valid, validation or dev will do
 
-or one tree, of which every fifth image of each class is taken for the test:
+or one tree, of which a fifth of the images of each class, by their names, is taken for the test:
 
 <data-dir>/<class>/*.jpg
 

@@ -27,7 +27,7 @@ LAYOUT = """\
 <data-dir>/train/<wnid>/*.jpg     200 folders, the division of LAMDA-PILOT
 <data-dir>/test/<wnid>/*.jpg      the same 200 folders
 
-or, of which every fifth image of each class is taken for the test:
+or, of which a fifth of the images of each class, by their names, is taken for the test:
 
 <data-dir>/<wnid>/*.jpg           200 folders, as in imagenet-a.tar
 """

@@ -10,12 +10,12 @@ For every task:
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from janus_ext.errors import warn
 from janus_ext.methods.base import Task, TaskReport
 from janus_ext.methods.dual_gpm import DualGPM
 from janus_ext.methods.lora import SequentialLoRA
@@ -79,10 +79,9 @@ class InfLoRA(SequentialLoRA):
         layer = self.layers[name]
         free = layer.in_features - self.memories[name].rank
         if free < layer.rank:
-            warnings.warn(
+            warn(
                 f"{name}: the old inputs leave {free} dimensions free, fewer than the rank {layer.rank}: InfLoRA "
-                "interferes from now on; lower --energy-end",
-                stacklevel=3,
+                "interferes from now on; lower --energy-end"
             )
 
     def state_dict(self) -> dict[str, Tensor]:

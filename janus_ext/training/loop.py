@@ -287,7 +287,7 @@ class Learner:
 
     def learns(self, task: int, classes: int) -> bool:
         """Whether the backbone learns in a task: from one class alone there is nothing to learn."""
-        return classes != 1 and (self.config.learn == "all" or (self.config.learn == "first" and task == 0))
+        return classes != 1 and self.config.lets_learn(task)
 
     def epochs(self, task: int, classes: int) -> int:
         """How many epochs a task is trained for: none of one class, nor where nothing learns and the head is fitted."""
