@@ -56,7 +56,7 @@ def load() -> None:
     if required():
         require()
     for note in _notes(state) if first else ():
-        warn(note, RuntimeWarning)
+        warn(note)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""Every error that janus_ext raises on purpose, and how it warns. Catch :class:`JanusError` to catch all errors.
+"""Every error that janus_ext raises on purpose, and how it warns. Catch :class:`JanusError` to catch all errors, filter
+:class:`JanusWarning` to silence all warnings.
 
 The ops themselves (``janus_ext.ops``) raise ``ValueError`` and ``TypeError``, as PyTorch's own operators do.
 """
@@ -6,6 +7,7 @@ The ops themselves (``janus_ext.ops``) raise ``ValueError`` and ``TypeError``, a
 import re
 import sys
 import warnings
+from types import FrameType
 
 # Also what turns the direction of a text, and halves of pairs, which stand for bytes of a name that are no text: no
 # output takes them.
@@ -26,14 +28,23 @@ BETWEEN = ("janus_ext", "torch", "contextlib", "importlib")
 """Packages whose frames may lie between a warning and the line that the caller wrote."""
 
 
-def warn(text: str, kind: type[Warning] = UserWarning) -> None:
-    """A warning that names the line of the caller's own code, however many calls of ours it passed through."""
+class JanusWarning(UserWarning):
+    """Every warning of janus_ext: what was asked is done, and something about it is worth knowing."""
+
+
+def warn(text: str) -> None:
+    """A JanusWarning at the line that called us, however many of our own calls, and PyTorch's, lie between."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+    while frame.f_back is not None and _module(frame).partition(".")[0] in BETWEEN:
         frame = frame.f_back
-    where, names = frame.f_code.co_filename, frame.f_globals
-    registry = names.setdefault("__warningregistry__", {})
-    warnings.warn_explicit(text, kind, where, frame.f_lineno, names.get("__name__"), registry)
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, JanusWarning, frame.f_code.co_filename, frame.f_lineno, _module(frame), registry)
+
+
+def _module(frame: FrameType) -> str:
+    """The name of the module whose code runs; code may run under none, or under anything (exec)."""
+    name = frame.f_globals.get("__name__")
+    return name if isinstance(name, str) else "<unknown>"
 
 
 class JanusError(Exception):

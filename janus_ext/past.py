@@ -74,7 +74,7 @@ class Past:
         return tuple(name for task in self.tasks for name in task)
 
     def check_new(self, names: Sequence[str], config: LearnConfig) -> None:
-        """ArgumentError unless a task of these classes can be learned; a warning where one class alone rests it."""
+        """ArgumentError unless a task of these classes can be learned; a warning where it teaches the head alone."""
         known = [name for name in names if name in self.classes]
         if known:
             some = ", ".join(known[:3]) + (f" and {len(known) - 3} more" if len(known) > 3 else "")
@@ -91,7 +91,7 @@ class Past:
         """A warning to who lets ``method`` learn, where nothing protects old classes."""
         if self.unprotected:
             none = f"method {method.config.method} protects nothing"
-            cure = "observe() takes images of that kind, without labels" if method.remembers else none
+            cure = "ContinualLearner.observe() takes images of that kind, without labels" if method.remembers else none
             warn(f"nothing of what the model knew is protected: {cure}")
 
     def check_met(self, known: Sequence[int], shown: Sequence[int]) -> None:

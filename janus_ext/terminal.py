@@ -15,12 +15,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import ParamSpec, TextIO, TypeVar
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from janus_ext import processes
-from janus_ext.errors import CheckpointError, Interrupted, JanusError, on_one_line, visible
+from janus_ext.errors import CheckpointError, Interrupted, JanusError, JanusWarning, on_one_line, visible
 
 LOG = logging.getLogger("janus_ext")
 P, T = ParamSpec("P"), TypeVar("T")
@@ -67,7 +67,7 @@ class LogFile(logging.FileHandler):
 
 @contextmanager
 def logging_to(path: Path | None = None) -> Iterator[None]:
-    """Sends the log, and warnings as lines of it, to the terminal, around the progress bar, and to ``path``."""
+    """Sends the log, and our warnings as lines of it, to the terminal, around the progress bar, and to ``path``."""
     handlers: list[logging.Handler] = [TerminalHandler()]
     if path is not None:
         handlers.insert(0, LogFile(path))  # first: it is whole wherever the terminal ends
@@ -79,14 +79,30 @@ def logging_to(path: Path | None = None) -> Iterator[None]:
             stack.callback(LOG.removeHandler, handler)
             LOG.addHandler(handler)
         LOG.setLevel(logging.INFO)
-        stack.callback(setattr, warnings, "showwarning", warnings.showwarning)
-        warnings.showwarning = _as_a_line
+        stack.enter_context(_warnings_logged())
         yield
 
 
-def _as_a_line(message: Warning | str, kind: type[Warning], *where: object) -> None:
-    """What `warnings.showwarning` is while a command works: where it comes from is of no use to who typed it."""
-    LOG.warning("%s: %s", kind.__name__, on_one_line(str(message)))
+@contextmanager
+def _warnings_logged() -> Iterator[None]:
+    """Within it, warnings of ours are lines of the log, without the line of code, which nobody has written.
+
+    Those of others come as ever: they may come from where an error of the log would be taken for a damaged image.
+    """
+    as_ever = warnings.showwarning
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if issubclass(category, JanusWarning):
+            LOG.warning("warning: %s", on_one_line(str(message)))
+        else:
+            as_ever(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():  # which undoes both
+        warnings.simplefilter("always", JanusWarning, append=True)  # each run of several has its own log
+        warnings.showwarning = show
+        yield
 
 
 def command(name: str, interrupted: str = "interrupted") -> Callable[[Callable[P, int]], Callable[P, int]]:

@@ -82,13 +82,12 @@ def test_a_tree_of_ones_own_in_the_tasks_of_a_list(tmp_path):
         folder.load(TrainConfig(**settings, method="joint").resolved())
 
 
-def test_a_task_of_one_class_needs_a_head_that_learns_it(tmp_path, caplog):
+def test_a_task_of_one_class_needs_a_head_that_learns_it(tmp_path):
     names = emoji.load(TrainConfig()).class_names
     path = written(tmp_path / "tasks.txt", names, (199, 1))
     with pytest.raises(ArgumentError, match="--task-list .*: task 2 has one class, .*, or --head lda"):
         emoji.load(TrainConfig(task_list=path, head="linear").resolved())
     assert len(emoji.load(TrainConfig(task_list=path, head="ncm").resolved()).tasks[1]) == 1
-    assert "teach --head ncm alone" in caplog.text
 
 
 def test_a_run_is_the_same_under_another_name_of_its_list_and_not_with_another_list(tmp_path):

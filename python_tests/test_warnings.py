@@ -1,21 +1,30 @@
 """Warnings: they name the line that the caller wrote, and within a command they are lines of its log."""
 
+import _thread
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from learners import FIRST, SECOND, learner_of
 from torch import nn
 
-from janus_ext import ContinualLearner, GradientRectifier, LoRALinear, LoRAPair, OnlineEstimator, train
+import janus_ext
+from janus_ext import ContinualLearner, GradientRectifier, LoRALinear, LoRAPair, OnlineEstimator, _native, learn, train
+from janus_ext.config import TrainConfig
+from janus_ext.data import emoji
+from janus_ext.errors import JanusWarning, warn
+from janus_ext.terminal import logging_to
 
-FLAGS = "--tasks 2 --limit-per-class 1 --epochs 1 --no-plots --energy-start 1 --energy-end 1".split()
 
-
+# whose line ----------------------------------------------------------------------------------------------------------
 def capped_commit() -> None:
     estimator = OnlineEstimator(8, "gram")
     estimator.observe(torch.randn(50, 8))
@@ -63,19 +72,82 @@ def test_a_backbone_that_rests_anyway_is_no_news(weights, photos, learn, is_said
         assert any("the backbone rests" in str(w.message) for w in caught) == said
 
 
-def test_where_there_is_no_caller_it_names_the_program(tmp_path) -> None:
-    program = tmp_path / "mine.py"
-    program.write_text("import sys\nfrom janus_ext.errors import warn\nwarn('of this line')\n")
-    ended = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True)
-    assert ended.stderr == f"{program}:3: UserWarning: of this line\n  warn('of this line')\n"
+def test_code_of_no_module_is_warned_too() -> None:
+    """As `exec` runs it, in a notebook's kernel or a template."""
+    for name in ({}, {"__name__": None}):
+        with pytest.warns(JanusWarning, match="the cap is 5 of 8") as said:
+            exec(compile("\n\ncall()", "template", "exec"), name | {"call": capped_commit})
+        assert said[0].filename == __file__
+        with pytest.warns(JanusWarning, match="here") as said:
+            exec(compile("\n\nwarn('here')", "template", "exec"), name | {"warn": warn})
+        assert (said[0].filename, said[0].lineno) == ("template", 3)
 
 
-def test_a_command_logs_them_and_names_no_line_of_ours(weights, tmp_path, capsys) -> None:
-    shown = warnings.showwarning
-    assert train.main([*FLAGS, "--weights", str(weights), "--output", str(tmp_path / "run")]) == 0
+def test_a_thread_that_begins_in_the_library_is_warned_too() -> None:
+    estimator, latest = OnlineEstimator(8, "gram"), time.monotonic() + 60
+    estimator.observe(torch.randn(50, 8))
+    with pytest.warns(JanusWarning, match="the cap is 5 of 8") as said:
+        _thread.start_new_thread(estimator.commit, (1.0, 5))
+        while not estimator.basis.shape[1] and time.monotonic() < latest:
+            time.sleep(0.01)
+    assert "janus_ext" in said[0].filename
+
+
+def test_an_import_without_its_library_names_the_line_that_imports(tmp_path) -> None:
+    package, program = tmp_path / "janus_ext", tmp_path / "mine.py"
+    shutil.copytree(Path(janus_ext.__file__).parent, package, ignore=shutil.ignore_patterns("*.so", "assets"))
+    (package / _native.OPS).touch()
+    program.write_text("import sys\nimport janus_ext\n")
+    plain = {name: value for name, value in os.environ.items() if name != "JANUS_EXT_REQUIRE_NATIVE"}
+    ended = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=True, env=plain)
+    assert f"{program}:2: JanusWarning: janus_ext runs its plain-torch kernels" in ended.stderr
+
+
+# within a command ----------------------------------------------------------------------------------------------------
+def trained(output: Path, weights: Path, *flags: str) -> None:
+    settings = "--limit-per-class 1 --epochs 1 --no-plots".split()
+    assert train.main([*settings, *flags, "--weights", str(weights), "--output", str(output)]) == 0
+
+
+def test_each_run_logs_its_own_and_names_no_line_of_code(weights, tmp_path, capsys) -> None:
+    shown, filters = warnings.showwarning, list(warnings.filters)
+    flags = "--tasks 2 --energy-start 1 --energy-end 1 --seed 0 1".split()
+    trained(tmp_path / "runs", weights, *flags)
     printed = capsys.readouterr()
-    said = [line for line in printed.out.splitlines() if "Warning" in line]
-    assert said and all(re.fullmatch(r"UserWarning: blocks\.\d.*, the cap is 24 of 32", line) for line in said)
-    logged = (tmp_path / "run" / "log.txt").read_text()
-    assert all(line in logged for line in said) and "Warning" not in printed.err
-    assert warnings.showwarning is shown
+    for seed in (0, 1):
+        logged = (tmp_path / "runs" / f"seed-{seed}" / "log.txt").read_text().splitlines()
+        said = [line.split(" ", 2)[2] for line in logged if "warning" in line]
+        assert len(said) == 2 and all(
+            re.fullmatch(r"warning: blocks\.\d.*, the cap is 24 of 32", line) for line in said
+        )
+        assert all(printed.out.count(line) == 2 for line in said)
+    assert "arning" not in printed.err
+    assert warnings.showwarning is shown and warnings.filters == filters
+
+
+def test_those_of_others_come_as_ever(capsys) -> None:
+    with pytest.warns(UserWarning, match="not of this package"), logging_to():
+        warnings.warn("not of this package", stacklevel=1)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("learn", "is_said"), [("all", True), ("first", False), ("none", False)])
+def test_a_run_says_which_tasks_teach_the_head_alone(weights, tmp_path, capsys, learn, is_said) -> None:
+    names = emoji.load(TrainConfig()).class_names
+    listed = tmp_path / "tasks.txt"
+    listed.write_text("\n".join(names[:-1]) + f"\n\n{names[-1]}\n")
+    flags = ["--learn", learn] if learn == "none" else ["--learn", learn, "--method", "lora"]
+    settings = ["--limit-per-class", "1", "--no-plots", "--task-list", str(listed), *flags]
+    assert train.main([*settings, "--weights", str(weights), "--output", str(tmp_path / "run")]) == 0
+    assert ("tasks of one class teach head lda alone" in capsys.readouterr().out) == is_said
+
+
+def test_learning_one_class_later_is_said_once(weights, photos, tmp_path, capsys) -> None:
+    learner = learner_of(weights, head="lda")
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    shutil.copytree(photos / SECOND[0], tmp_path / "new" / SECOND[0])
+    call = [str(tmp_path / "saved"), "--data-dir", str(tmp_path / "new"), "--output", str(tmp_path / "more")]
+    assert learn.main(call) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("warning: one class teaches head lda alone") == 1 and "Warning" not in printed.err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,6 @@ from janus_ext.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from janus_ext.config import TrainConfig
-
-LOG = logging.getLogger("janus_ext")
 
 
 def make_tasks(
@@ -69,11 +66,10 @@ def split_classes(order: Sequence[int], tasks: int, head: str = "linear") -> tup
         raise DataError(f"a benchmark needs at least two classes, got {len(order)}")
     if not 1 <= tasks <= len(order):
         raise ArgumentError(f"--tasks must lie in 1..{len(order)} (the number of classes), got {tasks}")
-    if 2 * tasks > len(order):
-        _take_single_classes(
-            head,
+    if 2 * tasks > len(order) and head == "linear":
+        raise ArgumentError(
             f"--tasks {tasks} of {len(order)} classes makes tasks of one class, from which linear heads learn nothing; "
-            f"--tasks 1 to {len(order) // 2} fit, or --head lda",
+            f"--tasks 1 to {len(order) // 2} fit, or --head lda"
         )
     size, larger = divmod(len(order), tasks)
     starts = [t * size + min(t, larger) for t in range(tasks + 1)]
@@ -83,19 +79,11 @@ def split_classes(order: Sequence[int], tasks: int, head: str = "linear") -> tup
 def require_several_classes(tasks: Sequence[Sequence[int]], whose: str, head: str) -> None:
     """ArgumentError where a linear ``head`` would get a task of one class; ``whose`` tasks they are."""
     single = [number for number, classes in enumerate(tasks, start=1) if len(classes) == 1]
-    if single:
-        _take_single_classes(
-            head,
+    if single and head == "linear":
+        raise ArgumentError(
             f"{whose}: task {single[0]} has one class, from which linear heads learn nothing; name two or more, or "
-            "--head lda",
+            "--head lda"
         )
-
-
-def _take_single_classes(head: str, complaint: str) -> None:
-    """Raises ArgumentError with ``complaint`` unless ``head`` can learn a task of one class; then it is a warning."""
-    if head == "linear":
-        raise ArgumentError(complaint)
-    LOG.warning("tasks of one class teach --head %s alone: their cross entropy is 0, the backbone rests", head)
 
 
 def draw_share(samples: Sequence[str], share: float, seed: int, family: Callable[[str], str] = str) -> list[int]:

@@ -20,11 +20,11 @@ PRECISIONS = {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 au
 
 
 def lines(trainer: Trainer) -> list[str]:
-    """Where the run computes; what the method trains; how it learns which tasks."""
+    """Where the run computes; what the method trains; how it learns which tasks, and in which of them it cannot."""
     learner, learn = trainer.learner, trainer.config.learn
     doing = "the backbone stays as it is" if learn == "none" else adapted(learner.method)
     only = ", in the first task only" if learn == "first" else ""
-    return [_device(learner), f"{learner.config.method}: {doing}{only}", _learning(trainer)]
+    return [_device(learner), f"{learner.config.method}: {doing}{only}", _learning(trainer), *_resting(trainer)]
 
 
 def adapted(method: Method) -> str:
@@ -65,6 +65,14 @@ def _learning(trainer: Trainer) -> str:
         f"{_count(tasks, 'task')} x {each} classes, "
         f"{len(benchmark.train):,} training and {len(benchmark.test):,} {measured_on(benchmark.validation)}"
     )
+
+
+def _resting(trainer: Trainer) -> list[str]:
+    """A line where the backbone would learn in a task, but for its single class."""
+    config, tasks = trainer.config, trainer.benchmark.tasks
+    alone = any(len(classes) == 1 and config.lets_learn(task) for task, classes in enumerate(tasks))
+    line = f"tasks of one class teach head {config.head} alone: their cross entropy is 0, the backbone rests"
+    return [line] if alone else []
 
 
 def _count(number: int, what: str) -> str:
