@@ -1,5 +1,5 @@
-"""Every error that janus_ext raises on purpose, and how it warns. Catch :class:`JanusError` to catch all errors, filter
-:class:`JanusWarning` to silence all warnings.
+"""Every error that janus_ext raises on purpose, and how it warns. Catch :class:`JanusError` to catch all errors;
+:class:`JanusWarning` is the kind of all warnings.
 
 The ops themselves (``janus_ext.ops``) raise ``ValueError`` and ``TypeError``, as PyTorch's own operators do.
 """

@@ -99,8 +99,7 @@ def _warnings_logged() -> Iterator[None]:
         else:
             as_ever(message, category, filename, lineno, file, line)
 
-    with warnings.catch_warnings():  # which undoes both
-        warnings.simplefilter("always", JanusWarning, append=True)  # each run of several has its own log
+    with warnings.catch_warnings():  # which undoes it, and forgets what was said before: each run has its own log
         warnings.showwarning = show
         yield
 
