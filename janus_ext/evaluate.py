@@ -27,7 +27,7 @@ from janus_ext.runs.folder import require_within
 from janus_ext.runs.run import Run
 from janus_ext.terminal import command
 
-TRAINED_ON = "it was trained on most of these images; without --data-dir those that it held out are scored"
+TRAINED_ON = "it was trained on images there, this is no test; without --data-dir a run scores those that it held out"
 OTHERS = "the images are not those of the run, so that some may have been trained on"
 
 
@@ -89,10 +89,15 @@ def _on_folder(learner: ContinualLearner, settings: Mapping[str, Any], config: E
     if not config.data_dir.is_dir():
         raise DataError(f"--data-dir {config.data_dir} is no folder; wanted a folder of class folders")
     parts = find_parts(config.data_dir)
-    own = settings.get("data_dir")
-    if not parts and own and os.path.isdir(own) and os.path.samefile(own, config.data_dir):
-        print(f"janus_ext.evaluate: {config.data_dir} is the run's own folder: {TRAINED_ON}", file=sys.stderr)
+    if not parts and _is_trained_on(config.data_dir, settings):
+        print(f"janus_ext.evaluate: {config.data_dir}: {TRAINED_ON}", file=sys.stderr)
     return learner.evaluate(config.data_dir / parts[1] if parts else config.data_dir)
+
+
+def _is_trained_on(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the run, or a task that was learned later, took its images from this folder of class folders."""
+    named = (settings.get("data_dir"), *settings.get("learned_from", ()))
+    return any(root and os.path.isdir(root) and os.path.samefile(root, folder) for root in named)
 
 
 def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config: EvaluateConfig) -> Evaluation:

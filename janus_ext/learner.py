@@ -195,7 +195,7 @@ class ContinualLearner:
         with self._at_work(), make_bar(steps, 0) as bar, self._core.undone_on_error():
             progress = Progress(bar, max(self._core.planned, len(self._past.tasks) + 1), self.config.epochs)
             report = self._core.learn(selection, len(found.class_names), progress, lambda epoch: None)
-            self._past.add(found.class_names, report.factors)
+            self._past.add(found.class_names, report.factors, images)
         return report
 
     def observe(self, images: Any, labelled: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ class Past:
         own_backbone: whether the network was handed over as a model, and has no name.
         unprotected: whether there are old classes of which nothing is protected.
         results: of the run that it comes from, while no task has followed.
+        learned_from: the folders of class folders that tasks were learned from.
     """
 
     tasks: list[tuple[str, ...]] = field(default_factory=list)
@@ -46,6 +48,7 @@ class Past:
     own_backbone: bool = False
     unprotected: bool = False
     results: dict[str, Any] | None = None
+    learned_from: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, run: Run, settings: Mapping[str, Any], saved: Saved, config: LearnConfig) -> Past:
@@ -66,6 +69,7 @@ class Past:
             own_backbone=settings.get("own_backbone", False),
             unprotected=settings.get("unprotected", False),
             results=_measured_by(config, json.loads(saved.about.get("results", "null")), settings),
+            learned_from=_learned_from(settings),
         )
 
     @property
@@ -85,7 +89,7 @@ class Past:
                 "wait for another, or take another head, such as lda"
             )
         if len(names) == 1 and config.lets_learn(len(self.tasks)):
-            warn(f"one class teaches head {config.head} alone: its cross entropy is 0, the backbone rests")
+            warn(f"a task of one class teaches the head alone, here {config.head}: the backbone learns nothing from it")
 
     def warn_of_unprotected(self, method: Method) -> None:
         """A warning to who lets ``method`` learn, where nothing protects old classes."""
@@ -104,9 +108,11 @@ class Past:
                     f"of no others: {self.classes[min(found)]} {what}"
                 )
 
-    def add(self, names: tuple[str, ...], factors: Mapping[str, Tensor]) -> None:
-        """A task was learned; results of a run were measured without it."""
+    def add(self, names: tuple[str, ...], factors: Mapping[str, Tensor], images: Any = None) -> None:
+        """A task was learned from ``images``; results of a run were measured without it."""
         kept = _without_bases(factors)  # an interrupt in it leaves what was
+        if isinstance(images, (str, os.PathLike)):
+            self.learned_from.append(os.path.abspath(images))
         self.tasks.append(names)
         self.factors.append(kept)
         self.results = None
@@ -122,6 +128,7 @@ class Past:
             "view_crop_mode": self.view.crop_mode,
             "own_backbone": self.own_backbone,
             "unprotected": self.unprotected,
+            "learned_from": self.learned_from,
         }
 
 
@@ -136,6 +143,15 @@ def _view(settings: Mapping[str, Any]) -> View:
         if named[name] not in known:
             raise CheckpointError(f"view_{name} in config.json must be one of {', '.join(known)}")
     return View(margin=margin, **named)
+
+
+def _learned_from(settings: Mapping[str, Any]) -> list[str]:
+    """What ``config.json`` holds of it; of a run of ``janus_ext.train`` that is its own folder of images."""
+    own = settings.get("data_dir")
+    folders = settings.get("learned_from", [] if own is None else [own])
+    if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
+        raise CheckpointError("data_dir and learned_from in config.json must name folders")
+    return folders
 
 
 def _without_bases(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -323,12 +323,26 @@ def test_images_that_may_have_been_trained_on_are_said(place, tmp_path, capsys):
     assert checkpoint.read_json(tmp_path / "out" / "evaluation.json")["images"] == 4
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["learned once", "loaded and saved again"])
+def test_folders_that_were_learned_from_later_are_no_test_either(place, tmp_path, capsys, monkeypatch, again):
+    monkeypatch.chdir(place)  # wherever it is asked from
+    assert learn.main(["run", "--data-dir", "more", "--output", str(tmp_path / "later")]) == 0
+    monkeypatch.chdir(tmp_path)
+    if again:
+        ContinualLearner.load("later").save("again")
+    call = ["again" if again else "later", "--output", "out", "--data-dir"]
+    shutil.copytree(place / "more", tmp_path / "others")
+    for folder, is_said in ((place / "more", True), (place / "photos", True), (tmp_path / "others", False)):
+        assert evaluate.main([*call, str(folder)]) == 0
+        assert (f"{folder}: it was trained on images there" in capsys.readouterr().err) == is_said
+
+
 def test_a_folder_of_images_is_scored_by_the_names_of_its_folders(place, tmp_path, capsys):
     assert evaluate.main([str(place / "run"), "--data-dir", str(place / "photos"), "--output", str(tmp_path)]) == 0
     found = checkpoint.read_json(tmp_path / "evaluation.json")
     learner = ContinualLearner.load(place / "run")
     assert found["accuracy"] == pytest.approx(learner.evaluate(place / "photos").accuracy) and found["images"] == 24
-    assert "is the run's own folder: it was trained on most of these images" in capsys.readouterr().err
+    assert f"{place / 'photos'}: it was trained on images there, this is no test" in capsys.readouterr().err
     shutil.copytree(place / "photos", tmp_path / "others")
     assert evaluate.main([str(place / "run"), "--data-dir", str(tmp_path / "others"), "--output", str(tmp_path)]) == 0
     assert "trained on" not in capsys.readouterr().err

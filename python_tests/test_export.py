@@ -310,7 +310,7 @@ def test_peft_computes_the_same_features(patterns, weights, tmp_path, images, ca
         assert (backbone(pixels) - start).norm() > 1e-3 * start.norm()
 
 
-@pytest.mark.filterwarnings("ignore:one class teaches")
+@pytest.mark.filterwarnings("ignore:a task of one class")
 def test_a_task_of_one_class_has_no_adapter(photos, weights, tmp_path):
     needs("peft")
     learner = learner_of(weights)

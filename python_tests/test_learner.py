@@ -117,7 +117,7 @@ def test_one_class_is_learned_by_the_head_alone(weights, photos, method, head, k
     for names in known:
         learner.learn(photos, names)
     before = features_of(learner, photos, SECOND[0])
-    with pytest.warns(UserWarning, match=f"one class teaches head {head} alone"):
+    with pytest.warns(UserWarning, match=f"a task of one class teaches the head alone, here {head}"):
         report = learner.learn(photos, SECOND[:1])
     assert torch.equal(features_of(learner, photos, SECOND[0]), before)
     assert report.merged is None and report.factors == {}
@@ -127,7 +127,7 @@ def test_one_class_is_learned_by_the_head_alone(weights, photos, method, head, k
     assert learner.predict(photos / SECOND[0], top=1)[0][0][0] in learner.classes
 
 
-@pytest.mark.filterwarnings("ignore:one class teaches")
+@pytest.mark.filterwarnings("ignore:a task of one class")
 def test_linear_heads_of_one_class_are_never_trained_whatever_the_head(weights, photos, tmp_path):
     """So they are refused alone, and aligned heads begin at them as they are, of whichever run they come."""
     learners = {head: learner_of(weights, head=head) for head in ("lda", "aligned")}
@@ -142,7 +142,7 @@ def test_linear_heads_of_one_class_are_never_trained_whatever_the_head(weights, 
     assert loaded.predict(photos, top=3) == learners["aligned"].predict(photos, top=3)
 
 
-@pytest.mark.filterwarnings("ignore:one class teaches")
+@pytest.mark.filterwarnings("ignore:a task of one class")
 def test_the_inputs_of_one_class_are_protected_like_others(weights, photos):
     """So that later tasks leave it alone, although none learned from it: a basis of 0.9 of their energy."""
     learner = learner_of(weights, energy_start=0.9, energy_end=0.9)

@@ -115,5 +115,6 @@ def test_other_settings_are_all_named_with_both_values(place, capsys):
     assert ask("images", "w.safetensors", "--epochs", "2", "--clip-norm", "1", "--shuffle-classes") == 2
     assert capsys.readouterr().err == (
         "janus_ext.train: run holds a run with other settings: --clip-norm left out (asked: 1.0), "
-        "--epochs 1 (asked: 2), --shuffle-classes False (asked: True); choose another folder with --output\n"
+        "--epochs 1 (asked: 2), --shuffle-classes False (asked: True); "
+        "choose another folder with --output, or repeat its flags\n"
     )

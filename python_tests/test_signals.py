@@ -104,7 +104,7 @@ def test_the_command_ends_with_a_line_and_goes_on(weights, tmp_path, number):
         assert run.returncode == 128 + number
         assert "the same call with --resume goes on" in message and "Traceback" not in message
     again = subprocess.run([*call, str(tmp_path / "cut")], check=True, capture_output=True, text=True)
-    assert "goes on after task 1/2" in again.stdout and "and within the next: epochs done" in again.stdout
+    assert "goes on after task 1/2" in again.stdout and "and within the next task behind" in again.stdout
     assert_same_files(tmp_path / "cut", tmp_path / "whole")
 
 

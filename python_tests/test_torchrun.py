@@ -95,7 +95,7 @@ def workers_of(run: subprocess.Popen) -> list[int]:
 def assert_goes_on(arguments: list[str]) -> None:
     """From what is kept of its task; what goes on is ended then."""
     resumed = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
-    assert any("and within the next: epochs done" in line for line in iter(resumed.stdout.readline, ""))
+    assert any("and within the next task behind" in line for line in iter(resumed.stdout.readline, ""))
     resumed.kill()
     resumed.communicate()
 

@@ -60,7 +60,7 @@ def check_same_settings(asked: dict[str, Any], stored: dict[str, Any], folder: P
     if others:
         values = ", ".join(f"{flag(n)} {_typed(stored.get(n, MISSING))} (asked: {_typed(asked[n])})" for n in others)
         kind = "with other settings" if stored.keys() >= compared else "of another version of this program"
-        raise ArgumentError(f"{folder} holds a run {kind}: {values}; {OTHER}")
+        raise ArgumentError(f"{folder} holds a run {kind}: {values}; {OTHER}, or repeat its flags")
     for key in sorted(CONTENTS.keys() - same):
         if asked[key] != stored.get(key, MISSING):
             found, wanted = (str(value)[:12] for value in (stored.get(key, MISSING), asked[key]))

@@ -71,7 +71,7 @@ def _resting(trainer: Trainer) -> list[str]:
     """A line where the backbone would learn in a task, but for its single class."""
     config, tasks = trainer.config, trainer.benchmark.tasks
     alone = any(len(classes) == 1 and config.lets_learn(task) for task, classes in enumerate(tasks))
-    line = f"tasks of one class teach head {config.head} alone: their cross entropy is 0, the backbone rests"
+    line = f"tasks of one class teach the head alone, here {config.head}: the backbone learns nothing from them"
     return [line] if alone else []
 
 

@@ -82,7 +82,7 @@ class Trainer:
         run.remove_methods_before(len(self.matrix) - 1)
         LOG.info("goes on after task %d/%d", len(self.matrix), len(self.benchmark.tasks))
         if self.keeping.start is not None:
-            LOG.info("and within the next: epochs done %d, steps of the one after %d", *self.keeping.start.position)
+            LOG.info("and within the next task behind %d of its epochs and %d steps", *self.keeping.start.position)
 
     def _restore_results(self, results: dict[str, Any]) -> dict[str, Any]:
         """The inverse of ``results``, but for the versions, which are returned; the factors of old tasks stay in their
