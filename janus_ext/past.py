@@ -111,7 +111,7 @@ class Past:
     def add(self, names: tuple[str, ...], factors: Mapping[str, Tensor], images: Any = None) -> None:
         """A task was learned from ``images``; results of a run were measured without it."""
         kept = _without_bases(factors)  # an interrupt in it leaves what was
-        if isinstance(images, (str, os.PathLike)):
+        if isinstance(images, (str, os.PathLike)) and os.path.abspath(images) not in self.learned_from:
             self.learned_from.append(os.path.abspath(images))
         self.tasks.append(names)
         self.factors.append(kept)
@@ -147,11 +147,10 @@ def _view(settings: Mapping[str, Any]) -> View:
 
 def _learned_from(settings: Mapping[str, Any]) -> list[str]:
     """What ``config.json`` holds of it; of a run of ``janus_ext.train`` that is its own folder of images."""
-    own = settings.get("data_dir")
-    folders = settings.get("learned_from", [] if own is None else [own])
-    if not isinstance(folders, list) or not all(isinstance(folder, str) for folder in folders):
+    own, later = settings.get("data_dir"), settings.get("learned_from", [])
+    if not isinstance(later, list) or not all(isinstance(folder, str) for folder in [own or "", *later]):
         raise CheckpointError("data_dir and learned_from in config.json must name folders")
-    return folders
+    return [own, *later] if own else later
 
 
 def _without_bases(factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
