@@ -24,9 +24,9 @@ measured in every run, but in runs of their own, of three methods, Janus-LoRA as
 only" and frozen: "aligned", with trials of their own like the others, and "lda 2000" (random features), at what was
 chosen for "lda". "As shipped" has the defaults' rate, energies, guard and epochs: nothing is chosen; of the frozen
 backbone it has the epochs, for linear and aligned heads. The class order is drawn from the seed. Fresh seeds run what
-is chosen for the four heads that every run measures, without trials of their own: on emoji and glyphs the rule of
-choice had changed when seeds 0 to 4 were known. Every finished run is a line in benchmarks/results/study-<data>.jsonl;
-one whose numbers end at infinity has a line without heads.
+is chosen, without trials of their own: on emoji and glyphs the rule of choice had changed when seeds 0 to 4 were known.
+Every finished run is a line in benchmarks/results/study-<data>.jsonl; one whose numbers end at infinity has a line
+without heads.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Study:
         is_first = self.seeds == SEEDS
         if is_first:
             self._run_trials(methods, jobs)
-        wanted = [(m, head) for m in methods for head in (ALL_HEADS if is_first else HEADS)]
+        wanted = [(m, head) for m in methods for head in ALL_HEADS]
         picked = {pair: self.pick(*pair) for pair in wanted if chosen_for(*pair)}
         if lacking := [", ".join(pair) for pair, cell in picked.items() if cell is None]:
             raise SystemExit(f"nothing is chosen for {'; '.join(lacking)}: `run {self.data}` goes on with the trials")
