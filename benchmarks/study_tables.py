@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
@@ -19,6 +20,8 @@ RIVALS = ("lora", "lora-gpm", "inflora", "lora-drs", "bilora")
 CLOSED = [head for head in HEADS if head != "linear"]
 CONFIDENCE = 0.95
 LEAST_LEARNED = 0.9  # of the frozen backbone's plasticity, of what the curves show
+DRAWN = ("linear", "lda")  # the heads of the curves
+Point = tuple[float, float]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -175,22 +178,22 @@ def _closed(study: Study, method: str, head: str) -> str:
     return counted(f"{share:.0%} ({mean[1]:.1f} to {mean[2]:.1f}; it has {mean[0]:.1f})", len(seeds), len(study.seeds))
 
 
-def curve(study: Study, method: str, head: str) -> list[tuple[float, float]]:
-    """(plasticity, forgetting) of every candidate on the first selection seed, by plasticity."""
-    points = []
-    for change in study.candidates(method).values():
-        line = study.line(study.trial(change), SELECTION_SEEDS[0])
-        if line is not None and head in line["heads"] and line["heads"][head]["bwt"] is not None:
-            points.append((line["heads"][head]["plasticity"], -line["heads"][head]["bwt"]))
-    return sorted(points)
+def points(study: Study, candidates: Iterable[dict[str, Any]], head: str) -> list[Point]:
+    """(plasticity, forgetting) of candidates on the first selection seed; of those that diverged there is none."""
+    lines = [study.line(study.trial(change), SELECTION_SEEDS[0]) for change in candidates]
+    found = [line["heads"][head] for line in lines if line is not None and head in line["heads"]]
+    return [(of["plasticity"], -of["bwt"]) for of in found if of["bwt"] is not None]
 
 
-def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that no other point has at least the plasticity of at less forgetting."""
-    return [p for p in points if not any(q[0] >= p[0] and q[1] < p[1] for q in points)]
+def along_rate(study: Study, method: str, head: str) -> list[dict[str, Any]]:
+    """The candidates that differ from what is chosen for a head in the learning rate alone, lowest rate first."""
+    known = study.candidates(method)
+    chosen = known[study.chosen(method, head)]
+    same = [change for change in known.values() if change | {"lr": None} == chosen | {"lr": None}]
+    return sorted(same, key=lambda change: change["lr"])
 
 
-def least_forgetting(points: list[tuple[float, float]], plasticity: float) -> float | None:
+def least_forgetting(points: list[Point], plasticity: float) -> float | None:
     """Of the points with at least this plasticity."""
     return min((forgotten for learned, forgotten in points if learned >= plasticity), default=None)
 
@@ -202,7 +205,7 @@ def _forgetting(study: Study, method: str, head: str) -> str:
     if line is None:
         return "– (trials are missing)"
     theirs = line["heads"][head]
-    ours = least_forgetting(curve(study, method, head), theirs["plasticity"])
+    ours = least_forgetting(points(study, study.candidates(method).values(), head), theirs["plasticity"])
     said = "no candidate has that" if ours is None else f"forgets {ours:.1f}"
     more, less = (difference(study, (method, head), ("inflora", head), metric) for metric in ("plasticity", "bwt"))
     return (
@@ -213,35 +216,39 @@ def _forgetting(study: Study, method: str, head: str) -> str:
     )
 
 
-def learning(points: list[tuple[float, float]], frozen: float) -> list[tuple[float, float]]:
+def learning(points: list[Point], frozen: float) -> list[Point]:
     """Those that learn about as much as the frozen backbone, or more; what the others have left is of no use."""
     return [p for p in points if p[0] >= LEAST_LEARNED * frozen]
 
 
 def is_tried(study: Study) -> bool:
-    """Whether all trials that the curves show are run, diverged ones as well."""
+    """Whether all trials that the curves show are run, diverged ones as well, and those that choose between them."""
     tried = [change for method in (*LEARNERS, "frozen") for change in study.candidates(method).values()]
-    return all(study.line(study.trial(change), SELECTION_SEEDS[0]) is not None for change in tried)
+    run = all(study.line(study.trial(change), SELECTION_SEEDS[0]) is not None for change in tried)
+    return run and all(study.chosen(method, head) for method in LEARNERS for head in DRAWN)
+
+
+def columns(points: list[Point]) -> tuple[list[float], list[float]]:
+    """All plasticities, and all that is forgotten."""
+    return [learned for learned, _ in points], [forgotten for _, forgotten in points]
 
 
 def draw(studies: list[Study], path: Path) -> None:
     """Forgetting over plasticity for every candidate of every method: a row a data set, a column a head.
 
-    Of the first selection seed. A line joins what no other candidate of its method is better than in both, from what
-    learns least to what learns most.
+    Of the first selection seed. A line goes along the learning rate, at what else is chosen for the head; paler dots
+    are the other candidates.
     """
     import matplotlib.pyplot as plt
 
-    heads = ("linear", "lda")
-    figure, axes = plt.subplots(len(studies), len(heads), figsize=(5 * len(heads), 4 * len(studies)), squeeze=False)
-    for axis, head, study in ((axes[i][j], h, s) for i, s in enumerate(studies) for j, h in enumerate(heads)):
-        frozen = curve(study, "frozen", head)[0]
+    figure, axes = plt.subplots(len(studies), len(DRAWN), figsize=(5 * len(DRAWN), 4 * len(studies)), squeeze=False)
+    for axis, head, study in ((axes[i][j], h, s) for i, s in enumerate(studies) for j, h in enumerate(DRAWN)):
+        (frozen,) = points(study, study.candidates("frozen").values(), head)
         for number, method in enumerate(LEARNERS):
-            points = learning(curve(study, method, head), frozen[0])
-            if points:
-                colour = f"C{number}"
-                axis.plot(*zip(*frontier(points), strict=True), color=colour, label=method)
-                axis.plot(*zip(*points, strict=True), ".", color=colour)
+            tried = learning(points(study, study.candidates(method).values(), head), frozen[0])
+            line = learning(points(study, along_rate(study, method, head), head), frozen[0])
+            axis.scatter(*columns(tried), s=9, color=f"C{number}", alpha=0.4)
+            axis.plot(*columns(line), ".-", color=f"C{number}", label=method)
         axis.plot(*frozen, "k+", markersize=12, label="frozen")
         axis.set(title=f"{study.data}, {head}", xlabel="plasticity (%)", ylabel="forgetting (points)")
     axes[0][0].legend(fontsize="small")

@@ -226,14 +226,25 @@ def test_hypotheses_say_what_came_out(study):
     assert "its BWT is **+3.00 ± 0.00** above" in hypotheses(made, "janus")
 
 
-def test_the_frontier_keeps_what_nothing_beats(study):
-    from study_tables import frontier, learning, least_forgetting
+def test_of_what_learns_enough_the_least_forgotten_counts(study):
+    from study_tables import learning, least_forgetting
 
     study(plain)
     points = [(50.0, 5.0), (55.0, 4.0), (60.0, 9.0), (58.0, 9.5)]
-    assert frontier(points) == [(55.0, 4.0), (60.0, 9.0)]
     assert least_forgetting(points, 56.0) == 9.0 and least_forgetting(points, 61.0) is None
     assert learning([(7.0, 1.0), (46.0, 3.0), *points], 50.0) == [(46.0, 3.0), *points]
+
+
+@pytest.mark.parametrize("method", ["janus", "lora", "lora-drs"])
+def test_a_curve_goes_along_the_rate_at_what_else_is_chosen(study, method):
+    from study_tables import along_rate
+
+    made = study(plain)
+    chosen, line = made.candidates(method)[made.chosen(method, "lda")], along_rate(made, method, "lda")
+    rates = [change["lr"] for change in line]
+    assert chosen in line and rates == sorted(set(rates)) and len(rates) >= 3
+    assert all(change == chosen | {"lr": change["lr"]} for change in line)
+    assert len(line) < len(made.candidates(method)) or method == "lora"  # which has no other ladder
 
 
 def test_curves_are_drawn(study, tmp_path):
