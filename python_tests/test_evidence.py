@@ -77,19 +77,54 @@ def test_a_case_is_finished_only_where_all_that_it_says_is_there(module):
 def test_one_command_goes_through_every_script_that_keeps_what_the_tables_show(module):
     evidence = module("evidence")
     runs = [run.split() for run in evidence.RUNS]
-    assert all((BENCHMARKS / script).is_file() for script, *_ in runs)
-    assert runs[-1] == ["documents.py"]
+    made = runs + [run.split() for run in evidence.FILES.values()]
+    assert all((BENCHMARKS / script).is_file() for script, *_ in made)
     documents = module("documents")
-    page = (documents.ROOT / "REPRODUCIBILITY.md").read_text(encoding="utf-8")
-    shown = {Path(command.split()[1]).name for command, _ in documents.tables(page)}
-    assert {"guard.py", "study.py", "defaults.py", "merged.py"} < shown
-    assert shown <= {script for script, *_ in runs}
+    tables = [words for page in documents.pages() for words, _ in documents.tables(page.read_text(encoding="utf-8"))]
+    shown = {Path(words.split()[1]).name for words in tables}
+    assert {"guard.py", "study.py", "defaults.py", "merged.py", "run.py"} < shown
+    assert shown - {script for script, *_ in made} == {"traffic.py"}  # which measures nothing
     of = {script: {words[1] for other, *words in runs if other == script and len(words) > 1} for script, *_ in runs}
     assert of["study.py"] == set(module("study_rows").DATA) and of["guard.py"] == set(module("guard").SEEDS)
     assert of["breaks.py"] == set(module("breaks").OF)
     kept = {word.rpartition("/")[2] for words in runs for word in words if word.endswith(".json")}
     assert kept == {"first-task.json", "input-energy.json", "random-features.json"}
-    assert all((BENCHMARKS / "results" / name).is_file() for name in kept)
+    results = {str(path.relative_to(BENCHMARKS / "results")) for path in BENCHMARKS.glob("results/**/*.json")}
+    elsewhere = {name for name in results if name.startswith(("gpu-", "cpu-amd")) or name == "dry-h100.json"}
+    assert results - elsewhere == kept | evidence.FILES.keys() | {evidence.FIRST_RUN}
+
+
+def test_what_is_written_once_is_made_where_it_is_missing(module, tmp_path, monkeypatch):
+    evidence = module("evidence")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/there.json").write_text("kept")
+    (tmp_path / "writes.py").write_text("import sys\nopen(sys.argv[-1], 'x').write(sys.argv[1])\n")
+    (tmp_path / "documents.py").write_text("from pathlib import Path\nPath(__file__).with_name('documents').touch()\n")
+    monkeypatch.setattr(evidence, "HERE", tmp_path)
+    monkeypatch.setattr(evidence, "RUNS", ())
+    monkeypatch.setattr(evidence, "FILES", {"there.json": "writes.py a", "new.json": "writes.py b"})
+    trained = []
+    monkeypatch.setattr(evidence, "keep_first_run", trained.append)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "--glyphs", str(tmp_path), "--fashion-mnist", str(tmp_path)])
+    evidence.main()
+    assert (tmp_path / "results/there.json").read_text() == "kept"
+    assert (tmp_path / "results/new.json").read_text() == "b"
+    assert trained == [tmp_path / "results" / evidence.FIRST_RUN] and (tmp_path / "documents").exists()
+
+
+def test_the_readmes_run_is_kept_without_the_rest_of_its_folder(module, tmp_path, monkeypatch):
+    evidence = module("evidence")
+    called = []
+
+    def call(*words: str) -> None:
+        called.append(words[:-1])
+        Path(words[-1]).mkdir()
+        (Path(words[-1]) / "results.json").write_text("{}")
+
+    monkeypatch.setattr(evidence, "call", call)
+    evidence.keep_first_run(tmp_path / "results" / evidence.FIRST_RUN)
+    assert called == [("-m", "janus_ext.train", "--output")]
+    assert [path.name for path in (tmp_path / "results/emoji-janus-0").iterdir()] == ["results.json"]
 
 
 def test_the_command_ends_with_the_first_script_that_fails(module, tmp_path, monkeypatch):
