@@ -1,4 +1,4 @@
-"""Would held-out images choose another head rate or margin loss? One change at a time of the defaults.
+"""Would held-out images choose other defaults of the training? One change at a time.
 
     python benchmarks/defaults.py run      # on emoji; goes on where it stopped
     python benchmarks/defaults.py table    # as Markdown
@@ -26,8 +26,14 @@ HEADS = ("linear", "ncm", "lda")
 HEAD_RATES = {f"head rate {rate:g}": {"head_lr": rate} for rate in (0.0025, 0.005, 0.02, 0.04)}
 WEIGHTS = {f"margin loss of weight {weight:g}": {"margin_weight": weight} for weight in (0.0, 0.25, 1.0, 2.0)}
 MARGINS = {f"margin {margin:g}": {"margin": margin} for margin in (0.0, 0.1, 0.4)}
+STEP = {
+    **{f"share {share:g}": {"share": share} for share in (0.25, 0.75)},
+    **{f"damping {damping:g}": {"damping": damping} for damping in (0.01, 0.03, 0.3, 1.0)},
+    "no balance": {"balance": False},
+}
+EPOCHS = {f"{epochs} epochs": {"epochs": epochs} for epochs in (3, 12, 24)}
 METHODS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
-    "janus": ({"method": "janus"}, HEAD_RATES | WEIGHTS | MARGINS),
+    "janus": ({"method": "janus"}, HEAD_RATES | WEIGHTS | MARGINS | STEP | EPOCHS),
     "lora": ({"method": "lora", "lr": 0.008}, HEAD_RATES),
     "first task only": ({"method": "lora", "lr": 0.032, "learn": "first"}, {}),
     "frozen": ({"learn": "none"}, {}),

@@ -118,14 +118,14 @@ def test_the_defaults_table_can_be_looked_at_while_it_is_run(module):
 def test_merging_a_part_is_held_against_the_same_splits(module):
     merged = module("merged")
     first, second, third, _ = merged.SEEDS
-    known = {(1.0, "lda"): {first: 50.0, second: 52.0}, (0.5, "lda"): {second: 53.0, third: 99.0, first: None}}
-    known[merged.FROZEN, "lda"] = {first: 47.0}
+    known = {("1", "lda"): {first: 50.0, second: 52.0}, ("0.5", "lda"): {second: 53.0, third: 99.0, first: None}}
+    known |= {("frozen", "lda"): {first: 47.0}, ("first task only", "lda"): {second: 51.0}}
     of = {(json.dumps(merged.change(*key)), key[1]): values for key, values in known.items()}
     merged.accuracies = lambda path, change, head, seeds: of.get((json.dumps(change), head), {})
     rows = {row.split(" | ")[0]: row.split(" | ") for row in merged.table().splitlines()}
     at = merged.ALL_HEADS.index("lda") + 1
     assert rows["| all of it, ACC"][at] == "51.00 (2 of 4)"
-    assert rows["| frozen"][at] == "-3.00 (1 of 4)"
+    assert rows["| frozen"][at] == "-3.00 (1 of 4)" and rows["| first task only"][at] == "-1.00 (1 of 4)"
     assert rows["| 0.5"][at] == "+1.00 (1 of 4)" and rows["| 0.25"][at] == "–"
 
 
