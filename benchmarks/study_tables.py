@@ -20,7 +20,7 @@ RIVALS = ("lora", "lora-gpm", "inflora", "lora-drs", "bilora")
 CLOSED = [head for head in HEADS if head != "linear"]
 CONFIDENCE = 0.95
 LEAST_LEARNED = 0.9  # of the frozen backbone's plasticity, of what the curves show
-DRAWN = ("linear", "lda")  # the heads of the curves
+DRAWN = ("linear", "lda", "ridge")  # the heads of the curves
 Point = tuple[float, float]
 
 
