@@ -1,17 +1,16 @@
-"""Every table and picture of the documents by one command: it runs what is missing, then makes them.
+"""Tables and pictures of the documents by one command: it runs what is missing, then makes them.
 
     python benchmarks/evidence.py --glyphs DATA/glyphs --fashion-mnist DATA/fashion-mnist
 
 Days on two cores. Every script keeps what it has finished in benchmarks/results, and goes on from there, so that it may
 be stopped at any time. What is to be measured anew is removed there first. Times are those of the machine that it runs
-on, which should do nothing else. Not made here: gpu-* and dry-h100.json, by benchmarks/gpu/run.sh on a GPU, and
-cpu-amd*.json, which are cpu.json of other processors.
+on, which should do nothing else. Not made here: gpu-* and dry-h100.json, by benchmarks/gpu/run.sh on a GPU;
+cpu-amd*.json, which are cpu.json of other processors; and the tables of peft_forgetting.py and `traffic.py measure`.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,8 +34,10 @@ RUNS = (
     "merged.py run",
     "defaults.py run",
 )
-# What makes a file that is written once, by its name in benchmarks/results.
+# What makes a file that is written once, by its name in benchmarks/results. The first is of the README's first command,
+# which its pictures show: of the run's folder its results.json is kept.
 FILES = {
+    "emoji-janus-0/results.json": "-m janus_ext.train --output",
     "families.json": "families.py --json",
     "heads.json": "run.py run heads --json",
     "cpu.json": "run.py run kernels --json",
@@ -47,24 +48,25 @@ FILES = {
     "shares.json": "shares.py run",
     "dry-cpu.json": "full_size.py dry --json",
 }
-FIRST_RUN = "emoji-janus-0/results.json"  # of the README's first command, which its pictures show
 
 
-def call(*words: str) -> None:
-    """Runs Python with these, and ends with what it fails with."""
-    print("python", *words, flush=True)
-    done = subprocess.run([sys.executable, *words], check=False)
+def call(first: str, *words: str) -> None:
+    """Runs Python with these, a script of this folder or -m at first, and ends with what it fails with."""
+    run = " ".join((first, *words))
+    print(f"python {run}", flush=True)
+    script = str(HERE / first) if first.endswith(".py") else first
+    done = subprocess.run([sys.executable, script, *words], check=False)
     if done.returncode != 0:
-        raise SystemExit(f"evidence.py: {' '.join(words)} ended with {done.returncode}; the same command goes on")
+        raise SystemExit(f"evidence.py: {run} ended with {done.returncode}; the same command goes on")
 
 
-def keep_first_run(path: Path) -> None:
-    """Trains as the README's first command does, and keeps its results.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / path.parent.name
-        call("-m", "janus_ext.train", "--output", str(run))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run / path.name, path)
+def make(path: Path, run: str) -> None:
+    """Calls `run` with a new name behind it, and keeps at `path` what it made, once that is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "made"
+        call(*run.split(), str(made))
+        (made / path.name if made.is_dir() else made).replace(path)
 
 
 def main() -> None:
@@ -75,15 +77,11 @@ def main() -> None:
     folders = {name: str(folder.resolve()) for name, folder in vars(options).items()}
     results = HERE / "results"
     for run in RUNS:
-        script, *words = (word.format(**folders, results=results) for word in run.split())
-        call(str(HERE / script), *words)
-    if not (results / FIRST_RUN).exists():
-        keep_first_run(results / FIRST_RUN)
+        call(*(word.format(**folders, results=results) for word in run.split()))
     for name, run in FILES.items():
-        script, *words = run.split()
         if not (results / name).exists():
-            call(str(HERE / script), *words, str(results / name))
-    call(str(HERE / "documents.py"))
+            make(results / name, run)
+    call("documents.py")
 
 
 if __name__ == "__main__":

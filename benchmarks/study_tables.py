@@ -22,6 +22,7 @@ CONFIDENCE = 0.95
 LEAST_LEARNED = 0.9  # of the frozen backbone's plasticity, of what the curves show
 DRAWN = ("linear", "lda", "ridge")  # the heads of the curves
 Point = tuple[float, float]
+NOWHERE = (float("nan"), float("nan"))
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -246,7 +247,8 @@ def draw(studies: list[Study], path: Path) -> None:
         (frozen,) = points(study, study.candidates("frozen").values(), head)
         for number, method in enumerate(LEARNERS):
             tried = learning(points(study, study.candidates(method).values(), head), frozen[0])
-            line = learning(points(study, along_rate(study, method, head), head), frozen[0])
+            line = points(study, along_rate(study, method, head), head)
+            line = [point if point in tried else NOWHERE for point in line]  # what is left out breaks the line
             axis.scatter(*columns(tried), s=9, color=f"C{number}", alpha=0.4)
             axis.plot(*columns(line), ".-", color=f"C{number}", label=method)
         axis.plot(*frozen, "k+", markersize=12, label="frozen")

@@ -77,8 +77,12 @@ def test_a_case_is_finished_only_where_all_that_it_says_is_there(module):
 def test_one_command_goes_through_every_script_that_keeps_what_the_tables_show(module):
     evidence = module("evidence")
     runs = [run.split() for run in evidence.RUNS]
-    made = runs + [run.split() for run in evidence.FILES.values()]
+    trains, *files = [run.split() for run in evidence.FILES.values()]
+    assert trains == ["-m", "janus_ext.train", "--output"]
+    made = runs + files
     assert all((BENCHMARKS / script).is_file() for script, *_ in made)
+    measured = {words[1] for script, *words in files if script == "run.py" and words[0] == "run"}
+    assert measured == set(module("cases").GROUPS)
     documents = module("documents")
     tables = [words for page in documents.pages() for words, _ in documents.tables(page.read_text(encoding="utf-8"))]
     shown = {Path(words.split()[1]).name for words in tables}
@@ -91,7 +95,7 @@ def test_one_command_goes_through_every_script_that_keeps_what_the_tables_show(m
     assert kept == {"first-task.json", "input-energy.json", "random-features.json"}
     results = {str(path.relative_to(BENCHMARKS / "results")) for path in BENCHMARKS.glob("results/**/*.json")}
     elsewhere = {name for name in results if name.startswith(("gpu-", "cpu-amd")) or name == "dry-h100.json"}
-    assert results - elsewhere == kept | evidence.FILES.keys() | {evidence.FIRST_RUN}
+    assert results - elsewhere == kept | evidence.FILES.keys()
 
 
 def test_what_is_written_once_is_made_where_it_is_missing(module, tmp_path, monkeypatch):
@@ -99,32 +103,25 @@ def test_what_is_written_once_is_made_where_it_is_missing(module, tmp_path, monk
     (tmp_path / "results").mkdir()
     (tmp_path / "results/there.json").write_text("kept")
     (tmp_path / "writes.py").write_text("import sys\nopen(sys.argv[-1], 'x').write(sys.argv[1])\n")
+    (tmp_path / "cut.py").write_text("import sys\nopen(sys.argv[-1], 'x').write('a part')\nraise SystemExit(9)\n")
+    (tmp_path / "trains.py").write_text(
+        "import sys\nfrom pathlib import Path\nrun = Path(sys.argv[-1])\nrun.mkdir()\n"
+        "for name in ('log.txt', 'results.json'):\n    (run / name).write_text(name)\n"
+    )
     (tmp_path / "documents.py").write_text("from pathlib import Path\nPath(__file__).with_name('documents').touch()\n")
     monkeypatch.setattr(evidence, "HERE", tmp_path)
     monkeypatch.setattr(evidence, "RUNS", ())
-    monkeypatch.setattr(evidence, "FILES", {"there.json": "writes.py a", "new.json": "writes.py b"})
-    trained = []
-    monkeypatch.setattr(evidence, "keep_first_run", trained.append)
+    files = {"there.json": "writes.py a", "new.json": "writes.py b", "run/results.json": "trains.py"}
     monkeypatch.setattr(sys, "argv", ["evidence.py", "--glyphs", str(tmp_path), "--fashion-mnist", str(tmp_path)])
+    monkeypatch.setattr(evidence, "FILES", files | {"cut.json": "cut.py"})
+    with pytest.raises(SystemExit, match=r"cut.py .* ended with 9"):
+        evidence.main()
+    assert not (tmp_path / "documents").exists()
+    monkeypatch.setattr(evidence, "FILES", files)
     evidence.main()
-    assert (tmp_path / "results/there.json").read_text() == "kept"
-    assert (tmp_path / "results/new.json").read_text() == "b"
-    assert trained == [tmp_path / "results" / evidence.FIRST_RUN] and (tmp_path / "documents").exists()
-
-
-def test_the_readmes_run_is_kept_without_the_rest_of_its_folder(module, tmp_path, monkeypatch):
-    evidence = module("evidence")
-    called = []
-
-    def call(*words: str) -> None:
-        called.append(words[:-1])
-        Path(words[-1]).mkdir()
-        (Path(words[-1]) / "results.json").write_text("{}")
-
-    monkeypatch.setattr(evidence, "call", call)
-    evidence.keep_first_run(tmp_path / "results" / evidence.FIRST_RUN)
-    assert called == [("-m", "janus_ext.train", "--output")]
-    assert [path.name for path in (tmp_path / "results/emoji-janus-0").iterdir()] == ["results.json"]
+    kept = {str(path.relative_to(tmp_path / "results")): path.read_text() for path in tmp_path.glob("results/**/*.*")}
+    assert kept == {"there.json": "kept", "new.json": "b", "run/results.json": "results.json"}
+    assert (tmp_path / "documents").exists()
 
 
 def test_the_command_ends_with_the_first_script_that_fails(module, tmp_path, monkeypatch):
