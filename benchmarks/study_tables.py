@@ -229,6 +229,11 @@ def is_tried(study: Study) -> bool:
     return run and all(study.chosen(method, head) for method in LEARNERS for head in DRAWN)
 
 
+def broken(line: list[Point], shown: list[Point]) -> list[Point]:
+    """A line that goes nowhere in place of what is not shown, so that nothing bridges it."""
+    return [point if point in shown else NOWHERE for point in line]
+
+
 def columns(points: list[Point]) -> tuple[list[float], list[float]]:
     """All plasticities, and all that is forgotten."""
     return [learned for learned, _ in points], [forgotten for _, forgotten in points]
@@ -247,8 +252,7 @@ def draw(studies: list[Study], path: Path) -> None:
         (frozen,) = points(study, study.candidates("frozen").values(), head)
         for number, method in enumerate(LEARNERS):
             tried = learning(points(study, study.candidates(method).values(), head), frozen[0])
-            line = points(study, along_rate(study, method, head), head)
-            line = [point if point in tried else NOWHERE for point in line]  # what is left out breaks the line
+            line = broken(points(study, along_rate(study, method, head), head), tried)
             axis.scatter(*columns(tried), s=9, color=f"C{number}", alpha=0.4)
             axis.plot(*columns(line), ".-", color=f"C{number}", label=method)
         axis.plot(*frozen, "k+", markersize=12, label="frozen")

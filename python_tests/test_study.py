@@ -227,12 +227,13 @@ def test_hypotheses_say_what_came_out(study):
 
 
 def test_of_what_learns_enough_the_least_forgotten_counts(study):
-    from study_tables import learning, least_forgetting
+    from study_tables import NOWHERE, broken, learning, least_forgetting
 
     study(plain)
     points = [(50.0, 5.0), (55.0, 4.0), (60.0, 9.0), (58.0, 9.5)]
     assert least_forgetting(points, 56.0) == 9.0 and least_forgetting(points, 61.0) is None
     assert learning([(7.0, 1.0), (46.0, 3.0), *points], 50.0) == [(46.0, 3.0), *points]
+    assert broken([points[0], (7.0, 1.0), points[1]], points) == [points[0], NOWHERE, points[1]]
 
 
 @pytest.mark.parametrize("method", ["janus", "lora", "lora-drs"])
