@@ -31,6 +31,7 @@ RUNS = (
     "study.py run fashion-mnist --data-dir {fashion_mnist}",
     "study.py run emoji --fresh",
     "study.py run glyphs --data-dir {glyphs} --fresh",
+    "study.py run fashion-mnist --data-dir {fashion_mnist} --fresh",
     "merged.py run",
     "defaults.py run",
 )

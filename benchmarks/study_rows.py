@@ -14,7 +14,7 @@ from janus_ext.config import presets
 SELECTION_SEEDS = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
 # No grid or rule of choice changes once one has been run. Ten of emoji: after a look at the first five.
-FRESH_SEEDS = {"emoji": tuple(range(5, 15)), "glyphs": tuple(range(5, 10))}
+FRESH_SEEDS = {"emoji": tuple(range(5, 15)), "glyphs": tuple(range(5, 10)), "fashion-mnist": tuple(range(5, 10))}
 HEADS = ("linear", "ncm", "lda", "ridge")  # of every run
 
 TRAINED_BY = {"head": "linear"}  # heads of closed form are fitted beside them

@@ -36,10 +36,6 @@ def test_tables_are_of_the_seeds_that_are_asked_for(study, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         module.main()
     assert "--fresh: parts has no fresh seeds" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["study.py", "table", "fashion-mnist", "--fresh"])
-    with pytest.raises(SystemExit):
-        module.main()
-    assert "--fresh: fashion-mnist has no fresh seeds; emoji and glyphs have" in capsys.readouterr().err
     monkeypatch.setattr(module, "Study", lambda data, folder, seeds: pytest.fail(f"seeds {seeds}"))
     monkeypatch.setattr("sys.argv", ["study.py", "table", "emoji", "--fresh"])
     with pytest.raises(pytest.fail.Exception, match=r"seeds \(5, 6, 7, 8, 9, 10, 11, 12, 13, 14\)"):
