@@ -25,6 +25,7 @@ from cases import CASES, GROUPS, Case, InPlace, Side
 from provenance import commit
 
 from janus_ext import _native
+from janus_ext.devices import device_name
 from janus_ext.terminal import until_closed
 
 LEAST_SECONDS = 2.0  # of our side of a case: the median of a few short calls is noise
@@ -103,9 +104,8 @@ def target(case: Case, device: str) -> float | None:
 
 def about(device: str) -> dict[str, Any]:
     """Where and with what this was measured."""
-    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     return {
-        "device": name,
+        "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -113,12 +113,6 @@ def about(device: str) -> dict[str, Any]:
         "compiled": _native.available(),
         "commit": commit("--", ":/csrc", ":/janus_ext", ":/benchmarks/*.py"),  # results are no sources
     }
-
-
-def processor() -> str:
-    """The CPU's name as Linux knows it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def chosen(names: list[str]) -> list[Case]:

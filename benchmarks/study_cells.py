@@ -88,6 +88,7 @@ def run_cell(cell: tuple[str, dict[str, Any], int, int, dict[str, Any]]) -> dict
         "split_sha256": results["split_sha256"],
         "versions": results["versions"],
         "processor": device_name(torch.device("cpu")),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # by which processors of one name differ
         "commit": commit(*TRACKED),
     }
 

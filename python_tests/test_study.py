@@ -91,6 +91,20 @@ def test_numbers_that_end_at_infinity_are_a_result_and_other_errors_are_none(stu
     assert line["heads"] == {} and line["diverged"] == message and line["seed"] == 100
 
 
+def test_a_line_tells_processors_of_one_name_apart(study, monkeypatch):
+    study(plain)
+    from study_cells import METRICS, run_cell
+    from study_rows import candidate
+
+    import janus_ext.train
+
+    results = dict.fromkeys(METRICS, 1.0) | {"heads": {}, "split_sha256": "", "versions": {}}
+    monkeypatch.setattr(janus_ext.train, "train", lambda config: [results])
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    line = run_cell((*candidate("emoji", "lora", (3,)), 100, torch.get_num_threads(), {}))
+    assert line["processor"] and line["instructions"] == "AVX2"
+
+
 def test_runs_of_their_own_can_run_and_their_head_has_its_own_name(study):
     made = study(plain)
     from study_cells import cell_config, named
