@@ -67,8 +67,7 @@ def resolve(settings: Mapping[str, Any]) -> LearnConfig:
     own = {name: value for name, value in settings.items() if name in known}
     shared = {name: value for name, value in settings.items() if name not in known}
     config = LearnConfig(**shared, own=own or None).resolved()
-    if "joint" in (config.method, found and found.like):
-        raise ArgumentError("method joint learns all classes at once, and a learner one set after another")
+    config.require_incremental()
     device = pick_device(config.device)
     return replace(config, device=str(device), amp=pick_amp(config.amp, device))
 

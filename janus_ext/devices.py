@@ -101,13 +101,16 @@ def at_work(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """`be_deterministic` within it, and no autocast of the caller's; what he had is his again behind it."""
+    """`be_deterministic` within it, in float32, and no autocast of the caller's; what he had is his again behind it."""
+    dtype = torch.get_default_dtype()
     mode = torch.get_deterministic_debug_mode()
     fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     be_deterministic(device)
     try:
+        torch.set_default_dtype(torch.float32)
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
+        torch.set_default_dtype(dtype)
         torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark = fill, benchmark

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +16,8 @@ from janus_ext.config.foreign import BENCHMARK
 from janus_ext.config.parts import BENCHMARK_NAMES, HEAD_NAMES
 from janus_ext.data import load_benchmark
 from janus_ext.data.benchmark import Benchmark
-from janus_ext.data.layout import find_parts
+from janus_ext.data.layout import TRAIN_NAMES, find_parts
+from janus_ext.data.listing import subfolders
 from janus_ext.data.workers import naming_lost_workers
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.learner import ContinualLearner
@@ -96,8 +96,9 @@ def _on_folder(learner: ContinualLearner, settings: Mapping[str, Any], config: E
 
 def _is_trained_on(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the run, or a task that was learned later, took its images from this folder of class folders."""
-    named = (settings.get("data_dir"), *settings.get("learned_from", ()))
-    return any(root and os.path.isdir(root) and os.path.samefile(root, folder) for root in named)
+    named = [Path(root) for root in (settings.get("data_dir"), *settings.get("learned_from", ())) if root]
+    sides = [root / name for root in named if root.is_dir() for name in subfolders(root) if name.lower() in TRAIN_NAMES]
+    return any(root.is_dir() and root.samefile(folder) for root in (*named, *sides))
 
 
 def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config: EvaluateConfig) -> Evaluation:

@@ -89,7 +89,7 @@ class ContinualLearner:
         check_integer("planned_tasks", planned_tasks, lambda n: n >= 1, "positive")
         config = resolve({"backbone": name, "method": method, "head": head} | settings)
         with at_work(torch.device(config.device)):
-            self._core = make_learner(config, seed, planned_tasks, made)
+            self._core = make_learner(config, int(seed), int(planned_tasks), made)
         self._past = Past() if made is None else Past(own_backbone=True, view=view_of(backbone))
 
     @classmethod
@@ -146,7 +146,7 @@ class ContinualLearner:
 
     @property
     def images_at_once(self) -> int:
-        """How many images a pass takes that learns nothing: 200, or as many as need no more memory in a ViT-B/16."""
+        """Of a pass that learns nothing: 200, or as many as need no more memory in a ViT-B/16. `save` leaves it out."""
         return self._core.model.images_at_once
 
     @images_at_once.setter
@@ -270,7 +270,7 @@ class ContinualLearner:
 
         Args:
             images: as in `learn`; labels are names of classes, or numbers of ``.classes`` (the data set's own if it
-                has them, else the learner's). Not every class needs images.
+                has them, else the learner's). Not every class needs images, but one that has a folder.
 
         Raises:
             ArgumentError: nothing was learned yet.

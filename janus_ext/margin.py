@@ -41,7 +41,7 @@ class ClassPrototypes:
     def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
         check_integer("ClassPrototypes: dim", dim, lambda n: 1 <= n <= WIDEST, f"from 1 to {WIDEST}")
         check_device("ClassPrototypes: device", device)
-        self.matrix = torch.zeros(0, dim, device=device)
+        self.matrix = torch.zeros(0, dim, dtype=torch.float32, device=device)
         self.classes: list[int] = []
 
     def __len__(self) -> int:
@@ -61,6 +61,8 @@ class ClassPrototypes:
         check_tensor(
             "ClassPrototypes: labels", labels, wanted, lambda y: y.shape == features.shape[:1] and are_integers(y)
         )
+        if bool((labels < 0).any()):
+            raise ArgumentError(f"ClassPrototypes: labels must not be negative, got {int(labels.min())}")
         if not len(features) or not bool(torch.isfinite(features).all()):
             raise StatisticsError(
                 f"ClassPrototypes: features must be finite and one at least, got {list(features.shape)}, NaN or none"
@@ -110,6 +112,8 @@ class ClassPrototypes:
             )
         if not bool(torch.isfinite(matrix).all()):
             raise ArgumentError("ClassPrototypes: state must have a finite matrix, got NaN or infinity")
+        if len(classes.unique()) < len(classes):
+            raise ArgumentError("ClassPrototypes: state must have every class once, got one more often")
         self.matrix = matrix.detach().to(self.matrix, copy=True)
         self.classes = classes.tolist()
 

@@ -79,6 +79,7 @@ class Past:
 
     def check_new(self, names: Sequence[str], config: LearnConfig) -> None:
         """ArgumentError unless a task of these classes can be learned; a warning where it teaches the head alone."""
+        config.require_incremental()
         known = [name for name in names if name in self.classes]
         if known:
             some = ", ".join(known[:3]) + (f" and {len(known) - 3} more" if len(known) > 3 else "")

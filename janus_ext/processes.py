@@ -221,13 +221,13 @@ def in_turn(do: Callable[[], T]) -> T:
     return early if goes_first else late
 
 
-def largest(values: Sequence[int]) -> list[int]:
+def largest(values: Sequence[int], group: Any = None) -> list[int]:
     """Place by place, the largest of all processes' values."""
-    if count() == 1:
+    if count(group) == 1:
         return list(values)
     numbers = torch.tensor(values, device=_wire())
     with _reaching_others():
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
     return numbers.tolist()
 
 

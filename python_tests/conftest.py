@@ -1,6 +1,7 @@
 """Devices, dtypes, the one table of tolerances that every numerical test uses, and small training runs."""
 
 import atexit
+import errno
 import json
 import os
 import shlex
@@ -162,6 +163,16 @@ def web_server(tmp_path):
 
 
 # small training runs --------------------------------------------------------------------------------------------------
+@pytest.fixture
+def mounted(monkeypatch) -> None:
+    """Folders keep their places, as those do that another file system is mounted at."""
+
+    def refuse(made: Path, place: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", str(place))
+
+    monkeypatch.setattr(checkpoint, "_exchange", refuse)
+
+
 @pytest.fixture(scope="session")
 def patterns() -> Benchmark:
     """Six classes in three tasks, a class being a pattern of coloured patches under noise; class order 5 .. 0."""

@@ -28,6 +28,23 @@ def test_the_callers_random_numbers_and_switches_are_his_own(weights, photos, tm
 
 
 @pytest.mark.parametrize("settings", [{"head": "linear"}, {"head": "lda", "head_width": 40}], ids=lambda s: s["head"])
+def test_the_callers_default_dtype_changes_nothing(weights, photos, tmp_path, settings):
+    wanted, found = learner_of(weights, **settings), None
+    wanted.learn(photos, FIRST)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = learner_of(weights, **settings)
+        found.learn(photos, FIRST)
+        found.save(tmp_path / "saved")
+        found = ContinualLearner.load(tmp_path / "saved")
+        assert found.predict(photos) == wanted.predict(photos)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(state_of(found), state_of(wanted))
+
+
+@pytest.mark.parametrize("settings", [{"head": "linear"}, {"head": "lda", "head_width": 40}], ids=lambda s: s["head"])
 def test_the_callers_autocast_changes_nothing(weights, photos, tmp_path, settings):
     wanted, found = learner_of(weights, **settings), learner_of(weights, **settings)
     wanted.learn(photos, FIRST)

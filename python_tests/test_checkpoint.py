@@ -146,6 +146,14 @@ def test_files_of_others_in_a_replaced_folder_stay(place):
     assert (place / "notes.txt").read_text() == "mine" and (place / "config.json").read_text() == "new"
 
 
+def test_whether_an_empty_folder_can_be_replaced_is_tried_and_undone(place):
+    (place.parent / "empty").mkdir()
+    before = (place.parent / "empty").stat().st_ino
+    checkpoint.require_replaceable(place.parent / "empty")
+    assert (place.parent / "empty").stat().st_ino == before
+    assert sorted(path.name for path in place.parent.iterdir()) == ["empty", "x"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize("calls", range(4))
 def test_whatever_ends_the_exchange_a_whole_folder_is_there(place, monkeypatch, error, calls):

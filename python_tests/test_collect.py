@@ -186,11 +186,26 @@ def test_folders_without_classes_or_with_them_a_level_deeper(tmp_path):
         labelled(tmp_path / "flat" / "1.jpg")
     for part in ("train", "test"):
         folders(tmp_path / "parts" / part, 3, 1)
+    for part in ("train", "test"):
+        (tmp_path / "parts" / part).rename(tmp_path / "parts" / f"{part} side")
     with pytest.raises(
-        DataError, match=r"the 2 folders of .*parts \(test, train\) all hold the same .*: hand over one"
+        DataError, match=r"the 2 folders of .*parts \(test side, train side\) all hold the same .*: hand"
     ):
         labelled(tmp_path / "parts")
-    assert labelled(tmp_path / "parts", ["train", "test"]).class_names == ("train", "test")
+    assert labelled(tmp_path / "parts", ["train side", "test side"]).class_names == ("train side", "test side")
+
+
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Training", "val")])
+def test_training_and_test_images_are_no_two_classes(tmp_path, train, test):
+    """Whatever they hold: a competition's test images lie in no class folders."""
+    folders(tmp_path / train, 3, 1)
+    save_jpeg(tmp_path / test / "1.jpg", drawing(0, 0))
+    save_jpeg(tmp_path / "extra" / "1.jpg", drawing(0, 0))
+    with pytest.raises(
+        DataError, match=rf"holds training and test images \({train}, {test}\), .*: hand over one of them"
+    ):
+        labelled(tmp_path)
+    assert labelled(tmp_path, [train, test]).class_names == (train, test)
 
 
 @pytest.mark.parametrize(

@@ -337,6 +337,13 @@ def test_folders_that_were_learned_from_later_are_no_test_either(place, tmp_path
         assert (f"{folder}: it was trained on images there" in capsys.readouterr().err) == is_said
 
 
+def test_the_training_side_of_a_tree_is_no_test_either(place):
+    shutil.copytree(place / "photos", place / "both" / "Train")
+    shutil.copytree(place / "photos", place / "both" / "test")
+    for folder, is_said in (("both/Train", True), ("both/test", False), ("photos", False)):
+        assert evaluate._is_trained_on(place / folder, {"data_dir": str(place / "both")}) == is_said
+
+
 def test_a_folder_of_images_is_scored_by_the_names_of_its_folders(place, tmp_path, capsys):
     assert evaluate.main([str(place / "run"), "--data-dir", str(place / "photos"), "--output", str(tmp_path)]) == 0
     found = checkpoint.read_json(tmp_path / "evaluation.json")

@@ -220,3 +220,11 @@ def test_labels_of_a_split_of_ones_own_are_integers(patterns, labels) -> None:
     own.labels = labels
     with pytest.raises(ArgumentError, match=r"Benchmark: train\.labels must be "):
         replace(patterns, train=own)
+
+
+def test_a_benchmark_has_images_on_both_sides_and_every_class_name_once(patterns) -> None:
+    none = MemorySplit(patterns.test.images[:0], patterns.test.labels[:0], [])
+    with pytest.raises(ArgumentError, match="Benchmark: test must have one image at least, got none"):
+        replace(patterns, test=none)
+    with pytest.raises(ArgumentError, match="Benchmark: class_names must differ, got 'b' more than once"):
+        replace(patterns, class_names=("a", "b", "c", "b", "e", "f"))

@@ -38,7 +38,7 @@ def test_movement_is_in_standard_deviations_within_classes() -> None:
     S = known_of(before, labels, [3]).statistics.covariance()
     after = before + 0.1 * torch.randn(120, DIM)
     D, root = (after - before).double(), torch.linalg.cholesky(S)
-    want = torch.linalg.solve_triangular(root, D.mT, upper=False).square().mean().sqrt()
+    want = torch.einsum("ni,ij,nj->n", D, torch.linalg.inv(S), D).mean().div(DIM).sqrt()
     assert movement(before, after, S) == pytest.approx(float(want), rel=1e-9)
     assert movement(before, before, S) == 0.0
     assert movement(before, before + root[:, 0], S) == pytest.approx(DIM**-0.5)  # one deviation in one direction

@@ -294,8 +294,11 @@ def test_what_was_summed_by_hand_takes_no_more(monkeypatch: pytest.MonkeyPatch) 
         one.all_reduce()
     with pytest.raises(TaskBoundaryError, match="before the merge for both, or for none"):
         one.merge(other)
+    with pytest.raises(TaskBoundaryError, match=r"state_dict\(\) comes before all_reduce\(\) or behind the commit"):
+        one.state_dict()  # of which several processes would each be given the sum
     assert one.rows == 9
     one.commit(0.9)
+    assert one.state_dict()["basis"].shape[0] == 6
     one.observe(torch.randn(9, 6))
 
 

@@ -167,7 +167,7 @@ WRONG: list[tuple[Any, str]] = [
     (lambda s: s.observe(torch.zeros(2, 12).long(), TWO), r"features must be floating .* got \[2, 12\] of .*int64"),
     (lambda s: s.observe(torch.zeros(2, 12), [0, 1]), r"labels must be a tensor \[2\] integers, .*, got \[0, 1\]"),
     (lambda s: s.observe(torch.zeros(2, 12), TWO[:1]), r"labels must be \[2\] integers, .* got \[1\]"),
-    (lambda s: s.observe(torch.zeros(2, 12), TWO - 1), r"labels must be \[2\] integers, one a feature, from 0"),
+    (lambda s: s.observe(torch.zeros(2, 12), TWO - 1), r"labels must be from 0 to 1048575, got -1"),
     (lambda s: s.observe(torch.zeros(2, 12), TWO.double()), r"labels must be .* got \[2\] of torch.float64"),
     (lambda s: s.observe(torch.zeros(2, 12), TWO.bool()), r"labels must be .* got \[2\] of torch.bool"),
     (lambda s: s.merge(None), "other must be FeatureStatistics of width 12, got None"),

@@ -3,11 +3,12 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trees
 from learners import FIRST, SECOND, SETTINGS, THIRD, assert_same, learner_of, state_of
 
-from janus_ext import ContinualLearner
+from janus_ext import ContinualLearner, train
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.methods import METHODS
 from janus_ext.runs import checkpoint
@@ -62,6 +63,28 @@ def test_a_save_that_fails_leaves_the_last_one(weights, photos, tmp_path, monkey
         learner.save(tmp_path / "saved")
     assert {p: p.read_bytes() for p in (tmp_path / "saved").rglob("*") if p.is_file()} == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_integers_of_numpy_are_integers(weights, photos, tmp_path):
+    learner = learner_of(weights, seed=np.int64(3), planned_tasks=np.int32(4), epochs=np.int64(1))
+    learner.learn(photos, FIRST)
+    learner.save(tmp_path / "saved")
+    wanted = learner_of(weights, seed=3, planned_tasks=4, epochs=1)
+    wanted.learn(photos, FIRST)
+    assert_same(state_of(ContinualLearner.load(tmp_path / "saved")), state_of(wanted))
+
+
+def test_a_run_of_joint_training_learns_no_more(weights, photos, tmp_path):
+    call = f"--benchmark folder --data-dir {photos} --backbone emoji --weights {weights} --method joint --head linear"
+    call += f" --epochs 1 --rank 4 --device cpu --amp off --no-plots --output {tmp_path / 'run'}"
+    assert train.main(call.split()) == 0
+    learner = ContinualLearner.load(tmp_path / "run")
+    (tmp_path / "new").mkdir()
+    for name in FIRST:
+        shutil.copytree(photos / name, tmp_path / "new" / f"new {name}")
+    with pytest.raises(ArgumentError, match="joint learns all classes at once, and a learner one set after another"):
+        learner.learn(tmp_path / "new")
+    assert len(learner.tasks) == 1
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,14 @@ def test_module_names_the_wrong_argument(name: str, value: Any, found: str) -> N
             lambda: ClassPrototypes(6).add(torch.zeros(2, 6), torch.zeros(2)),
             "of integers, one a feature, got .*float32",
         ),
+        (
+            lambda: ClassPrototypes(6).add(torch.randn(2, 6), torch.tensor([0, -100])),
+            "labels must not be negative, got -100",
+        ),
+        (
+            lambda: ClassPrototypes(6).load_state_dict({"matrix": torch.eye(6)[:2], "classes": torch.tensor([3, 3])}),
+            "state must have every class once",
+        ),
         (lambda: ClassPrototypes(6).nearest(None), r"features must be a tensor \[N, 6\], got None"),
         (lambda: ClassPrototypes(6).load_state_dict(None), "state must be what state_dict.. gave"),
         (lambda: DecoupledMarginLoss(0.2, 16.0)(torch.zeros(2, 6), None), r"ClassPrototypes or a tensor .*, got None"),
@@ -186,7 +194,7 @@ def test_module_names_the_wrong_argument(name: str, value: Any, found: str) -> N
             r"features must be a tensor \[N, d\], got \[1\]",
         ),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_wrong_types_are_named(use: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_close
-from exported import METHODS, assert_untouched, contents_of, contents_on, run_of, scores_of, state
+from exported import METHODS, assert_untouched, contents_of, contents_on, needs, run_of, scores_of, state
+from learners import FIRST, learner_of
 from torch import Tensor, nn
 
-from janus_ext import ArgumentError
+from janus_ext import ArgumentError, CheckpointError
 from janus_ext.backbone import load_backbone
-from janus_ext.exports import folder, plain
+from janus_ext.exports import folder, onnx, plain
 from janus_ext.exports.contents import Contents
 from janus_ext.heads.base import Decision
 
@@ -54,6 +55,13 @@ def test_what_is_still_in_the_factors_is_in_the_plain_model(run, images):
     wanted = scores_of(contents, images)
     assert (wanted - before).norm() > 1e-2
     assert_close(plain.scorer(contents)(images), wanted, torch.float32)
+
+
+def test_what_saved_memory_in_training_does_not_come_along(photos, weights):
+    learner = learner_of(weights, checkpointing=True)
+    learner.learn(photos, FIRST)
+    assert learner.model().grad_checkpointing is False
+    assert learner._core.model.backbone.grad_checkpointing is True
 
 
 def test_pixels_may_be_floats(contents, images):
@@ -112,3 +120,21 @@ def test_a_network_that_torch_cannot_follow_is_one_line():
 def test_rows_that_do_not_fit_are_refused(contents):
     with pytest.raises(ArgumentError, match="decision must be of 5 classes, got 6"):
         replace(contents, class_names=tuple("abcde"))
+
+
+def test_weights_of_a_head_with_random_features_count_too(photos, weights, tmp_path, monkeypatch):
+    needs("onnx")
+    learner = learner_of(weights, head="lda", head_width=40)
+    learner.learn(photos, FIRST)
+    contents = learner.contents()
+    parameters = sum(p.nbytes for p in plain.scorer(contents).parameters())
+    monkeypatch.setattr(onnx, "LARGEST", parameters)  # what else there is are buffers
+    onnx.export(contents, tmp_path / "out")
+    assert (tmp_path / "out" / "model.onnx.data").exists()
+
+
+def test_a_folder_that_keeps_its_place_is_refused_before_anything_is_made(tmp_path, mounted):
+    """As an empty volume that is mounted there does."""
+    with pytest.raises(CheckpointError, match="cannot be replaced as a whole: .*busy"), folder.new_folder(tmp_path):
+        pytest.fail("nothing is to be made")
+    assert not any(tmp_path.iterdir())

@@ -10,7 +10,7 @@ import pytest
 
 from janus_ext import train
 from janus_ext.config import TrainConfig
-from janus_ext.errors import ArgumentError
+from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.runs import checkpoint
 from janus_ext.runs import folder as run_folder
 
@@ -132,6 +132,13 @@ def test_a_folder_is_reserved_for_one_and_gone_if_nothing_came_into_it(tmp_path)
         with pytest.raises(ArgumentError, match="is there already"), run_folder.reserved(tmp_path / "new"):
             pass
     assert (tmp_path / "new" / "config.json").exists()
+
+
+def test_a_folder_that_keeps_its_place_is_refused_before_anything_is_learned(tmp_path, mounted):
+    """As an empty volume that is mounted there does: what is saved takes a folder's place as a whole."""
+    with pytest.raises(CheckpointError, match="as a whole: .*busy; "), run_folder.reserved(tmp_path / "volume"):
+        pytest.fail("nothing is to be learned")
+    assert not any(tmp_path.iterdir())
 
 
 def stay(running) -> None:

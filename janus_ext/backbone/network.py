@@ -119,7 +119,8 @@ def adopted(argument: str, model: Any, wanted: str = "a model of timm's") -> nn.
 def probe(model: nn.Module) -> Tensor:
     """float64 [2, d]: what a backbone makes of two images of noise, always the same; in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(2, 3, model.input_size, model.input_size, generator=generator)
+    shape = (2, 3, model.input_size, model.input_size)
+    pixels = torch.randn(shape, generator=generator, dtype=torch.float32)  # whatever the caller's default is
     device, mode = next(model.parameters()).device, {module: module.training for module in model.modules()}
     features = model.eval().forward_head(model.forward_features(pixels.to(device)), pre_logits=True)
     for module, training in mode.items():

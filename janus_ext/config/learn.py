@@ -9,6 +9,7 @@ from typing import TypeVar
 from janus_ext.config import checks, presets
 from janus_ext.config.foreign import OURS, find_head, find_method, own_settings
 from janus_ext.config.parts import TRAINED_HEADS, MachineConfig, MethodConfig, ModelConfig, OptimizationConfig
+from janus_ext.errors import ArgumentError
 
 T = TypeVar("T", bound="LearnConfig")
 # What a run reads only where the backbone learns, and where anything is trained in steps.
@@ -54,6 +55,12 @@ class LearnConfig(MachineConfig, OptimizationConfig, ModelConfig, MethodConfig):
     def lets_learn(self, task: int) -> bool:
         """Whether ``--learn`` lets the backbone learn in a task, counted from 0."""
         return self.learn == "all" or (self.learn == "first" and task == 0)
+
+    def require_incremental(self) -> None:
+        """ArgumentError where the method is joint training, or like it."""
+        found = find_method(self.method)
+        if "joint" in (self.method, found and found.like):
+            raise ArgumentError("method joint learns all classes at once, and a learner one set after another")
 
     def without_effect(self) -> dict[str, str]:
         """The fields that a run of this resolved configuration does not read, each with what it would take."""

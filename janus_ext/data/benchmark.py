@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -228,11 +229,16 @@ class Benchmark:
         if not _are_texts(self.class_names):
             raise ArgumentError(f"Benchmark: class_names must be a list of texts, got {shown(self.class_names)}")
         C = len(self.class_names)
+        twice = [name for name, times in Counter(self.class_names).items() if times > 1]
+        if twice:
+            raise ArgumentError(f"Benchmark: class_names must differ, got {shown(twice[0])} more than once")
         for part in ("train", "test"):
             split = getattr(self, part)
             if not isinstance(split, Split):
                 raise ArgumentError(f"Benchmark: {part} must be a Split, got {shown(split)}")
             check_tensor(f"Benchmark: {part}.labels", split.labels, "integers [N]", are_integers)
+            if not len(split):
+                raise ArgumentError(f"Benchmark: {part} must have one image at least, got none")
             strange = split.labels[(split.labels < 0) | (split.labels >= C)]
             if len(strange):
                 raise ArgumentError(f"Benchmark: {part} must have labels of {C} classes, got {int(strange[0])}")

@@ -48,10 +48,16 @@ def require_class_level(root: Path, folders: Sequence[str], advice: str) -> None
     """DataError if the ``folders`` of ``root`` all hold the same folders: splits or domains, whose classes lie below.
 
     At least half of all that they hold must be common to all. One common folder is no sign: many data sets have
-    <class>/images/. ``advice`` says what to do, and how to say that they are classes all the same.
+    <class>/images/. The names of a training and a test side are one, whatever they hold: a competition's test images
+    have no labels. ``advice`` says what to do, and how to say that they are classes all the same.
     """
     if len(folders) < 2:
         return
+    sides = [[name for name in folders if name.lower() in names] for names in (TRAIN_NAMES, TEST_NAMES)]
+    if all(sides):
+        raise DataError(
+            f"{root} holds training and test images ({shorten(sides[0] + sides[1])}), and no class folders: {advice}"
+        )
     every = common = set(subfolders(root / folders[0]))
     for folder in folders[1:]:
         if len(common) < 2:

@@ -39,7 +39,7 @@ def export(contents: Contents, folder: Path) -> None:
     unfuse_attention(module)  # ONNX has no fused one before opset 23, and torch's translation fails for some networks
     graph = _graph(program_of(module, images[:2]))
     graph.model.metadata_props["class_names"] = to_json(contents.class_names)
-    size = sum(parameter.nbytes for parameter in module.parameters())
+    size = sum(tensor.nbytes for tensor in module.state_dict().values())  # of a head the weights are buffers
     with new_folder(folder) as made:
         graph.save(str(made / FILE), external_data=size > LARGEST)
         for batch in (images, images[:1]):

@@ -44,9 +44,10 @@ def _checked(part: str, found: Any, seen: Tensor, *width: int) -> Tensor:
     if list(found.shape) != wanted or found.device != seen.device:
         got = f"{list(found.shape)} on {found.device}"
         raise ArgumentError(f"{part} must be {wanted} on {seen.device}, got {got}")
+    found = found.detach().float()  # as it decides
     if not bool(found[seen].isfinite().all()):
-        raise ArgumentError(f"{part} must be finite for all classes that were seen, got NaN or infinity")
-    return found.detach()
+        raise ArgumentError(f"{part} must be finite in float32 for all classes that were seen, got NaN or infinity")
+    return found
 
 
 def _shown(found: Any) -> str:

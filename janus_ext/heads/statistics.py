@@ -117,9 +117,8 @@ class FeatureStatistics:
         processes.check_group("FeatureStatistics: group", group)
         if processes.count(group) == 1:
             return
-        classes = torch.tensor(len(self.counts), device=self.counts.device)
-        torch.distributed.all_reduce(classes, torch.distributed.ReduceOp.MAX, group=group)
-        self.reserve(int(classes))
+        [classes] = processes.largest([len(self.counts)], group)
+        self.reserve(classes)
         for name in NAMES:
             processes.add_up(getattr(self, name), group)
 
@@ -194,11 +193,14 @@ class FeatureStatistics:
         check_tensor(
             "FeatureStatistics: labels",
             labels,
-            f"[{n}] integers, one a feature, from 0 to {WIDEST - 1}",
-            lambda y: (
-                list(y.shape) == [n] and are_integers(y) and (n == 0 or 0 <= int(y.min()) <= int(y.max()) < WIDEST)
-            ),
+            f"[{n}] integers, one a feature",
+            lambda y: list(y.shape) == [n] and are_integers(y),
         )
+        classes = labels.long()  # WIDEST is beyond what uint8 holds
+        strange = classes[(classes < 0) | (classes >= WIDEST)]
+        if len(strange):
+            found = int(strange[0])
+            raise ArgumentError(f"FeatureStatistics: labels must be from 0 to {WIDEST - 1}, got {found}")
 
 
 def factor_of(S: Tensor) -> Tensor:

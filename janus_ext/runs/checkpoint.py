@@ -224,8 +224,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     try:
         temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
         write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -240,6 +239,12 @@ def _beside(path: Path) -> Path:
     if len(os.fsencode(name)) > MOST_BYTES:
         name = os.fsencode(name)[:MOST_BYTES].decode("utf-8", "ignore")
     return path.with_name(f".{name}.{os.getpid()}.tmp")
+
+
+def sync_file(path: Path) -> None:
+    """Flushes what is in a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -269,6 +274,23 @@ def check_replaceable(folder: str | Path) -> Path:
     if Path.cwd().is_relative_to(place):
         raise ArgumentError(f"{str(folder)!r} is the current folder or one above it; name another folder")
     return place
+
+
+def require_replaceable(folder: Path) -> None:
+    """Puts a folder beside ``folder``, which is empty, in its place and back, as `replace_folder` will one day.
+
+    Raises:
+        CheckpointError: a mount point keeps its place, and beside a folder one may not write in there is none.
+    """
+    made = _beside(folder)
+    try:
+        make_folder(made)
+        _exchange(made, folder)
+        _exchange(made, folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} is a folder that cannot be replaced as a whole: {error.strerror}") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
@@ -306,9 +328,16 @@ def _copy_others(folder: Path, made: Path) -> None:
         folder,
         made,
         symlinks=True,
+        copy_function=_copy_synced,
         ignore=lambda place, names: ours if Path(place) == folder else (),
         dirs_exist_ok=True,
     )
+
+
+def _copy_synced(source: str, target: str) -> None:
+    """The original is deleted soon, so that the copy has to be on the disk."""
+    shutil.copy2(source, target)
+    sync_file(Path(target))
 
 
 def _exchange(made: Path, place: Path) -> None:

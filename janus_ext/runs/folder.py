@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from janus_ext.errors import ArgumentError, CheckpointError
-from janus_ext.runs.checkpoint import check_replaceable, make_folder, read_json, remove, write_sealed_json
+from janus_ext.runs.checkpoint import (
+    check_replaceable,
+    make_folder,
+    read_json,
+    remove,
+    require_replaceable,
+    write_sealed_json,
+)
 
 if TYPE_CHECKING:
     from janus_ext.config import TrainConfig
@@ -165,7 +172,7 @@ def reserved(folder: Path) -> Iterator[None]:
 
     Raises:
         ArgumentError: something is there, or another process has it.
-        CheckpointError: it cannot be made.
+        CheckpointError: it cannot be made, or not be replaced, as `replace_folder` does.
     """
     place = check_replaceable(folder)
     is_new = not place.exists()
@@ -175,6 +182,8 @@ def reserved(folder: Path) -> Iterator[None]:
         if not place.is_dir() or any(place.iterdir()):
             raise ArgumentError(f"--output {folder} is there already; choose another folder")
         try:
+            with naming_output():
+                require_replaceable(place)  # said before anything is learned, and not when it is to be saved
             yield
         finally:
             if is_new:
