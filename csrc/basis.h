@@ -119,7 +119,10 @@ inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energ
   const Tensor values = ascending.flip(0);
   const double inner = k > 0 ? at::linalg_eigvalsh(inside)[k - 1].item<double>() : 0;
   const double largest = std::max(k < n ? values[0].item<double>() : 0, inner);
-  const auto candidates = count_above(values, static_cast<double>(n) * epsilon(gram.scalar_type()) * largest);
+  const double rounding = static_cast<double>(n) * epsilon(gram.scalar_type());  // of C, whose square is in float64
+  const double least = energy_power == 2 ? std::max(rounding * rounding, static_cast<double>(n) * epsilon(at::kDouble))
+                                         : rounding;
+  const auto candidates = count_above(values, least * largest);
   const auto added = directions_needed(values.slice(0, 0, candidates), inside.trace(), total, energy, max_rank - k);
   const Tensor leading = vectors.slice(1, n - k - added, n - k).flip(1);
   return grown(basis, orthonormal(basis), frame.outside(leading));

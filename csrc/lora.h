@@ -57,7 +57,7 @@ inline Triple lora_forward(const Tensor& x, const Tensor& weight, const Optional
   Tensor effective;
   {
     FullFloat32 guard;
-    effective = rectify == "exact" && !is_empty(basis) ? project(A, basis) : A.clone();
+    effective = rectify == "exact" && !is_empty(basis) ? project(A, basis) : A.clone(at::MemoryFormat::Contiguous);
   }
   Tensor y = at::linear(x, weight, bias);
   const Tensor rows = rows_of(x), y_rows = y.view({-1, y.size(-1)});

@@ -30,6 +30,7 @@ from janus_ext.training.loop import Learner, derive_seed
 
 FIELDS = tuple(field.name for field in fields(LearnConfig))
 SHARED = tuple(name for name in FIELDS if name != "own")
+OF_NAMES = ("weights", "image_size")  # settings of a backbone that is loaded by its name
 # Settings that runs of earlier versions lack, and that do nothing where they are left out.
 LATER = ("learn", "merge_scale", "drift_budget", "drift", "head_width", "own", "targets", "checkpointing")
 
@@ -55,8 +56,12 @@ def make_learner(config: LearnConfig, seed: int, planned: int, backbone: nn.Modu
     return Learner(config, model, method, seed, planned)
 
 
-def resolve(settings: Mapping[str, Any]) -> LearnConfig:
+def resolve(settings: Mapping[str, Any], own_backbone: bool = False) -> LearnConfig:
     """The checked configuration of a learner, with its device and autocast chosen; ArgumentError names a setting."""
+    unread = dict.fromkeys(OF_NAMES if own_backbone else (), "was given a model") | {"cache_images": "keeps no images"}
+    for name, reason in unread.items():
+        if settings.get(name):
+            raise ArgumentError(f"{name} would do nothing here: the learner {reason}")
     names = {"method": method_name(settings["method"]), "head": plugins.name_of(HEAD, settings["head"], HEADS)}
     settings = {**settings, **names}
     found = find_method(settings["method"])

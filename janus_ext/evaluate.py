@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from janus_ext.config import TrainConfig
+from janus_ext.config.checks import check_data_flags
 from janus_ext.config.foreign import BENCHMARK
 from janus_ext.config.parts import BENCHMARK_NAMES, HEAD_NAMES
 from janus_ext.data import load_benchmark
@@ -112,6 +113,7 @@ def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config
     if config.data_dir is not None:
         asked["data_dir"] = config.data_dir
     wanted = TrainConfig(**asked)
+    check_data_flags(wanted)
     if config.benchmark is None:
         require_installed(BENCHMARK, wanted.benchmark)
     benchmark = load_benchmark(wanted).at(learner.input_size)

@@ -87,7 +87,7 @@ class ContinualLearner:
         name = backbone if made is None else type(backbone).__name__
         check_integer("seed", seed, lambda n: n >= 0, "not negative")
         check_integer("planned_tasks", planned_tasks, lambda n: n >= 1, "positive")
-        config = resolve({"backbone": name, "method": method, "head": head} | settings)
+        config = resolve({"backbone": name, "method": method, "head": head} | settings, own_backbone=made is not None)
         with at_work(torch.device(config.device)):
             self._core = make_learner(config, int(seed), int(planned_tasks), made)
         self._past = Past() if made is None else Past(own_backbone=True, view=view_of(backbone))

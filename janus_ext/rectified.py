@@ -39,6 +39,10 @@ class Rectified:
     def basis(self) -> Tensor | None:
         return self.pair_basis if self.layer is None else self.layer.basis
 
+    def protects(self) -> bool:
+        """Whether there is something that updates are to leave alone."""
+        return not ops.is_empty(self.basis())
+
     def effective_A(self) -> Tensor:
         if self.layer is not None:
             return self.layer.forward_A()
@@ -173,7 +177,10 @@ def _named(layers: Any, adapter: str | None) -> list[tuple[str, Any]]:
         check_text("GradientRectifier: adapter", adapter, "the name of one, or None")
     if isinstance(layers, nn.Module):
         own = {name: module for name, module in layers.named_modules() if isinstance(module, LoRALayer)}
-        return list((own | lora_factors(layers, adapter)).items())
+        factors = lora_factors(layers, adapter)
+        if adapter is not None and not factors:
+            raise ArgumentError(f"GradientRectifier: adapter {adapter!r} needs PEFT's layers, and the model has none")
+        return list((own | factors).items())
     if adapter is not None:
         raise ArgumentError(f"GradientRectifier: adapter belongs to a PEFT model, got {adapter!r} with {shown(layers)}")
     if isinstance(layers, Mapping):

@@ -207,8 +207,9 @@ class GradientRectifier:
         Where B is zero, factors that were drawn anew are projected here; `project()` right after the draw lets the
         first gradients be those of the projected A.
 
-        Raises ArgumentError when one factor of a layer has a gradient and the other has none, when a pair under "exact"
-        has A V far from 0, or an attached optimizer would rectify a second time.
+        Raises ArgumentError when one factor of a layer has a gradient and the other has none, or none has one though
+        there is something to protect, when a pair under "exact" has A V far from 0, or an attached optimizer would
+        rectify a second time.
         """
         for entry in self._entries:
             if entry.optimizer is not None:
@@ -217,6 +218,12 @@ class GradientRectifier:
                     "step: a loop that calls it does not attach, and calls project() after each step"
                 )
             entry.settle()
+        protecting = [entry for entry in self._entries if entry.protects()]
+        if protecting and all(entry.A.grad is None and entry.B.grad is None for entry in self._entries):
+            raise ArgumentError(
+                f"{protecting[0].name}: no rectified factor has a gradient: call rectify() behind backward(); where "
+                "other factors are trained by now, as another adapter's, commit(layers=...) names them"
+            )
         self._rectify(self._entries)
 
     def _rectify(self, entries: list[Rectified]) -> None:

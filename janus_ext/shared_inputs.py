@@ -77,6 +77,7 @@ class SharedInputs:
                 if self._passes[other] == 1
                 and other in self._fresh
                 and self._is_last_of(other, given)
+                and not given.is_inference()  # which does not tell what is written into it
                 and torch.equal(self.estimators[other].basis, basis)
             ),
             None,

@@ -27,7 +27,8 @@ from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.reports import plots, table
 from janus_ext.reports.found import fault
 from janus_ext.runs.checkpoint import write_json
-from janus_ext.runs.folder import check_same_seeds, choose_folder
+from janus_ext.runs.choice import choose_folder
+from janus_ext.runs.folder import check_same_seeds
 from janus_ext.runs.metrics import measured_on
 from janus_ext.runs.run import Run
 from janus_ext.runs.settings import check_same_settings, settings_of

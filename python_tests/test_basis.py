@@ -32,6 +32,25 @@ def test_captures_the_energy_with_the_fewest_directions(device: str, energy: flo
         assert captured(V[:, :-1], gram, power) < energy
 
 
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("protected", [0, 8])
+def test_the_rounding_of_a_float32_gram_costs_no_energy_that_lies_above_it(device, power, protected) -> None:
+    """C^2 is made in float64: what it holds of C's rounding is that rounding's square."""
+    n = 256
+    gram = spectrum_gram(1 / torch.arange(1, n + 1, dtype=torch.float64), device).float()
+    old = orthonormal(n, protected, torch.float32, device)
+    V = ops.extend_basis(old, gram, 0.9999, n, power)
+    assert captured(V, gram, power) >= 0.9999 - 1e-6
+    assert captured(V[:, :-1], gram, power) < 0.9999
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_data_of_a_rank_give_as_many_directions_from_a_float32_gram(device: str, power: int) -> None:
+    x = torch.randn(300, 5, device=device) @ torch.randn(5, 64, device=device)
+    V = ops.extend_basis(torch.zeros(64, 0, device=device), x.mT @ x, 1.0, 64, power)
+    assert V.shape[1] == 5
+
+
 def test_energy_power_two_needs_fewer_directions() -> None:
     gram = spectrum_gram(torch.logspace(0, -3, 30))
     empty = torch.zeros(30, 0, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """Files of a run: JSON without NaN, tensors that come back, and no file that is half written."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -51,6 +52,17 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
         checkpoint.write_tensors(tmp_path / "y.safetensors", {"t": torch.zeros(2)})
     assert json.loads(path.read_text()) == {"version": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_where_nothing_can_be_deleted_either_the_file_is_named(tmp_path, monkeypatch):
+    """As on a file system that is read-only, which says so even of what is not there."""
+
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(CheckpointError, match="x.json cannot be written: .*Read-only"):
+        checkpoint.write_json(tmp_path / "x.json", {})
 
 
 @pytest.fixture

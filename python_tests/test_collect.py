@@ -195,6 +195,15 @@ def test_folders_without_classes_or_with_them_a_level_deeper(tmp_path):
     assert labelled(tmp_path / "parts", ["train side", "test side"]).class_names == ("train side", "test side")
 
 
+def test_a_file_has_one_label(tmp_path):
+    save_jpeg(tmp_path / "1.jpg", drawing(0, 0))
+    save_jpeg(tmp_path / "2.jpg", drawing(0, 0))
+    one, two = str(tmp_path / "1.jpg"), tmp_path / "2.jpg"
+    assert len(labelled([(one, "cat"), (two, "dog"), (two, "dog")]).split) == 3  # that is to count twice
+    with pytest.raises(DataError, match="1.jpg has two labels, 'cat' and 'dog'"):
+        labelled([(one, "cat"), (two, "dog"), (one, "dog")])
+
+
 @pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Training", "val")])
 def test_training_and_test_images_are_no_two_classes(tmp_path, train, test):
     """Whatever they hold: a competition's test images lie in no class folders."""

@@ -337,6 +337,11 @@ def test_folders_that_were_learned_from_later_are_no_test_either(place, tmp_path
         assert (f"{folder}: it was trained on images there" in capsys.readouterr().err) == is_said
 
 
+def test_a_folder_beside_embedded_images_is_refused(place, capsys):
+    assert evaluate.main([str(place / "run"), "--benchmark", "emoji", "--data-dir", str(place / "photos")]) == 2
+    assert "--benchmark emoji has no --data-dir" in capsys.readouterr().err
+
+
 def test_the_training_side_of_a_tree_is_no_test_either(place):
     shutil.copytree(place / "photos", place / "both" / "Train")
     shutil.copytree(place / "photos", place / "both" / "test")

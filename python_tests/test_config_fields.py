@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
 
 from janus_ext import ContinualLearner
@@ -48,6 +49,11 @@ def test_every_number_has_a_range_and_every_choice_a_slip() -> None:
     numbers = {name for name, hint in HINTS.items() if _numbers(hint)}
     assert numbers <= {name for name, _ in OUT_OF_RANGE}
     assert {name for name, hint in HINTS.items() if _choices(hint)} - {"energy_power"} <= {name for name, *_ in NAMES}
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    config = TrainConfig(energy_power=np.int64(2), rank=np.int32(4)).resolved()
+    assert (config.energy_power, config.rank) == (2, 4) and type(config.energy_power) is type(config.rank) is int
 
 
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE, ids=str)

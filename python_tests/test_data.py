@@ -4,6 +4,7 @@ import json
 import zipfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from together import noisy
@@ -228,3 +229,19 @@ def test_a_benchmark_has_images_on_both_sides_and_every_class_name_once(patterns
         replace(patterns, test=none)
     with pytest.raises(ArgumentError, match="Benchmark: class_names must differ, got 'b' more than once"):
         replace(patterns, class_names=("a", "b", "c", "b", "e", "f"))
+
+
+def test_class_ids_of_any_kind_become_integers(patterns) -> None:
+    """They are written down behind the first task."""
+    tasks = replace(patterns, tasks=[range(2), list(np.array([3, 2])), (4, 5)]).tasks
+    assert tasks == ((0, 1), (3, 2), (4, 5)) and json.dumps(tasks)
+
+
+def test_labels_of_a_split_of_ones_own_are_in_a_row_and_no_mask(patterns) -> None:
+    images, samples = patterns.train.images[:6], patterns.train.samples[:6]
+    own = Own(images, torch.tensor([5, 1, 2, 3, 4, 1], dtype=torch.uint8), samples)  # as many as there are classes
+    [(_, outputs)] = Selection.all_of(own, [5, 4, 3, 2, 1, 0]).batches(6)
+    assert outputs.tolist() == [0, 4, 3, 2, 1, 4]
+    with pytest.raises(ArgumentError, match=r"Benchmark: train\.labels must be integers \[N\]"):
+        own.labels = own.labels.long()[:, None]
+        replace(patterns, train=own)

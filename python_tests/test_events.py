@@ -63,6 +63,27 @@ def test_a_run_that_was_taken_up_shows_every_step_once(patterns, weights, tmp_pa
     assert scalars(tmp_path / "run") == scalars(tmp_path / "whole")
 
 
+def test_tasks_without_epochs_are_shown_behind_an_interruption_too(patterns, weights, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    settings = {"learn": "none", "head": "lda", "tensorboard": True}
+    trainer = make_trainer(patterns, weights, tmp_path, **settings)
+    save = trainer._save
+
+    def stop(index: int) -> None:
+        save(index)
+        if index == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    time.sleep(1.1)
+    resumed = make_trainer(patterns, weights, tmp_path, **settings)
+    resumed.restore()
+    resumed.run()
+    assert [step for step, _ in scalars(tmp_path)["task/acc"]] == [1, 2, 3]
+
+
 def test_without_the_flag_nothing_is_written(patterns, weights, tmp_path):
     make_trainer(patterns, weights, tmp_path / "run").run()
     assert not (tmp_path / "run" / "tensorboard").exists()

@@ -19,7 +19,8 @@ from janus_ext.data import load_benchmark
 from janus_ext.errors import ArgumentError, CheckpointError, DataError
 from janus_ext.methods.base import Method, TaskReport
 from janus_ext.methods.janus import Janus
-from janus_ext.runs import checkpoint, folder
+from janus_ext.runs import checkpoint
+from janus_ext.runs.choice import choose_folder
 from janus_ext.runs.run import Run
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -347,7 +348,7 @@ def test_what_does_not_fit_is_refused_by_name(here, change, message):
 
 def test_the_default_folder_has_a_plain_name():
     config = TrainConfig(benchmark="a.b:c", method="my method/2", seed=(5,))
-    assert folder.choose_folder(config) == Path("runs/a.b-c-my-method-2-5")
+    assert choose_folder(config) == Path("runs/a.b-c-my-method-2-5")
 
 
 def test_images_that_are_no_squares_are_shown_later_as_they_were_learned(here, weights, tmp_path):

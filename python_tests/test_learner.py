@@ -211,6 +211,7 @@ def test_an_empty_class_and_one_image_a_class(weights, photos):
         ({"method": "lora", "margin": 0.3}, "--margin would do nothing here"),
         ({"backbone": nn.Linear(2, 2)}, "backbone must be a name or a model of timm's"),
         ({"backbone": "vit_of_nobody"}, "has no such model"),
+        ({"cache_images": True}, "cache_images would do nothing here: the learner keeps no images"),
     ],
 )
 def test_settings_that_cannot_be_are_named(settings, message):

@@ -63,6 +63,8 @@ def test_an_adapter_is_chosen_by_name() -> None:
     assert len(GradientRectifier(model, adapter="second").estimators) == 2
     with pytest.raises(ArgumentError, match="adapter belongs to a PEFT model, got 'second'"):
         GradientRectifier([], adapter="second")
+    with pytest.raises(ArgumentError, match="adapter 'second' needs PEFT's layers, and the model has none"):
+        GradientRectifier(nn.Linear(3, 3), adapter="second")
 
 
 def test_layers_without_a_peft_model_around_them() -> None:

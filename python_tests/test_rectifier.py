@@ -275,6 +275,34 @@ def test_attach_refuses_a_second_time_and_half_a_layer() -> None:
         rectifier.attach(optimizer)
 
 
+def test_the_callers_autocast_does_not_reach_the_projection() -> None:
+    layer, _ = PlainLoRA(64, 32, 4, 1.0), torch.manual_seed(2)
+    rectifier = GradientRectifier({"k": LoRAPair(layer.A, layer.B, 1.0, layer)})
+    with rectifier.observe():
+        layer(torch.randn(200, 22) @ torch.randn(22, 64))
+    rectifier.commit(1.0)
+    basis = rectifier.estimators["k"].basis.double()
+    rectifier.attach(optimizer := torch.optim.AdamW([layer.A, layer.B], lr=1e-2))
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer(torch.randn(64, 64)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert (layer.A.double() @ basis).norm() <= 1e-5 * layer.A.norm()
+
+
+def test_where_no_factor_has_a_gradient_the_wrong_ones_are_trained() -> None:
+    layer, other = PlainLoRA(24, 30, 3, 0.5), PlainLoRA(24, 30, 3, 0.5)
+    rectifier = GradientRectifier({"k": LoRAPair(layer.A, layer.B, 0.5, layer)})
+    rectifier.rectify()  # nothing is protected, so nothing is lost
+    rectifier.estimators["k"].observe(torch.randn(200, 6) @ torch.randn(6, 24))
+    rectifier.commit(1.0)
+    other(torch.randn(5, 24)).sum().backward()
+    with pytest.raises(ArgumentError, match=r"k: no rectified factor has a gradient: .* commit"):
+        rectifier.rectify()
+
+
 def test_one_missing_gradient_is_named() -> None:
     layer = PlainLoRA(24, 30, 3, 0.5)
     layer.B.grad = torch.zeros_like(layer.B)

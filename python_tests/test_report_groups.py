@@ -25,6 +25,8 @@ from janus_ext.runs.checkpoint import append_json_line, write_json
         ({"validation": 0.2, "split_sha256": "c" * 64}, {"validation": 0.2}, 1),
         ({"validation": 0.2}, {"validation": 0.3}, 2),
         ({"data_dir": "/here"}, {"data_dir": "/there"}, 1),
+        ({"validation": 0.2, "data_dir": "/photos"}, {"validation": 0.2, "data_dir": "/sketches"}, 2),
+        ({"shuffle_classes": True, "data_dir": "/here"}, {"shuffle_classes": True, "data_dir": "/there"}, 2),
         ({"split_sha256": None, "data_dir": "/here"}, {"split_sha256": None, "data_dir": "/there"}, 2),
         ({"device": "cuda:0"}, {"device": "cuda:1"}, 1),
         ({"device": "cuda"}, {"device": "cpu"}, 2),

@@ -11,19 +11,19 @@ import pytest
 from janus_ext import train
 from janus_ext.config import TrainConfig
 from janus_ext.errors import ArgumentError, CheckpointError
-from janus_ext.runs import checkpoint
+from janus_ext.runs import checkpoint, choice
 from janus_ext.runs import folder as run_folder
 
 
 def test_the_default_folder_is_numbered_when_it_holds_a_finished_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(seed=(7,))
-    assert run_folder.choose_folder(config) == Path("runs/emoji-janus-7")
+    assert choice.choose_folder(config) == Path("runs/emoji-janus-7")
     for name in ("emoji-janus-7", "emoji-janus-7-2"):
         checkpoint.make_folder(Path("runs") / name)
         checkpoint.write_json(Path("runs") / name / "results.json", {})
-    assert run_folder.choose_folder(config) == Path("runs/emoji-janus-7-3")
-    assert run_folder.choose_folder(replace(config, seed=(1, 2))) == Path("runs/emoji-janus")
+    assert choice.choose_folder(config) == Path("runs/emoji-janus-7-3")
+    assert choice.choose_folder(replace(config, seed=(1, 2))) == Path("runs/emoji-janus")
 
 
 def save_learner(folder: Path) -> dict[Path, bytes]:
@@ -40,13 +40,13 @@ def test_a_saved_learner_is_no_default_folder(tmp_path, monkeypatch):
     plain, resuming = (TrainConfig(resume=resume).resolved() for resume in (False, True))
     save_learner(second)
     checkpoint.write_json(checkpoint.make_folder(first) / "results.json", {})
-    assert run_folder.choose_folder(plain) == third and run_folder.choose_folder(resuming) == first
+    assert choice.choose_folder(plain) == third and choice.choose_folder(resuming) == first
     checkpoint.make_folder(third)
-    assert run_folder.choose_folder(resuming) == third
+    assert choice.choose_folder(resuming) == third
     save_learner(Path("runs") / "emoji-janus-1")
     for resume in (False, True):
         config = TrainConfig(resume=resume, seed=(1,)).resolved()
-        assert run_folder.choose_folder(config) == Path("runs/emoji-janus-1-2")
+        assert choice.choose_folder(config) == Path("runs/emoji-janus-1-2")
 
 
 @pytest.mark.parametrize("call", [[], ["--resume"], ["--seed", "0", "1"]])
@@ -208,13 +208,36 @@ def test_with_resume_the_last_default_folder_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(resume=True).resolved()
     first, second = Path("runs/emoji-janus-0"), Path("runs/emoji-janus-0-2")
-    assert run_folder.choose_folder(config) == first
+    assert choice.choose_folder(config) == first
     checkpoint.make_folder(first)
     checkpoint.write_json(first / "results.json", {})
-    assert run_folder.choose_folder(config) == first
-    assert run_folder.choose_folder(replace(config, resume=False)) == second
+    assert choice.choose_folder(config) == first
+    assert choice.choose_folder(replace(config, resume=False)) == second
     checkpoint.make_folder(second)
-    assert run_folder.choose_folder(config) == second
+    assert choice.choose_folder(config) == second
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_run_that_was_begun_with_other_settings_is_left_alone(tmp_path, monkeypatch, several):
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(seed=(0, 1) if several else (0,)).resolved()
+    other = replace(config, lr=0.1)
+    first = Path("runs/emoji-janus" if several else "runs/emoji-janus-0")
+    second = first.with_name(f"{first.name}-2")
+    place = first / "seed-1" if several else first
+    checkpoint.make_folder(place)
+    checkpoint.write_json(place / "config.json", replace(config, seed=(1,) if several else (0,)).to_json())
+    for resume in (False, True):
+        assert choice.choose_folder(replace(config, resume=resume)) == first
+    assert choice.choose_folder(other) == second
+    assert choice.choose_folder(replace(config, data_dir=Path("elsewhere"))) == second
+    assert choice.choose_folder(replace(config, workers=3)) == first  # no result depends on it
+    resumed = replace(other, resume=True)
+    assert choice.choose_folder(resumed) == first  # where what differs is said
+    place = second / "seed-0" if several else second
+    checkpoint.make_folder(place)
+    checkpoint.write_json(place / "config.json", other.to_json())
+    assert choice.choose_folder(resumed) == choice.choose_folder(other) == second
 
 
 def test_a_damaged_configuration_is_named(tmp_path, capsys):

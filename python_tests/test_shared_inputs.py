@@ -9,7 +9,7 @@ from conftest import assert_close
 from language_models import NEW, OLD, adapted, observed
 from torch import Tensor, nn
 
-from janus_ext import ArgumentError, GradientRectifier
+from janus_ext import ArgumentError, GradientRectifier, LoRAPair
 
 
 def short(rectifier: GradientRectifier) -> dict[str, str]:
@@ -227,6 +227,20 @@ def test_sharing_counts_each_input_once(way: str) -> None:
     for estimator in rectifier.estimators.values():
         assert_close(estimator.statistics.gram, 2 * entering.mT @ entering, torch.float32)
     assert len({id(e) for e in rectifier.estimators.values()}) == (2 if way == "compiled" else 1)
+
+
+def test_what_is_written_into_between_two_layers_is_no_shared_input() -> None:
+    """Inference tensors count no versions."""
+    q, k = nn.Linear(6, 2), nn.Linear(6, 2)
+    pairs = {n: LoRAPair(torch.zeros(2, 6), torch.zeros(2, 2), 1.0, m) for n, m in (("q", q), ("k", k))}
+    rectifier = GradientRectifier(pairs)
+    with rectifier.observe(), torch.inference_mode():
+        x = torch.randn(5, 6) + 0
+        first = x.clone()
+        q(x)
+        k(x.mul_(2))
+    for name, entering in (("q", first), ("k", 2 * first)):
+        assert_close(rectifier.estimators[name].statistics.gram, entering.mT @ entering, torch.float32)
 
 
 def test_an_input_by_name_is_found_behind_other_arguments() -> None:

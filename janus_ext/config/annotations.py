@@ -48,7 +48,8 @@ def _fit(hint: Any, value: Any) -> Any:
 
 def _choice(choices: tuple[Any, ...], value: Any) -> Any:
     for choice in choices:
-        if isinstance(value, type(choice)) and not isinstance(value, bool) and value == choice:
+        kind = Integral if isinstance(choice, int) else type(choice)
+        if isinstance(value, kind) and not isinstance(value, bool) and value == choice:
             return choice
     raise _Unfit
 

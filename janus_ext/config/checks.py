@@ -78,13 +78,7 @@ def check_learning(config: LearnConfig) -> None:
 def check_data(config: TrainConfig) -> None:
     """ArgumentError unless the benchmark has these flags, in these combinations."""
     _check_seeds(config.seed)
-    for name, benchmarks in DATA_FLAGS.items():
-        if name in FOR_ALL_OTHERS and config.benchmark not in BENCHMARK.ours:
-            continue
-        if getattr(config, name) != default(config, name) and config.benchmark not in benchmarks:
-            raise ArgumentError(
-                f"--benchmark {config.benchmark} has no {flag(name)}; it belongs to {', '.join(benchmarks)}"
-            )
+    check_data_flags(config)
     if not re.fullmatch(r"(?=.*[1-9])([0-9]{1,9}|[0-9]{1,9}(\.[0-9]{1,9})?m)", config.save_every):
         raise ArgumentError(f"--save-every must be a number of epochs (2) or minutes (10m), got {config.save_every!r}")
     if config.validation is not None and not 0 < config.validation < 1:
@@ -102,6 +96,17 @@ def check_data(config: TrainConfig) -> None:
         raise ArgumentError(
             f"--split {config.split} is none of {config.benchmark}'s: {', '.join(SPLITS[config.benchmark])}"
         )
+
+
+def check_data_flags(config: TrainConfig) -> None:
+    """ArgumentError unless the benchmark has the flags that were said."""
+    for name, benchmarks in DATA_FLAGS.items():
+        if name in FOR_ALL_OTHERS and config.benchmark not in BENCHMARK.ours:
+            continue
+        if getattr(config, name) != default(config, name) and config.benchmark not in benchmarks:
+            raise ArgumentError(
+                f"--benchmark {config.benchmark} has no {flag(name)}; it belongs to {', '.join(benchmarks)}"
+            )
 
 
 def check_effect(asked: Settings, without: dict[str, str], defaults: dict[str, Any]) -> None:

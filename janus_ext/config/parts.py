@@ -157,7 +157,7 @@ class ModelConfig(Settings):
     image_size: Maybe[int] = None
     """Side of the images in pixels, a multiple of the backbone's patches; by default what it was pretrained with."""
     rank: Maybe[int] = None
-    """Rank of the LoRA factors on each of the --targets of every block; by default 8 for emoji, else 10 or 30."""
+    """Rank of the LoRA factors on each of the --targets of every block; by default 8 for emoji, else 10 to 40."""
     head: Annotated[str, arg(metavar=HEAD_NAMES)] = "auto"
     """Classifier: lda (the default), linear (--preset paper), ncm (of lora-drs); your own: package.module:function."""
     head_width: Maybe[int] = None

@@ -48,6 +48,10 @@ def _are_ids(labels: Tensor) -> bool:
     return are_integers(labels) and not bool((labels < 0).any())
 
 
+def _are_integers_in_a_row(labels: Tensor) -> bool:
+    return are_integers(labels) and labels.ndim == 1
+
+
 def whole(rows: Tensor) -> Tensor:
     """All of them."""
     return rows
@@ -206,7 +210,7 @@ class Selection:
 
     def _with_outputs(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in batches:
-            yield images, self.outputs[labels]
+            yield images, self.outputs[labels.long()]  # uint8 would be taken for a mask
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,7 @@ class Benchmark:
             split = getattr(self, part)
             if not isinstance(split, Split):
                 raise ArgumentError(f"Benchmark: {part} must be a Split, got {shown(split)}")
-            check_tensor(f"Benchmark: {part}.labels", split.labels, "integers [N]", are_integers)
+            check_tensor(f"Benchmark: {part}.labels", split.labels, "integers [N]", _are_integers_in_a_row)
             if not len(split):
                 raise ArgumentError(f"Benchmark: {part} must have one image at least, got none")
             strange = split.labels[(split.labels < 0) | (split.labels >= C)]
@@ -247,6 +251,7 @@ class Benchmark:
         if sorted(self.class_order) != list(range(C)):
             found = shown(list(self.class_order))
             raise ArgumentError(f"Benchmark: tasks must have each of the class ids 0 .. {C - 1} once, got {found}")
+        object.__setattr__(self, "tasks", tuple(tuple(map(int, classes)) for classes in self.tasks))  # of any kind
         check_flag("Benchmark: validation", self.validation)
         if not callable(self.family):
             raise ArgumentError(f"Benchmark: family must be a function of a name, got {shown(self.family)}")

@@ -192,6 +192,10 @@ def _find_files(pairs: Sequence[tuple[Any, Any]]) -> Found:
     paths = [Path(path).absolute() for path, _ in pairs]
     root = os.path.commonpath([path.parent for path in paths])
     keys = [path.relative_to(root).as_posix() for path in paths]
+    of_key: dict[str, Label] = {}
+    for key, label in zip(keys, labels, strict=True):
+        if of_key.setdefault(key, label) != label:
+            raise DataError(f"images: {on_one_line(key)} has two labels, {of_key[key]!r} and {label!r}")
     return Found(Files(Path(root), upright=True), keys, keys, labels)
 
 

@@ -98,6 +98,7 @@ class Workers:
                 batch_size=None,  # requests come out as they are
                 collate_fn=_unchanged,  # the default makes tensors of arrays
                 num_workers=self.count,
+                multiprocessing_context="fork",  # Python 3.14's default would pickle the reader, images and all
                 persistent_workers=True,
                 prefetch_factor=self._each_ahead(ahead, size),
                 timeout=PATIENCE,

@@ -13,7 +13,7 @@ from janus_ext.reference.checks import (
     require_dtype,
     require_shape,
 )
-from janus_ext.reference.precision import full_float32
+from janus_ext.reference.precision import full_float32, without_autocast
 
 
 def is_empty(basis: Tensor | None) -> bool:
@@ -25,7 +25,7 @@ def project(M: Tensor, basis: Tensor | None) -> Tensor:
     """M P = M - (M V) V^T for M [..., n], in full precision."""
     if is_empty(basis):
         return M
-    with full_float32():
+    with full_float32(), without_autocast(M):
         return M - (M @ basis) @ basis.mT
 
 
@@ -53,7 +53,9 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
     values, vectors = values.flip(0), vectors.flip(1)
     inside = V.mT @ C @ V
     largest = max(float(values[0]), float(torch.linalg.eigvalsh(inside)[-1]) if k else 0.0)
-    candidates = values[values > n * torch.finfo(gram.dtype).eps * largest]
+    rounding = n * torch.finfo(gram.dtype).eps  # of C, whose square is in float64
+    least = max(rounding**2, n * torch.finfo(torch.float64).eps) if energy_power == 2 else rounding
+    candidates = values[values > least * largest]
     added = directions_needed(candidates, inside.trace(), C.trace(), energy, max_rank - k)
     return grown(basis, V, vectors[:, :added])
 

@@ -102,7 +102,8 @@ def lora_forward(
     offsets: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = x W^T + b, and y[off_i : off_i + m] += s (x A_i^T) B_i^T; A is A P for "exact". A [g, r, n], B [g, m, r]."""
-    effective = project(A, basis) if rectify == "exact" and not is_empty(basis) else A.clone()
+    kept = rectify != "exact" or is_empty(basis)
+    effective = A.clone(memory_format=torch.contiguous_format) if kept else project(A, basis)
     g, _, n = A.shape
     m = B.shape[1]
     y = F.linear(x, weight, bias)

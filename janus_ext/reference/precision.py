@@ -1,7 +1,7 @@
 """Products in full float32, whatever the process has set."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -39,6 +39,13 @@ class _FullFloat32:
 
 
 _full_float32 = _FullFloat32()
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[None]:
+    """Products inside are in the dtype of what is multiplied, whatever autocast says of the device of ``x``."""
+    kind = x.device.type
+    known = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if known else nullcontext()
 
 
 @contextmanager

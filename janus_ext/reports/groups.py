@@ -17,6 +17,7 @@ from janus_ext.runs.checkpoint import to_json
 from janus_ext.runs.settings import CONTENTS, NOT_COMPARED, with_own
 
 UNREAD = "–"  # the method does not read the setting, or an older run has not stored it
+OF_EACH_SEED = "of each seed"  # in place of the digest of a split that the seed draws
 MOST_IN_NAME = 2  # settings in a group's name
 DEFAULTS = {(flag(name), to_json(value)) for name, value in TrainConfig().to_json().items()}
 
@@ -68,7 +69,7 @@ def _settings(run: FoundRun) -> dict[str, Any]:
     unread = NOT_COMPARED | {"seed", "class_names"} | _without_effect(run.settings)
     settings = {flag(name): value for name, value in with_own(run.settings).items() if name not in unread}
     drawn = run.settings.get("shuffle_classes") or run.settings.get("validation") is not None
-    return settings | ({"--split-sha256": "of each seed"} if drawn else {})
+    return settings | ({"--split-sha256": OF_EACH_SEED} if drawn else {})
 
 
 def _without_effect(settings: dict[str, Any]) -> set[str]:
@@ -81,14 +82,18 @@ def _without_effect(settings: dict[str, Any]) -> set[str]:
 
 
 def _identity(run: FoundRun) -> str:
-    """What runs share that differ only in their seed. Images and weights are compared by content, devices by kind.
+    """What runs share that differ only in their seed.
+
+    Images are compared by their names, or by where they lie if each seed draws its own split; weights by their content,
+    devices by kind.
 
     A setting that an older run lacks, because its version did not know it, was what it is by default.
     """
     if not run.settings:
         return str(run.folder)
     settings = _settings(run)
-    same = {other for key, (_, others) in CONTENTS.items() if settings.get(flag(key)) for other in others}
+    known = {key for key in CONTENTS if settings.get(flag(key)) not in (None, OF_EACH_SEED)}
+    same = {other for key in known for other in CONTENTS[key][1]}
     settings = {name: value for name, value in settings.items() if name not in map(flag, same)}
     settings = {name: value for name, value in settings.items() if (name, to_json(value)) not in DEFAULTS}
     settings["--device"] = str(settings.get("--device")).partition(":")[0]

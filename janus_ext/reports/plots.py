@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from janus_ext.reports.table import measured
+from janus_ext.reports.table import mean_of_known, measured
 from janus_ext.runs.checkpoint import make_folder, replace_file
 from janus_ext.runs.metrics import trajectory
 
@@ -176,9 +176,10 @@ def draw_similarity(figure: Figure, results: Results) -> bool:
     axes.set_ylabel("cosine to the nearest old prototype")
     above = "above the line: nearer to an old class than to its own"
     axes.text(0.02, 0.98, above, transform=axes.transAxes, va="top", color=MUTED, size=8.5)
-    danger = sum(old) / len(old)
-    axes.axhline(danger, color=ACCENT, lw=1.2)
-    axes.text(low + 0.015, danger + 0.01, f"danger {danger:.2f}", color=ACCENT, va="bottom")
+    danger = mean_of_known(results["danger"])  # of a task over its images, as the table has it
+    if danger is not None:
+        axes.axhline(danger, color=ACCENT, lw=1.2)
+        axes.text(low + 0.015, danger + 0.01, f"danger {danger:.2f}", color=ACCENT, va="bottom")
     axes.set_title(_title("New classes among old ones", results))
     _task_bar(figure, axes, dots, tasks)
     return True

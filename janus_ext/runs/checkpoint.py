@@ -16,6 +16,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written nothing can be deleted
+            temporary.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> Path:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from janus_ext.errors import ArgumentError, CheckpointError
 from janus_ext.runs.checkpoint import (
@@ -21,9 +19,6 @@ from janus_ext.runs.checkpoint import (
     require_replaceable,
     write_sealed_json,
 )
-
-if TYPE_CHECKING:
-    from janus_ext.config import TrainConfig
 
 LOG = logging.getLogger("janus_ext")
 # The model first: without it nothing is taken up, whatever else a removal that was cut off has left.
@@ -41,47 +36,6 @@ FILLED = ("checkpoints", "plots", "tensorboard", "evaluation")
 TEMPORARY = "[0-9]*.tmp"  # the end of a name that a file has while it is written: the process, and .tmp
 LEFTOVERS = (f".*.json.{TEMPORARY}", f".metrics.jsonl.{TEMPORARY}", f"*/.*.{TEMPORARY}")
 OTHER = "choose another folder with --output"
-
-
-def choose_folder(config: TrainConfig) -> Path:
-    """--output, or the first of runs/<benchmark>-<method>-<seed>, ...-2, ...-3 without a finished run in it.
-
-    With --resume a finished run may be chosen, too: --output, or the last of these. A saved learner is never chosen.
-    """
-    several = len(config.seed) > 1
-    if config.output is not None:
-        _require_text(config.output)
-        whole = config.output / ("summary.json" if several else "results.json")
-        if is_finished(config.output, several) and not (config.resume and whole.exists()):
-            raise ArgumentError(f"{config.output} holds a finished run; {OTHER}")
-        _require_no_learner(config.output)
-        if several and is_run(config.output):
-            raise ArgumentError(f"{config.output} holds a run with one seed; {OTHER}")
-        return config.output
-    # of what comes from elsewhere, own_module:Class, a name that needs no quotes anywhere
-    names = (re.sub(r"[^\w.-]", "-", name) for name in (config.benchmark, config.method))
-    name = "-".join(names) + ("" if several else f"-{config.seed[0]}")
-    return _default_folder(name, several, config.resume)
-
-
-def _default_folder(name: str, several: bool, resume: bool) -> Path:
-    finished = None
-    for number in count(1):
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if resume and finished is not None and not folder.exists():
-            return finished
-        if is_finished(folder, several):
-            finished = folder
-        elif not is_saved_learner(folder):
-            return folder
-
-
-def _require_text(folder: Path) -> None:
-    """Refuses a name of bytes that are no UTF-8: safetensors would write there and could not read it again."""
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError as error:
-        raise ArgumentError(f"--output {str(folder)!a} is no valid text; choose another name") from error
 
 
 def is_finished(folder: Path, several: bool = False) -> bool:
@@ -112,7 +66,8 @@ def place_of_learner(folder: Path) -> Path:
     return folder
 
 
-def _require_no_learner(folder: Path) -> None:
+def require_no_learner(folder: Path) -> None:
+    """ArgumentError where ``folder`` holds a saved learner."""
     if is_saved_learner(folder):
         raise ArgumentError(f"{folder} holds a saved learner; {OTHER}")
 
@@ -151,7 +106,7 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[int]
     strangers = [path for path in folder.iterdir() if not path.match(f".config.json.{TEMPORARY}")]
     if strangers and not is_run(folder):
         raise ArgumentError(f"{folder} holds files that are no run of this program; {OTHER}")
-    _require_no_learner(folder)
+    require_no_learner(folder)
     require_within(folder)
     with _locked(folder) as handle:
         remove(path for glob in LEFTOVERS for path in folder.glob(glob))
@@ -159,7 +114,7 @@ def opened(folder: Path, settings: dict[str, Any], begin: bool) -> Iterator[int]
             if is_finished(folder):  # since it was chosen, by another process
                 raise ArgumentError(f"{folder} holds a finished run; {OTHER}")
             if is_run(folder):
-                LOG.warning("%s holds an unfinished run: it starts over (--resume would have gone on with it)", folder)
+                LOG.warning("%s holds an unfinished run: it starts over (the same flags and --resume go on)", folder)
             with naming_output():
                 remove(path for glob in OURS for path in folder.glob(glob))
                 write_sealed_json(folder / "config.json", settings)

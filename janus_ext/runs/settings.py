@@ -1,7 +1,8 @@
-"""What ``config.json`` holds: the resolved settings, and by their content the images and weights they stand for."""
+"""What ``config.json`` holds: the resolved settings, and digests of the images' names and of the weights."""
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,22 +51,29 @@ def with_own(settings: dict[str, Any]) -> dict[str, Any]:
 def check_same_settings(asked: dict[str, Any], stored: dict[str, Any], folder: Path) -> None:
     """Raises ArgumentError when the run in ``folder`` was begun with other settings, or has lost one.
 
-    Images and weights are compared by their content: the same under another path are the same.
+    Images are compared by their names and order, weights by their content: the same under another path are the same.
     """
     asked, stored = with_own(asked), with_own(stored)
     same = {key for key in CONTENTS if asked[key] is not None and asked[key] == stored.get(key, MISSING)}
     elsewhere = {name for key in same for name in CONTENTS[key][1]}
-    compared = asked.keys() - NOT_COMPARED - CONTENTS.keys() - elsewhere
-    others = sorted(name for name in compared if _differs(name, stored, asked))
+    others = differing(asked, stored, but=elsewhere)
     if others:
         values = ", ".join(f"{flag(n)} {_typed(stored.get(n, MISSING))} (asked: {_typed(asked[n])})" for n in others)
-        kind = "with other settings" if stored.keys() >= compared else "of another version of this program"
+        known = stored.keys() >= asked.keys() - NOT_COMPARED - CONTENTS.keys() - elsewhere
+        kind = "with other settings" if known else "of another version of this program"
         raise ArgumentError(f"{folder} holds a run {kind}: {values}; {OTHER}, or repeat its flags")
     for key in sorted(CONTENTS.keys() - same):
         if asked[key] != stored.get(key, MISSING):
             found, wanted = (str(value)[:12] for value in (stored.get(key, MISSING), asked[key]))
             digests = f": {key} {found} (asked: {wanted})" if key.endswith("sha256") else ""
             raise ArgumentError(f"{folder} holds a run on {CONTENTS[key][0]}{digests}; {OTHER}")
+
+
+def differing(asked: dict[str, Any], stored: dict[str, Any], but: Set[str]) -> list[str]:
+    """The settings that are others, sorted, of those that results depend on, without `CONTENTS` and ``but``."""
+    asked, stored = with_own(asked), with_own(stored)
+    compared = asked.keys() - NOT_COMPARED - CONTENTS.keys() - but
+    return sorted(name for name in compared if _differs(name, stored, asked))
 
 
 def _differs(name: str, stored: dict[str, Any], asked: dict[str, Any]) -> bool:

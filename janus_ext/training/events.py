@@ -43,10 +43,13 @@ def writing(folder: Path | None, done: int = 0) -> Iterator[Write]:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
     def write(group: str, values: Mapping[str, float | None], step: int) -> None:
-        for name, value in values.items():
-            if value is not None:
-                writer.add_scalar(f"{group}/{name}", value, step)
-        writer.flush()  # to be seen while the run goes on
+        try:
+            for name, value in values.items():
+                if value is not None:
+                    writer.add_scalar(f"{group}/{name}", value, step)
+            writer.flush()  # to be seen while the run goes on
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
     with writer:
         yield write

@@ -111,7 +111,7 @@ class Trainer:
         scalars = self.run_on_disk.folder / "tensorboard" if wanted else None
         bar = make_bar(self.step_count(total), self.step_count(done) + self._steps_within())
         epochs = self._epochs_before(done) + self._epochs_within()
-        with bar, events.writing(scalars, epochs) as write, self.keeping.listening():
+        with bar, events.writing(scalars, max(epochs, done)) as write, self.keeping.listening():
             progress = Progress(bar, total, self.config.epochs)
             for index in range(done, total):
                 self._learn(index, progress, write)
