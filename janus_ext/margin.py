@@ -31,7 +31,7 @@ class ClassPrototypes:
     """Unit mean features of old classes, one row a class, computed once after its task and moved by `transform` alone.
 
     Attributes:
-        matrix: [C, dim] float32, unit rows, in the order in which classes were added.
+        matrix: [C, dim] of PyTorch's default dtype, unit rows, in the order in which classes were added.
         classes: the C class labels.
 
     Raises:
@@ -41,7 +41,7 @@ class ClassPrototypes:
     def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
         check_integer("ClassPrototypes: dim", dim, lambda n: 1 <= n <= WIDEST, f"from 1 to {WIDEST}")
         check_device("ClassPrototypes: device", device)
-        self.matrix = torch.zeros(0, dim, dtype=torch.float32, device=device)
+        self.matrix = torch.zeros(0, dim, device=device)
         self.classes: list[int] = []
 
     def __len__(self) -> int:

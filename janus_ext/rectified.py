@@ -200,7 +200,20 @@ def _rectified(name: str, item: Any, rectification: Rectification) -> Rectified:
     return Rectified(name, pair.A, pair.B, pair.scale, pair.module, rectification)
 
 
-def rectify_group(group: list[Rectified]) -> None:
+def rectify_all(entries: Iterable[Rectified]) -> None:
+    """Rectifies the gradients of those that have some; ArgumentError where one factor of a layer has none."""
+    groups: dict[Rectification, list[Rectified]] = {}
+    for entry in entries:
+        if (entry.A.grad is None) != (entry.B.grad is None):
+            without = "A" if entry.A.grad is None else "B"
+            raise ArgumentError(f"{entry.name}: rectification needs both gradients, {without}.grad is None")
+        if entry.A.grad is not None:
+            groups.setdefault(entry.rectification, []).append(entry)
+    for group in groups.values():
+        _rectify_group(group)
+
+
+def _rectify_group(group: list[Rectified]) -> None:
     """One call for layers that are rectified alike; a layer that the op complains of gets its name."""
     lists = zip(*((e.effective_A(), e.B, e.A.grad, e.B.grad, e.basis(), e.scale) for e in group), strict=True)
     try:

@@ -26,7 +26,7 @@ from janus_ext.estimator import NothingObserved, OnlineEstimator, observing
 from janus_ext.pairs import warn_of_rounded_weights
 from janus_ext.processes import refuse_together
 from janus_ext.rectification import Rectification, rectification_of
-from janus_ext.rectified import Rectified, rectified_layers, rectify_group
+from janus_ext.rectified import Rectified, rectified_layers, rectify_all
 from janus_ext.shared_inputs import SharedInputs, share_together
 
 
@@ -224,18 +224,7 @@ class GradientRectifier:
                 f"{protecting[0].name}: no rectified factor has a gradient: call rectify() behind backward(); where "
                 "other factors are trained by now, as another adapter's, commit(layers=...) names them"
             )
-        self._rectify(self._entries)
-
-    def _rectify(self, entries: list[Rectified]) -> None:
-        groups: dict[Rectification, list[Rectified]] = {}
-        for entry in entries:
-            if (entry.A.grad is None) != (entry.B.grad is None):
-                without = "A" if entry.A.grad is None else "B"
-                raise ArgumentError(f"{entry.name}: rectification needs both gradients, {without}.grad is None")
-            if entry.A.grad is not None:
-                groups.setdefault(entry.rectification, []).append(entry)
-        for group in groups.values():
-            rectify_group(group)
+        rectify_all(self._entries)
 
     def project(self) -> None:
         """A <- A P for every pair under "exact": what an optimizer's step may have broken. Own layers need none."""
@@ -278,7 +267,7 @@ class GradientRectifier:
         """Rectify now, or after each call of the closure that computes the gradients: args are (self, closure, ...)."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
-            self._rectify(self._attached(stepping))
+            rectify_all(self._attached(stepping))
             return None
         closure = self._rectifying(closure, stepping)
         if "closure" in kwargs:
@@ -288,7 +277,7 @@ class GradientRectifier:
     def _rectifying(self, closure: Callable[..., Any], stepping: torch.optim.Optimizer) -> Callable[..., Any]:
         def rectifying(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
-            self._rectify(self._attached(stepping))
+            rectify_all(self._attached(stepping))
             return loss
 
         return rectifying

@@ -71,7 +71,7 @@ ALLOWED = {
         "processes",
         "protection",
         "rectification",
-        "rectifier",
+        "rectified",
     },
     "exports": {
         "adapter",

@@ -13,7 +13,7 @@ from janus_ext.injection import inject
 from janus_ext.methods.base import Method, Task, TaskReport
 from janus_ext.protection import violation, violation_rounding
 from janus_ext.rectification import Rectification
-from janus_ext.rectifier import GradientRectifier
+from janus_ext.rectified import rectified_layers, rectify_all
 
 if TYPE_CHECKING:
     from janus_ext.classifier import ContinualClassifier
@@ -31,23 +31,23 @@ class SequentialLoRA(Method):
     def __init__(self, model: ContinualClassifier, config: TrainConfig) -> None:
         super().__init__(model, config)
         in_backward = config.rectify == "tangent" and config.estimator != "none"
+        rectification = Rectification(config.rectify, config.damping, config.share, config.balance)
         self.layers = inject(
             model.backbone,
             config.rank,
             config.targets,
             config.scale,
-            rectify=Rectification(config.rectify, config.damping, config.share, config.balance),
+            rectify=rectification,
             rectify_in="backward" if in_backward else "step",
         )
-        rectified = config.rectify != "none" and not in_backward
-        self.rectifier = GradientRectifier(self.layers) if rectified else None
+        behind_backward = config.rectify != "none" and not in_backward
+        self.rectified = rectified_layers(self.layers, rectification) if behind_backward else []
 
     def trainable(self) -> list[nn.Parameter]:
         return [factor for layer in self.layers.values() for factor in (layer.A, layer.B)]
 
     def after_backward(self) -> None:
-        if self.rectifier is not None:
-            self.rectifier.rectify()
+        rectify_all(self.rectified)
 
     def shrink_update(self, share: float) -> None:
         for layer in self.layers.values():
