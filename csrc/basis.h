@@ -119,11 +119,19 @@ inline Tensor extend_basis(const Tensor& basis, const Tensor& gram, double energ
   const Tensor values = ascending.flip(0);
   const double inner = k > 0 ? at::linalg_eigvalsh(inside)[k - 1].item<double>() : 0;
   const double largest = std::max(k < n ? values[0].item<double>() : 0, inner);
-  const double rounding = static_cast<double>(n) * epsilon(gram.scalar_type());  // of C, whose square is in float64
-  const double least = energy_power == 2 ? std::max(rounding * rounding, static_cast<double>(n) * epsilon(at::kDouble))
-                                         : rounding;
-  const auto candidates = count_above(values, least * largest);
-  const auto added = directions_needed(values.slice(0, 0, candidates), inside.trace(), total, energy, max_rank - k);
+  const double rounding = static_cast<double>(n) * epsilon(gram.scalar_type());  // of C, per its largest eigenvalue
+  const auto needed = [&](const Tensor& candidates) {
+    return directions_needed(candidates, inside.trace(), total, energy, max_rank - k);
+  };
+  if (energy_power == 2) {
+    const Tensor u = vectors.flip(1), energies = (at::matmul(D.slice(0, k, n).slice(1, k, n), u) * u).sum(0);
+    const double squaring = static_cast<double>(n) * epsilon(at::kDouble);
+    const Tensor is_known = energies.gt(rounding * std::sqrt(largest)).logical_and(values.gt(squaring * largest));
+    const Tensor known = is_known.nonzero().flatten();
+    const Tensor leading = u.index_select(1, known.slice(0, 0, needed(values.index_select(0, known))));
+    return grown(basis, orthonormal(basis), frame.outside(leading));
+  }
+  const auto added = needed(values.slice(0, 0, count_above(values, rounding * largest)));
   const Tensor leading = vectors.slice(1, n - k - added, n - k).flip(1);
   return grown(basis, orthonormal(basis), frame.outside(leading));
 }

@@ -17,7 +17,7 @@ from janus_ext.backbone import load_backbone, prepare_torchvision
 from janus_ext.backbone.network import adopted, attach, probe, rebuild, recompute_blocks
 from janus_ext.classifier import ContinualClassifier
 from janus_ext.config import LearnConfig, presets
-from janus_ext.config.checks import check_learning
+from janus_ext.config.checks import check_learning, default
 from janus_ext.config.foreign import HEAD, find_head, find_method, loaded_method, own_settings
 from janus_ext.data.images import CROP_MODES, INTERPOLATIONS, View
 from janus_ext.devices import AMP_DTYPES, pick_amp, pick_device
@@ -60,7 +60,7 @@ def resolve(settings: Mapping[str, Any], own_backbone: bool = False) -> LearnCon
     """The checked configuration of a learner, with its device and autocast chosen; ArgumentError names a setting."""
     unread = dict.fromkeys(OF_NAMES if own_backbone else (), "was given a model") | {"cache_images": "keeps no images"}
     for name, reason in unread.items():
-        if settings.get(name):
+        if settings.get(name, default(LearnConfig, name)) != default(LearnConfig, name):
             raise ArgumentError(f"{name} would do nothing here: the learner {reason}")
     names = {"method": method_name(settings["method"]), "head": plugins.name_of(HEAD, settings["head"], HEADS)}
     settings = {**settings, **names}

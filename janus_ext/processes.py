@@ -221,11 +221,11 @@ def in_turn(do: Callable[[], T]) -> T:
     return early if goes_first else late
 
 
-def largest(values: Sequence[int], group: Any = None) -> list[int]:
-    """Place by place, the largest of all processes' values."""
+def largest(values: Sequence[int], group: Any = None, device: torch.device | None = None) -> list[int]:
+    """Place by place, the largest of all processes' values; ``device`` is one that the group's backend takes."""
     if count(group) == 1:
         return list(values)
-    numbers = torch.tensor(values, device=_wire())
+    numbers = torch.tensor(values, device=device or _wire())
     with _reaching_others():
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
     return numbers.tolist()

@@ -86,6 +86,7 @@ class GradientRectifier:
             "distributed": distributed,
         }
         self.estimators = self._make_estimators()
+        self._idle = False  # whether it was said that no factor of this task has a gradient
         warn_of_rounded_weights({e.name: e.module for e in self._entries if e.layer is None})
 
     def _make_estimators(self) -> dict[str, OnlineEstimator]:
@@ -157,7 +158,7 @@ class GradientRectifier:
         self._warn_of_unrectified()
         for key, basis in bases.items():  # all were looked at before any is changed
             estimators[key].adopt(basis)
-        self._entries = entries
+        self._entries, self._idle = entries, False
         for entry in self._entries:
             entry.protect(bases[id(self.estimators[entry.name])])
             if entry.optimizer is not None:
@@ -207,9 +208,9 @@ class GradientRectifier:
         Where B is zero, factors that were drawn anew are projected here; `project()` right after the draw lets the
         first gradients be those of the projected A.
 
-        Raises ArgumentError when one factor of a layer has a gradient and the other has none, or none has one though
-        there is something to protect, when a pair under "exact" has A V far from 0, or an attached optimizer would
-        rectify a second time.
+        Where no factor has a gradient nothing is done, and one warning a task says so. Raises ArgumentError when one
+        factor of a layer has a gradient and the other has none, when a pair under "exact" has A V far from 0, or an
+        attached optimizer would rectify a second time.
         """
         for entry in self._entries:
             if entry.optimizer is not None:
@@ -218,13 +219,17 @@ class GradientRectifier:
                     "step: a loop that calls it does not attach, and calls project() after each step"
                 )
             entry.settle()
-        protecting = [entry for entry in self._entries if entry.protects()]
-        if protecting and all(entry.A.grad is None and entry.B.grad is None for entry in self._entries):
-            raise ArgumentError(
-                f"{protecting[0].name}: no rectified factor has a gradient: call rectify() behind backward(); where "
-                "other factors are trained by now, as another adapter's, commit(layers=...) names them"
+        self._rectify(self._entries)
+
+    def _rectify(self, entries: list[Rectified]) -> None:
+        protecting = [entry.name for entry in entries if entry.protects()]
+        if protecting and not self._idle and all(entry.A.grad is None and entry.B.grad is None for entry in entries):
+            self._idle = True
+            warn(
+                f"{first_of(protecting)}: no rectified factor has a gradient, so nothing is rectified: where other "
+                "factors are trained by now, as another adapter's, commit(layers=...) names them"
             )
-        rectify_all(self._entries)
+        rectify_all(entries)
 
     def project(self) -> None:
         """A <- A P for every pair under "exact": what an optimizer's step may have broken. Own layers need none."""
@@ -267,7 +272,7 @@ class GradientRectifier:
         """Rectify now, or after each call of the closure that computes the gradients: args are (self, closure, ...)."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
-            rectify_all(self._attached(stepping))
+            self._rectify(self._attached(stepping))
             return None
         closure = self._rectifying(closure, stepping)
         if "closure" in kwargs:
@@ -277,7 +282,7 @@ class GradientRectifier:
     def _rectifying(self, closure: Callable[..., Any], stepping: torch.optim.Optimizer) -> Callable[..., Any]:
         def rectifying(*args: Any, **kwargs: Any) -> Any:
             loss = closure(*args, **kwargs)
-            rectify_all(self._attached(stepping))
+            self._rectify(self._attached(stepping))
             return loss
 
         return rectifying

@@ -51,6 +51,18 @@ def test_data_of_a_rank_give_as_many_directions_from_a_float32_gram(device: str,
     assert V.shape[1] == 5
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_one_subspace_gives_no_more_directions_however_its_energies_change(device: str, power: int) -> None:
+    """A basis of float32 is off by its weak directions' rounding; what is strong there next time shows through."""
+    n, q = 64, 8
+    axes, scales = orthonormal(n, q, device=device), torch.logspace(0, -2, q, dtype=torch.float64, device=device)
+    V = torch.zeros(n, 0, device=device)
+    for spectrum in (scales, scales.flip(0), scales):
+        x = ((torch.randn(500, q, dtype=torch.float64, device=device) * spectrum) @ axes.mT).float()
+        V = ops.extend_basis(V, x.mT @ x, 1.0, n, power)
+        assert V.shape[1] == q
+
+
 def test_energy_power_two_needs_fewer_directions() -> None:
     gram = spectrum_gram(torch.logspace(0, -3, 30))
     empty = torch.zeros(30, 0, dtype=torch.float64)

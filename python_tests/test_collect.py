@@ -215,6 +215,7 @@ def test_training_and_test_images_are_no_two_classes(tmp_path, train, test):
     ):
         labelled(tmp_path)
     assert labelled(tmp_path, [train, test]).class_names == (train, test)
+    assert len(labelled_as(tmp_path, [train, test, "extra"])) == 5  # to whom they are classes
 
 
 @pytest.mark.parametrize(

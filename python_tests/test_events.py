@@ -7,8 +7,9 @@ import time
 import pytest
 from conftest import make_trainer
 
-from janus_ext import train
+from janus_ext import CheckpointError, train
 from janus_ext.methods.base import Task
+from janus_ext.training import events
 from janus_ext.training.loop import Learner
 
 
@@ -82,6 +83,23 @@ def test_tasks_without_epochs_are_shown_behind_an_interruption_too(patterns, wei
     resumed.restore()
     resumed.run()
     assert [step for step, _ in scalars(tmp_path)["task/acc"]] == [1, 2, 3]
+
+
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("flush", "close"):
+        monkeypatch.setattr(tensorboard.SummaryWriter, name, full)
+    with pytest.raises(CheckpointError, match="tensorboard cannot be written: .*No space"):
+        with events.writing(tmp_path / "tensorboard") as write:
+            write("epoch", {"loss": 1.0}, 1)
+    with pytest.raises(ZeroDivisionError), events.writing(tmp_path / "tensorboard"):
+        raise ZeroDivisionError
+    with pytest.raises(CheckpointError, match="No space"), events.writing(tmp_path / "tensorboard"):
+        pass
 
 
 def test_without_the_flag_nothing_is_written(patterns, weights, tmp_path):

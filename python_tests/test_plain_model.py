@@ -1,5 +1,6 @@
 """The plain model of what was learned, and its scores, are those of the run."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,8 +134,18 @@ def test_weights_of_a_head_with_random_features_count_too(photos, weights, tmp_p
     assert (tmp_path / "out" / "model.onnx.data").exists()
 
 
-def test_a_folder_that_keeps_its_place_is_refused_before_anything_is_made(tmp_path, mounted):
+def test_a_folder_that_keeps_its_place_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     """As an empty volume that is mounted there does."""
-    with pytest.raises(CheckpointError, match="cannot be replaced as a whole: .*busy"), folder.new_folder(tmp_path):
-        pytest.fail("nothing is to be made")
-    assert not any(tmp_path.iterdir())
+
+    def refuse(source, target):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    (tmp_path / "volume").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="volume cannot be written: .*busy"):
+        patch.setattr(folder.os, "replace", refuse)
+        with folder.new_folder(tmp_path / "volume"):
+            pytest.fail("nothing is to be made")
+    assert [path.name for path in tmp_path.rglob("*")] == ["volume"]
+    with folder.new_folder(tmp_path / "volume") as made:
+        (made / "x").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["volume", "x"]

@@ -20,6 +20,7 @@ from janus_ext import (
     TaskBoundaryError,
     ops,
 )
+from janus_ext.errors import JanusWarning
 
 
 class PlainLoRA(nn.Module):
@@ -299,8 +300,15 @@ def test_where_no_factor_has_a_gradient_the_wrong_ones_are_trained() -> None:
     rectifier.estimators["k"].observe(torch.randn(200, 6) @ torch.randn(6, 24))
     rectifier.commit(1.0)
     other(torch.randn(5, 24)).sum().backward()
-    with pytest.raises(ArgumentError, match=r"k: no rectified factor has a gradient: .* commit"):
+    optimizer = torch.optim.SGD([layer.A, layer.B], lr=0.1)
+    with pytest.warns(JanusWarning, match=r"k: no rectified factor has a gradient, .* commit\(layers=...\) names them"):
         rectifier.rectify()
+    rectifier.rectify()  # said once a task
+    rectifier.estimators["k"].observe(torch.randn(200, 6) @ torch.randn(6, 24))
+    rectifier.commit(1.0)
+    rectifier.attach(optimizer)
+    with pytest.warns(JanusWarning, match="k: no rectified factor has a gradient"):
+        optimizer.step()
 
 
 def test_one_missing_gradient_is_named() -> None:

@@ -136,9 +136,10 @@ def test_a_folder_is_reserved_for_one_and_gone_if_nothing_came_into_it(tmp_path)
 
 def test_a_folder_that_keeps_its_place_is_refused_before_anything_is_learned(tmp_path, mounted):
     """As an empty volume that is mounted there does: what is saved takes a folder's place as a whole."""
+    (tmp_path / "volume").mkdir()
     with pytest.raises(CheckpointError, match="as a whole: .*busy; "), run_folder.reserved(tmp_path / "volume"):
         pytest.fail("nothing is to be learned")
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["volume"]
 
 
 def stay(running) -> None:
@@ -226,18 +227,34 @@ def test_a_run_that_was_begun_with_other_settings_is_left_alone(tmp_path, monkey
     second = first.with_name(f"{first.name}-2")
     place = first / "seed-1" if several else first
     checkpoint.make_folder(place)
-    checkpoint.write_json(place / "config.json", replace(config, seed=(1,) if several else (0,)).to_json())
+    begun = replace(config, seed=(1,) if several else (0,), tasks=10)  # of the benchmark, as runs store it
+    checkpoint.write_json(place / "config.json", begun.to_json())
     for resume in (False, True):
         assert choice.choose_folder(replace(config, resume=resume)) == first
     assert choice.choose_folder(other) == second
     assert choice.choose_folder(replace(config, data_dir=Path("elsewhere"))) == second
     assert choice.choose_folder(replace(config, workers=3)) == first  # no result depends on it
+    assert choice.choose_folder(replace(config, tasks=10)) == first
+    assert choice.choose_folder(replace(config, tasks=5)) == second
     resumed = replace(other, resume=True)
     assert choice.choose_folder(resumed) == first  # where what differs is said
     place = second / "seed-0" if several else second
     checkpoint.make_folder(place)
-    checkpoint.write_json(place / "config.json", other.to_json())
+    checkpoint.write_json(place / "config.json", replace(other, tasks=10).to_json())
     assert choice.choose_folder(resumed) == choice.choose_folder(other) == second
+
+
+def test_the_same_call_goes_back_to_the_folder_that_it_has_begun(tmp_path, monkeypatch, weights):
+    monkeypatch.chdir(tmp_path)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "run", stop)
+    call = f"--weights {weights} --limit-per-class 1 --rank 4 --device cpu --amp off --epochs 1"
+    for words in (call, call, f"{call} --resume", f"{call} --lr 0.5", f"{call} --lr 0.5"):
+        train.main(words.split())
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["emoji-janus-0", "emoji-janus-0-2"]
 
 
 def test_a_damaged_configuration_is_named(tmp_path, capsys):

@@ -116,9 +116,9 @@ def check_effect(asked: Settings, without: dict[str, str], defaults: dict[str, A
             raise ArgumentError(f"{flag(name)} would do nothing here: it needs {wanted}")
 
 
-def default(config: Settings, name: str) -> Any:
+def default(config: Settings | type[Settings], name: str) -> Any:
     """The value of a field where nobody says one."""
-    return type(config).__dataclass_fields__[name].default
+    return config.__dataclass_fields__[name].default
 
 
 def _check_ranges(config: Settings) -> None:

@@ -81,8 +81,9 @@ def labelled_as(images: Any, classes: Sequence[str], view: View = SQUARE, worker
     Raises:
         ArgumentError, DataError: as :func:`labelled`.
     """
-    found = _find(images, None, workers)
-    rows, labels = found.resolve(checked_names(classes))
+    names = checked_names(classes)
+    found = _find(images, None, workers, names)
+    rows, labels = found.resolve(names)
     return found.checked_split(rows, labels, view, workers)
 
 
@@ -150,10 +151,10 @@ class Found:
         )
 
 
-def _find(images: Any, chosen: tuple[str, ...] | None, workers: int) -> Found:
-    """The images in any form; of a folder those of the ``chosen`` class folders alone."""
+def _find(images: Any, chosen: tuple[str, ...] | None, workers: int, known: Sequence[str] = ()) -> Found:
+    """The images in any form; of a folder those of the ``chosen`` class folders alone. ``known`` classes are some."""
     if isinstance(images, PATHS):
-        return _find_folders(checked_path("images", images), chosen)
+        return _find_folders(checked_path("images", images), chosen, known)
     _require_items(images, LABELLED)
     if isinstance(images, (list, tuple)) and all(is_pair(item) and isinstance(item[0], PATHS) for item in images):
         return _find_files(images)
@@ -163,7 +164,7 @@ def _find(images: Any, chosen: tuple[str, ...] | None, workers: int) -> Found:
     return Found(Items(images), rows, [name_of(row) for row in rows], labels, _own_names(images))
 
 
-def _find_folders(root: Path, chosen: tuple[str, ...] | None) -> Found:
+def _find_folders(root: Path, chosen: tuple[str, ...] | None, known: Sequence[str]) -> Found:
     named = on_one_line(str(root))
     if not root.is_dir():
         state = "is no folder" if root.exists() else "does not exist"
@@ -171,9 +172,9 @@ def _find_folders(root: Path, chosen: tuple[str, ...] | None) -> Found:
     there = tuple(subfolders(root))
     if not there:
         raise DataError(f"images: {named} has no class folders; wanted {named}/<class>/*.jpg. {ENDINGS}")
-    if chosen is None:
+    if chosen is None and not set(there) <= set(known):
         require_class_level(root, there, CLASS_LEVEL)
-    else:
+    if chosen is not None:
         _require_known(chosen, there, root)
     names = chosen or there
     found = class_samples(root, "", names)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from janus_ext.errors import ArgumentError, CheckpointError
-from janus_ext.runs.checkpoint import make_folder, require_replaceable, sync_file
+from janus_ext.runs.checkpoint import make_folder, sync_folder, sync_tree
 
 
 @contextmanager
@@ -25,18 +25,18 @@ def new_folder(path: Path) -> Iterator[Path]:
         CheckpointError: it cannot be written.
     """
     path = path.resolve()
-    if path.exists():
-        if not path.is_dir() or any(path.iterdir()):
-            raise ArgumentError(f"--output must be a new or an empty folder, {path} is not")
-        require_replaceable(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ArgumentError(f"--output must be a new or an empty folder, {path} is not")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
-    make_folder(temporary)
     try:
+        if path.exists():  # a mount point keeps its place: tried with nothing in it, before anything is computed
+            os.replace(make_folder(temporary), path)
+        make_folder(temporary)
         yield temporary
-        for file in filter(Path.is_file, temporary.rglob("*")):
-            sync_file(file)
+        sync_tree(temporary)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:

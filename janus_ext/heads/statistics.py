@@ -117,7 +117,7 @@ class FeatureStatistics:
         processes.check_group("FeatureStatistics: group", group)
         if processes.count(group) == 1:
             return
-        [classes] = processes.largest([len(self.counts)], group)
+        [classes] = processes.largest([len(self.counts)], group, self.counts.device)
         self.reserve(classes)
         for name in NAMES:
             processes.add_up(getattr(self, name), group)

@@ -46,18 +46,21 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
     require(bool(trace > 0), f"{op}: gram must have a positive trace, got {float(trace):g}")
 
     C = (C + C.mT) / (2 * trace)  # energy shares do not change; C^2 cannot overflow
-    C = C @ C if energy_power == 2 else C
+    S = C @ C if energy_power == 2 else C
     V = orthonormal(basis)
-    rest = project(project(C, V).mT, V)  # P C^p P
+    rest = project(project(S, V).mT, V)  # P C^p P
     values, vectors = torch.linalg.eigh((rest + rest.mT) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
-    inside = V.mT @ C @ V
+    inside = V.mT @ S @ V
     largest = max(float(values[0]), float(torch.linalg.eigvalsh(inside)[-1]) if k else 0.0)
-    rounding = n * torch.finfo(gram.dtype).eps  # of C, whose square is in float64
-    least = max(rounding**2, n * torch.finfo(torch.float64).eps) if energy_power == 2 else rounding
-    candidates = values[values > least * largest]
-    added = directions_needed(candidates, inside.trace(), C.trace(), energy, max_rank - k)
-    return grown(basis, V, vectors[:, :added])
+    rounding, squaring = (n * torch.finfo(dtype).eps for dtype in (gram.dtype, torch.float64))
+    if energy_power == 2:  # the energy of a direction is told from the rounding of C, its square from that of squaring
+        energies = (vectors * (C @ vectors)).sum(0)
+        known = (energies > rounding * math.sqrt(largest)) & (values > squaring * largest)
+    else:
+        known = values > rounding * largest
+    added = directions_needed(values[known], inside.trace(), S.trace(), energy, max_rank - k)
+    return grown(basis, V, vectors[:, known][:, :added])
 
 
 def extend_basis_factor(basis: Tensor, U: Tensor, S: Tensor, total: Tensor, energy: float, max_rank: int) -> Tensor:

@@ -117,7 +117,7 @@ def append_json_line(path: Path, value: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         if is_new:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
@@ -213,7 +213,7 @@ def make_folder(path: Path) -> Path:
         new = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for folder in new:
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(f"the folder {path} cannot be made: {error}") from error
     return path
@@ -225,9 +225,9 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     try:
         temporary.unlink(missing_ok=True)  # a link there would lead elsewhere
         write(temporary)
-        sync_file(temporary)
+        _sync_file(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
@@ -243,13 +243,22 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{name}.{os.getpid()}.tmp")
 
 
-def sync_file(path: Path) -> None:
+def _sync_file(path: Path) -> None:
     """Flushes what is in a file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Flushes a folder, its files and folders to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            _sync_file(path)
+
+
+def sync_folder(folder: Path) -> None:
     """Flushes the names in a folder to the disk, else a file moved there may be lost with the power."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -316,7 +325,7 @@ def replace_folder(folder: str | Path, write: Callable[[Path], object]) -> None:
             _exchange(made, place)
         else:
             os.replace(made, place)
-        _sync_folder(place.parent)
+        sync_folder(place.parent)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
@@ -339,7 +348,7 @@ def _copy_others(folder: Path, made: Path) -> None:
 def _copy_synced(source: str, target: str) -> None:
     """The original is deleted soon, so that the copy has to be on the disk."""
     shutil.copy2(source, target)
-    sync_file(Path(target))
+    _sync_file(Path(target))
 
 
 def _exchange(made: Path, place: Path) -> None:

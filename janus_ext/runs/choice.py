@@ -58,8 +58,9 @@ def _is_begun_otherwise(folder: Path, several: bool, config: TrainConfig) -> boo
     """Whether there is a run with other settings than these, whatever its seed."""
     runs = folder.glob("seed-*") if several else (folder,)
     asked = config.to_json()
+    unsaid = {"tasks"} if config.tasks is None else set()  # which the benchmark says, that is not loaded yet
     stored = (read_json(run / "config.json") for run in runs if is_run(run) and not is_saved_learner(run))
-    return any(differing(asked, settings, but={"seed"}) for settings in stored)
+    return any(differing(asked, settings, but={"seed", *unsaid}) for settings in stored)
 
 
 def _require_text(folder: Path) -> None:

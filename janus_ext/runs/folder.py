@@ -127,18 +127,21 @@ def reserved(folder: Path) -> Iterator[None]:
 
     Raises:
         ArgumentError: something is there, or another process has it.
-        CheckpointError: it cannot be made, or not be replaced, as `replace_folder` does.
+        CheckpointError: it cannot be made, or is there and cannot be replaced, as `replace_folder` does.
     """
     place = check_replaceable(folder)
     is_new = not place.exists()
     with naming_output():
         make_folder(place)
-    with _locked(place):
+    with _locked(place) as handle:
         if not place.is_dir() or any(place.iterdir()):
             raise ArgumentError(f"--output {folder} is there already; choose another folder")
         try:
-            with naming_output():
-                require_replaceable(place)  # said before anything is learned, and not when it is to be saved
+            if not is_new:
+                with naming_output():
+                    require_replaceable(place)  # said before anything is learned, and not when it is to be saved
+                if not os.path.samestat(os.fstat(handle), os.stat(place)):  # it was the one that another tried with
+                    raise ArgumentError(f"--output {folder} is in use by another process")
             yield
         finally:
             if is_new:

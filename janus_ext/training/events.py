@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from janus_ext.errors import ArgumentError, CheckpointError
@@ -37,19 +37,29 @@ def writing(folder: Path | None, done: int = 0) -> Iterator[Write]:
     require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
-    try:
+    with _naming(folder):
         writer = SummaryWriter(str(folder), purge_step=done + 1)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
     def write(group: str, values: Mapping[str, float | None], step: int) -> None:
-        try:
+        with _naming(folder):
             for name, value in values.items():
                 if value is not None:
                     writer.add_scalar(f"{group}/{name}", value, step)
             writer.flush()  # to be seen while the run goes on
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written: {error}") from error
 
-    with writer:
+    try:
         yield write
+    except BaseException:
+        with suppress(OSError):  # it is the first error that counts
+            writer.close()
+        raise
+    with _naming(folder):
+        writer.close()
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
