@@ -34,6 +34,9 @@ def trainer(device: str, classes: int, tasks: int, per_class: int, folder: Path,
     return Trainer(config, benchmark, learner, Run(folder))
 
 
+OTHERS = 100_000  # the first of classes that no benchmark has
+
+
 class Stepper:
     """Repeats one training step of a method: forward, backward, rectification, optimizer with a learning rate of 0.
 
@@ -96,7 +99,7 @@ class Stepper:
         if old_classes:
             width = self.learner.model.feature_dim
             random = torch.randn(old_classes, width, generator=generator).to(self.device)
-            self.method.prototypes.add(random, torch.arange(old_classes) - old_classes)
+            self.method.prototypes.add(random, torch.arange(old_classes) + OTHERS)
 
 
 def run_tasks(device: str, method: str) -> None:
