@@ -228,10 +228,10 @@ class OnlineEstimator:
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of the statistics (gram [dim, dim], or U [dim, l], S [l] and total), basis [dim, k], rows.
 
-        Within a task each process of several has its own. TaskBoundaryError between `all_reduce` and the next commit,
-        but with distributed=False: what is loaded is taken for one process's.
+        Within a task each process of several has its own. TaskBoundaryError in one of several between `all_reduce` and
+        the next commit, but with distributed=False: what is loaded is taken for one process's.
         """
-        if self._reduced and self.distributed:
+        if self._reduced and self.distributed and processes.count() > 1:
             raise TaskBoundaryError(f"{self.name}: state_dict() comes before all_reduce() or behind the commit")
         return {name: tensor.clone() for name, tensor in {**self.statistics.tensors(), "basis": self.basis}.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -98,8 +99,16 @@ def _on_folder(learner: ContinualLearner, settings: Mapping[str, Any], config: E
 def _is_trained_on(folder: Path, settings: Mapping[str, Any]) -> bool:
     """Whether the run, or a task that was learned later, took its images from this folder of class folders."""
     named = [Path(root) for root in (settings.get("data_dir"), *settings.get("learned_from", ())) if root]
-    sides = [root / name for root in named if root.is_dir() for name in subfolders(root) if name.lower() in TRAIN_NAMES]
-    return any(root.is_dir() and root.samefile(folder) for root in (*named, *sides))
+    sides = [root / name for root in named for name in _training_sides(root)]
+    return any(os.path.isdir(root) and root.samefile(folder) for root in (*named, *sides))
+
+
+def _training_sides(root: Path) -> list[str]:
+    """None where there is no such folder any more, or it is somebody else's."""
+    try:
+        return [name for name in subfolders(root) if name.lower() in TRAIN_NAMES]
+    except DataError:
+        return []
 
 
 def _on_benchmark(learner: ContinualLearner, settings: Mapping[str, Any], config: EvaluateConfig) -> Evaluation:

@@ -94,7 +94,7 @@ class ClassPrototypes:
         self._check(features)
         if not self.classes:
             raise ArgumentError("ClassPrototypes: cosines need at least one prototype, got none")
-        return unit(features.to(self.matrix.device, torch.float64)).to(self.matrix) @ self.matrix.T
+        return (unit(features.to(self.matrix.device, torch.float64)) @ self.matrix.T.double()).to(self.matrix)
 
     def state_dict(self) -> dict[str, Tensor]:
         """matrix [C, dim] and classes [C]."""
@@ -112,6 +112,8 @@ class ClassPrototypes:
             )
         if not bool(torch.isfinite(matrix).all()):
             raise ArgumentError("ClassPrototypes: state must have a finite matrix, got NaN or infinity")
+        if bool((classes < 0).any()):
+            raise ArgumentError(f"ClassPrototypes: state must have no negative class, got {int(classes.min())}")
         if len(classes.unique()) < len(classes):
             raise ArgumentError("ClassPrototypes: state must have every class once, got one more often")
         self.matrix = matrix.detach().to(self.matrix, copy=True)

@@ -23,7 +23,7 @@ def orthonormal(basis: Tensor, dtype: torch.dtype) -> Tensor:
 
 def checked_defect(basis: Tensor) -> float:
     """|V^T V - I|_F, how far a basis V [n, k] is from orthonormal; ArgumentError where that is not from rounding."""
-    V = basis.double()
+    V = basis.detach().double()
     defect = float((V.mT @ V - torch.eye(V.shape[1], dtype=V.dtype, device=V.device)).norm())
     if not defect <= ORTHONORMALITY:
         raise ArgumentError(f"basis must be orthonormal, |V^T V - I| <= {ORTHONORMALITY:g}, got {defect:g}")

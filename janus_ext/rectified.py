@@ -34,7 +34,10 @@ class Rectified:
     pair_basis: Tensor | None = None
     optimizer: torch.optim.Optimizer | None = None
     projected: int | None = None
-    """The version of A that is known to have A V = 0."""
+    """The version of A that is known to have A V = 0; None from a rectified gradient on, since a step may follow.
+
+    Versions alone do not tell: fused optimizers write without counting one.
+    """
 
     def basis(self) -> Tensor | None:
         return self.pair_basis if self.layer is None else self.layer.basis
@@ -56,7 +59,7 @@ class Rectified:
             self.projected = self.A._version
 
     def settle(self) -> None:
-        """Have A V = 0 where that changes no output: of a pair whose A somebody has written since the last projection.
+        """Have A V = 0 where that changes no output: of a pair whose A may have been written since it last was.
 
         Raises ArgumentError where it would change outputs: B is not zero, and A V more than rounding.
         """
@@ -150,7 +153,7 @@ class Rectified:
         return self.layer is None and self.rectification.rectify == "exact" and not ops.is_empty(self.pair_basis)
 
     def _moved(self) -> bool:
-        """Whether A V = 0 is asked of A, and A has been written since it was last made so."""
+        """Whether A V = 0 is asked of A, and A may have been written since it was last made so."""
         return self._plain_exact() and self.A._version != self.projected
 
 
@@ -224,5 +227,6 @@ def _rectify_group(group: list[Rectified]) -> None:
             message = re.sub(r"layer (\d+)", lambda found: group[int(found[1])].name, message)
         raise ArgumentError(message) from error
     for entry in group:
+        entry.projected = None
         if entry.layer is not None:
             entry.layer.forget_forward()

@@ -16,7 +16,7 @@ from janus_ext import processes
 from janus_ext.errors import ArgumentError, TaskBoundaryError
 from janus_ext.estimator import Observer, OnlineEstimator, intercepted
 
-Seen = tuple["weakref.ref[Tensor]", int]  # a tensor, and how often it had been written
+Seen = tuple["weakref.ref[Tensor]", int | Tensor]  # a tensor, and by what one sees that it was written into
 
 
 class SharedInputs:
@@ -63,7 +63,8 @@ class SharedInputs:
             _join(self.estimators, name, leader)
             return
         self.estimators[name].observe(entering)
-        self._last[name] = weakref.ref(given), _version(given)
+        self._last = {other: seen for other, seen in self._last.items() if seen[0]() is not None}  # no more copies held
+        self._last[name] = weakref.ref(given), given.clone() if given.is_inference() else given._version
 
     def _find_leader(self, name: str, given: Tensor) -> str | None:
         """A layer whose first input since the last commit is this one's, too, and whose basis is the same."""
@@ -77,15 +78,16 @@ class SharedInputs:
                 if self._passes[other] == 1
                 and other in self._fresh
                 and self._is_last_of(other, given)
-                and not given.is_inference()  # which does not tell what is written into it
                 and torch.equal(self.estimators[other].basis, basis)
             ),
             None,
         )
 
     def _is_last_of(self, name: str, given: Tensor) -> bool:
-        seen = self._last.get(name)
-        return seen is not None and seen[0]() is given and seen[1] == _version(given)
+        tensor, written = self._last.get(name, (lambda: None, 0))
+        if tensor() is not given:
+            return False
+        return torch.equal(written, given) if isinstance(written, Tensor) else written == given._version
 
     def _check_shared(self, name: str, leader: str, given: Tensor) -> None:
         if not self._is_last_of(leader, given):
@@ -93,10 +95,6 @@ class SharedInputs:
                 f"{name}: its input must be that of {leader}, as in the first pass that was observed, and is another "
                 "one: make the GradientRectifier with share_inputs=False"
             )
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def _join(estimators: dict[str, OnlineEstimator], name: str, leader: str) -> None:

@@ -99,11 +99,15 @@ def require_own(gpu: object) -> None:
 
 def train_seeds(config: TrainConfig) -> list[table.Results]:
     """The runs of a resolved configuration, and their summary where they are several."""
-    folder = processes.from_first(lambda: choose_folder(config))
-    if len(config.seed) == 1:
-        return [run_seed(config, folder)]
+    first, *others = (replace(config, seed=(seed,)) for seed in config.seed)
+    benchmark = loaded(first)
+    tasks = len(benchmark.tasks)  # without --tasks the benchmark says them, and runs of others are other runs
+    folder = processes.from_first(lambda: choose_folder(replace(config, tasks=tasks)))
+    if not others:
+        return [run_seed(first, benchmark, folder)]
     processes.from_first(lambda: check_same_seeds(folder, config.seed))
-    runs = [run_seed(replace(config, seed=(seed,)), folder / f"seed-{seed}") for seed in config.seed]
+    runs = [run_seed(first, benchmark, folder / f"seed-{first.seed[0]}")]
+    runs += [run_seed(other, loaded(other), folder / f"seed-{other.seed[0]}") for other in others]
     if processes.is_first():
         write_json(folder / "summary.json", table.summarize_runs(runs))
     print(table.format_summary(runs))
@@ -120,9 +124,13 @@ def check_data(config: TrainConfig) -> None:
     )
 
 
-def run_seed(config: TrainConfig, folder: Path) -> table.Results:
+def loaded(config: TrainConfig) -> Benchmark:
+    """What one seed learns."""
+    return processes.in_turn(lambda: load_benchmark(config))
+
+
+def run_seed(config: TrainConfig, benchmark: Benchmark, folder: Path) -> table.Results:
     """Trains with the one seed of ``config``, or takes what ``folder`` has of it; writes and prints the results."""
-    benchmark = processes.in_turn(lambda: load_benchmark(config))
     config = replace(config, tasks=len(benchmark.tasks))
     settings = settings_of(config, benchmark, weight_file(config.backbone, config.weights))
     processes.require_same(settings, but="device")

@@ -1,6 +1,8 @@
 """janus_ext.predict, learn and evaluate: what they print and write, exit codes, and that the run stays as it is."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -347,6 +349,19 @@ def test_the_training_side_of_a_tree_is_no_test_either(place):
     shutil.copytree(place / "photos", place / "both" / "test")
     for folder, is_said in (("both/Train", True), ("both/test", False), ("photos", False)):
         assert evaluate._is_trained_on(place / folder, {"data_dir": str(place / "both")}) == is_said
+
+
+def test_where_others_trained_need_not_be_there_nor_be_readable(place, monkeypatch):
+    def forbid(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    assert not evaluate._is_trained_on(place / "photos", {"data_dir": str(place / "gone")})
+    monkeypatch.setattr(os, "scandir", forbid)
+    assert not evaluate._is_trained_on(place / "all", {"data_dir": str(place / "photos")})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", forbid)
+        said = evaluate._is_trained_on(place / "all", {"data_dir": str(place / "photos")})
+    assert not said
 
 
 def test_a_folder_of_images_is_scored_by_the_names_of_its_folders(place, tmp_path, capsys):

@@ -223,10 +223,15 @@ def test_labels_of_a_split_of_ones_own_are_integers(patterns, labels) -> None:
         replace(patterns, train=own)
 
 
-def test_a_benchmark_has_images_on_both_sides_and_every_class_name_once(patterns) -> None:
+def test_a_benchmark_has_images_and_every_class_name_once(patterns) -> None:
     none = MemorySplit(patterns.test.images[:0], patterns.test.labels[:0], [])
-    with pytest.raises(ArgumentError, match="Benchmark: test must have one image at least, got none"):
-        replace(patterns, test=none)
+    with pytest.raises(ArgumentError, match="Benchmark: train must have one image at least, got none"):
+        replace(patterns, train=none)
+    untested = replace(patterns, test=none)
+    with pytest.raises(ArgumentError, match="Benchmark: test must have one image at least, or --validation hold some"):
+        untested.as_asked(TrainConfig())
+    asked = TrainConfig(validation=0.5, limit_per_class=4, seed=(0,))
+    assert untested.as_asked(asked).test.samples == patterns.as_asked(asked).test.samples != []
     with pytest.raises(ArgumentError, match="Benchmark: class_names must differ, got 'b' more than once"):
         replace(patterns, class_names=("a", "b", "c", "b", "e", "f"))
 

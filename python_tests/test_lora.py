@@ -270,8 +270,11 @@ def test_reduced_matmul_precision_does_not_reach_the_projection(device: str) -> 
     assert (effective @ layer.basis).norm() <= 1e-6 * effective.norm()
 
 
-def test_trainable_weight_is_refused() -> None:
+@pytest.mark.parametrize("name", ["weight", "bias", "basis"])
+def test_what_gets_no_gradient_is_refused_where_it_asks_for_one(name: str) -> None:
     c = case()
-    c["weight"].requires_grad_()
-    with pytest.raises(ValueError, match="lora_linear: weight must be frozen"):
+    c[name].requires_grad_()
+    with pytest.raises(ValueError, match=f"lora_linear: {name} must be frozen"):
+        ops.lora_linear(**c)
+    with torch.no_grad():
         ops.lora_linear(**c)

@@ -58,6 +58,14 @@ def test_gradcheck(device: str) -> None:
     assert torch.autograd.gradcheck(lambda f: ops.margin_loss(f, p, 0.1, 8.0), (f,))
 
 
+def test_prototypes_that_ask_for_a_gradient_are_refused(device: str) -> None:
+    f, p = (t.to(device) for t in samples(6, 9, 4))
+    with pytest.raises(ValueError, match="margin_loss: prototypes must be frozen"):
+        ops.margin_loss(f, p.requires_grad_(), 0.1, 8.0)
+    with torch.no_grad():
+        ops.margin_loss(f, p, 0.1, 8.0)
+
+
 def test_a_second_derivative_is_refused_not_wrong(device: str) -> None:
     f, p = (t.to(device) for t in samples(6, 9, 4))
     loss = ops.margin_loss(f.requires_grad_(), p, 0.1, 8.0).square()
@@ -186,6 +194,10 @@ def test_module_names_the_wrong_argument(name: str, value: Any, found: str) -> N
             lambda: ClassPrototypes(6).load_state_dict({"matrix": torch.eye(6)[:2], "classes": torch.tensor([3, 3])}),
             "state must have every class once",
         ),
+        (
+            lambda: ClassPrototypes(6).load_state_dict({"matrix": torch.eye(6)[:2], "classes": torch.tensor([0, -1])}),
+            "state must have no negative class, got -1",
+        ),
         (lambda: ClassPrototypes(6).nearest(None), r"features must be a tensor \[N, 6\], got None"),
         (lambda: ClassPrototypes(6).load_state_dict(None), "state must be what state_dict.. gave"),
         (lambda: DecoupledMarginLoss(0.2, 16.0)(torch.zeros(2, 6), None), r"ClassPrototypes or a tensor .*, got None"),
@@ -194,7 +206,7 @@ def test_module_names_the_wrong_argument(name: str, value: Any, found: str) -> N
             r"features must be a tensor \[N, d\], got \[1\]",
         ),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_wrong_types_are_named(use: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
@@ -219,6 +231,8 @@ def test_prototypes_are_unit_class_means() -> None:
         assert_close(row, F.normalize(f[labels == c].double().mean(0), dim=0), torch.float32)
     cosines = F.normalize(f, dim=1) @ prototypes.matrix.T
     assert_close(prototypes.nearest(f), cosines.amax(1), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(prototypes.nearest(f), cosines.amax(1), torch.float32)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-5, 1e5, 1e30])

@@ -102,6 +102,12 @@ def test_classifiers_of_other_networks(name):
     assert_close(plain.scorer(contents)(images), scores_of(contents, images), torch.float32)
 
 
+def test_what_saved_memory_in_a_network_s_stages_does_not_come_along():
+    classifier = contents_on(load_backbone("swin_tiny_patch4_window7_224", "none")).model
+    classifier.backbone.set_grad_checkpointing(True)  # which the network as a whole does not have
+    assert not any(getattr(m, "grad_checkpointing", False) for m in plain.merged_backbone(classifier).modules())
+
+
 def test_a_classifier_that_is_no_linear_map_of_the_features_is_refused():
     contents = contents_on(load_backbone("volo_d1_224", "none"))
     with pytest.raises(ArgumentError, match="VOLO .*linear"):
@@ -146,6 +152,10 @@ def test_a_folder_that_keeps_its_place_is_refused_before_anything_is_made(tmp_pa
         with folder.new_folder(tmp_path / "volume"):
             pytest.fail("nothing is to be made")
     assert [path.name for path in tmp_path.rglob("*")] == ["volume"]
+    found = (tmp_path / "volume").stat().st_ino
+    with pytest.raises(ZeroDivisionError), folder.new_folder(tmp_path / "volume"):
+        1 / 0  # noqa: B018
+    assert (tmp_path / "volume").stat().st_ino == found  # the folder that was there, with whom it belongs to
     with folder.new_folder(tmp_path / "volume") as made:
         (made / "x").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["volume", "x"]

@@ -167,11 +167,11 @@ def test_factors_drawn_anew_are_projected_before_the_first_step() -> None:
 # -------------------------------------------------------------------------------------------------- a loop that clips
 
 
-def clipping_loop(projecting: bool) -> tuple[PlainLoRA, torch.Tensor]:
+def clipping_loop(projecting: bool, fused: bool = False) -> tuple[PlainLoRA, torch.Tensor]:
     layer, rectifier, old = in_mid_task()
     nn.init.zeros_(layer.B)
     nn.init.normal_(layer.A)
-    optimizer, closure = torch.optim.Adam([layer.A, layer.B], lr=1e-2), loss_of(layer)
+    optimizer, closure = torch.optim.Adam([layer.A, layer.B], lr=1e-2, fused=fused), loss_of(layer)
     for _ in range(4):
         closure()
         rectifier.rectify()
@@ -188,9 +188,19 @@ def test_a_loop_that_clips_keeps_old_outputs() -> None:
     assert_close(layer(old), layer.base(old), torch.float32)
 
 
-def test_a_loop_that_clips_and_does_not_project_is_told_so() -> None:
+@pytest.mark.parametrize("fused", [False, True])  # fused steps count no version of what they write
+def test_a_loop_that_clips_and_does_not_project_is_told_so(fused: bool) -> None:
     with pytest.raises(ArgumentError, match=r"k: A V must be 0 while B is not: call project\(\) after each optimizer"):
-        clipping_loop(projecting=False)
+        clipping_loop(projecting=False, fused=fused)
+
+
+def test_a_gradient_that_is_rectified_again_before_its_step_leaves_the_factors() -> None:
+    layer, rectifier, _ = in_mid_task()
+    before = layer.A.detach().clone()
+    for _ in range(3):  # as where a scaler of losses skips steps
+        loss_of(layer)()
+        rectifier.rectify()
+    assert_close(layer.A.detach(), before, torch.float32)
 
 
 def test_rectify_beside_an_attached_optimizer_is_refused() -> None:

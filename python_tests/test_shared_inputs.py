@@ -210,11 +210,12 @@ def test_layers_that_protect_other_subspaces_do_not_share() -> None:
     assert q.shape[1] < k.shape[1], "k has to protect what both had"
 
 
-@pytest.mark.parametrize("way", ["autocast", "inference", "checkpointing", "compiled"])
+@pytest.mark.parametrize("way", ["autocast", "inference", "all of it inference", "checkpointing", "compiled"])
 def test_sharing_counts_each_input_once(way: str) -> None:
     model, rectifier = crossing()
-    x = torch.randn(5, 12)
-    with rectifier.observe(), torch.inference_mode() if way == "inference" else nullcontext():
+    with torch.inference_mode(way == "all of it inference"):
+        x = torch.randn(5, 12)
+    with rectifier.observe(), torch.inference_mode() if "inference" in way else nullcontext():
         for _ in range(2):
             if way == "checkpointing":
                 torch.utils.checkpoint.checkpoint(model, x.requires_grad_(), use_reentrant=False).sum().backward()
@@ -229,11 +230,28 @@ def test_sharing_counts_each_input_once(way: str) -> None:
     assert len({id(e) for e in rectifier.estimators.values()}) == (2 if way == "compiled" else 1)
 
 
-def test_what_is_written_into_between_two_layers_is_no_shared_input() -> None:
-    """Inference tensors count no versions."""
+def written_between() -> tuple[nn.Linear, nn.Linear, GradientRectifier]:
     q, k = nn.Linear(6, 2), nn.Linear(6, 2)
     pairs = {n: LoRAPair(torch.zeros(2, 6), torch.zeros(2, 2), 1.0, m) for n, m in (("q", q), ("k", k))}
-    rectifier = GradientRectifier(pairs)
+    return q, k, GradientRectifier(pairs)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_shared_input_that_is_written_into_in_a_later_pass_is_refused(mode: Any) -> None:
+    q, k, rectifier = written_between()
+    with rectifier.observe(), mode():
+        for x in torch.randn(2, 5, 6):
+            q(x)
+            k(x)
+        x = torch.randn(5, 6) + 0
+        q(x)
+        with pytest.raises(ArgumentError, match="k: its input must be that of q"):
+            k(x.mul_(2))
+
+
+def test_what_is_written_into_between_two_layers_is_no_shared_input() -> None:
+    """Inference tensors count no versions."""
+    q, k, rectifier = written_between()
     with rectifier.observe(), torch.inference_mode():
         x = torch.randn(5, 6) + 0
         first = x.clone()

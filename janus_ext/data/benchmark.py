@@ -112,7 +112,7 @@ class Split(Dataset, ABC):
     def first_per_class(self, limit: int) -> Tensor:
         """Indices (int64 [n], ascending) of the first ``limit`` samples of each class."""
         kept = [(self.labels == c).nonzero().flatten()[:limit] for c in self.labels.unique().tolist()]
-        return torch.cat(kept).sort().values
+        return torch.cat([torch.empty(0, dtype=torch.int64), *kept]).sort().values
 
 
 class MemorySplit(Split):
@@ -241,8 +241,8 @@ class Benchmark:
             if not isinstance(split, Split):
                 raise ArgumentError(f"Benchmark: {part} must be a Split, got {shown(split)}")
             check_tensor(f"Benchmark: {part}.labels", split.labels, "integers [N]", _are_integers_in_a_row)
-            if not len(split):
-                raise ArgumentError(f"Benchmark: {part} must have one image at least, got none")
+            if part == "train" and not len(split):
+                raise ArgumentError("Benchmark: train must have one image at least, got none")
             strange = split.labels[(split.labels < 0) | (split.labels >= C)]
             if len(strange):
                 raise ArgumentError(f"Benchmark: {part} must have labels of {C} classes, got {int(strange[0])}")
@@ -311,9 +311,17 @@ class Benchmark:
         return replace(self, train=train, test=test, validation=True)
 
     def as_asked(self, config: TrainConfig) -> Benchmark:
-        """What --limit-per-class leaves of the benchmark, with --validation images of that held out."""
+        """What --limit-per-class leaves of the benchmark, with --validation images of that held out.
+
+        Raises:
+            ArgumentError: there is nothing to measure on.
+            DataError: of a class none can be held out.
+        """
         left = self if config.limit_per_class is None else self.limited(config.limit_per_class)
-        return left if config.validation is None else left.with_validation(config.validation, config.seed[0])
+        asked = left if config.validation is None else left.with_validation(config.validation, config.seed[0])
+        if not len(asked.test):
+            raise ArgumentError("Benchmark: test must have one image at least, or --validation hold some out, got none")
+        return asked
 
     def at(self, size: int) -> Benchmark:
         """The same benchmark for a model of ``size`` x ``size`` pixels."""

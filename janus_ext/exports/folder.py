@@ -30,8 +30,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
     try:
-        if path.exists():  # a mount point keeps its place: tried with nothing in it, before anything is computed
-            os.replace(make_folder(temporary), path)
+        if path.exists():  # a mount point keeps its place: tried before there is anything to lose
+            os.replace(path, temporary)
+            os.replace(temporary, path)
         make_folder(temporary)
         yield temporary
         sync_tree(temporary)

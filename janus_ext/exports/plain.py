@@ -86,7 +86,7 @@ def merged_backbone(classifier: ContinualClassifier) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         copied = deepcopy(classifier.backbone).float().cpu()
-        if getattr(copied, "grad_checkpointing", False):  # of training, in which it saves memory
+        if any(getattr(module, "grad_checkpointing", False) for module in copied.modules()):  # it saved memory
             copied.set_grad_checkpointing(False)
         adapted = any(isinstance(module, Adapter) for module in copied.modules())  # not by every method from elsewhere
         return (uninject(copied) if adapted else copied).eval()

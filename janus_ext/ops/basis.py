@@ -17,7 +17,8 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
 
     With C the Gram matrix, p the power and V the basis, as in Saha et al. 2021: the leading eigenvectors of P C^p P are
     appended until tr(V^T C^p V) >= energy * tr(C^p). Directions u with u^T C u below n * eps * (the largest eigenvalue
-    of C) never count, eps that of gram's dtype.
+    of C) never count, eps that of gram's dtype; with p = 2 nor do those below 1.5e-8 sqrt(n) of it, whose squares are
+    lost in float64.
 
     Args:
         basis: [n, k], float32 or float64, orthonormal; k = 0 starts from nothing.

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from janus_ext import reference
 from janus_ext.arguments import shown
-from janus_ext.ops.registry import RECTIFICATION, define, require_reverse_mode
+from janus_ext.ops.registry import RECTIFICATION, define, require_frozen, require_reverse_mode
 from janus_ext.rectification import Rectification, rectification_of
 from janus_ext.reference.lora import padded_rank
 
@@ -32,7 +32,7 @@ def lora_linear(
     """y = x W^T + b + s (x A_s^T) B^T, whose backward returns rectified gradients of A and B (Gradient Rectification).
 
     A_s = A P with P = I - V V^T for "exact" (so W + s B A_s acts on span(V) as W does, whatever A and B become), and A
-    itself otherwise. Differentiable once, in x, A and B; weight and bias are frozen.
+    itself otherwise. Differentiable once, in x, A and B; weight, bias and basis are frozen.
 
     Args:
         x: [..., n], float64, float32, bfloat16 or float16.
@@ -47,7 +47,7 @@ def lora_linear(
     Returns:
         [..., m], x's dtype.
     """
-    check_differentiation("lora_linear", x, weight, bias, A, B)
+    check_differentiation("lora_linear", x, weight, bias, A, B, basis)
     how = rectification_of("lora_linear", rectify, options, balance=False)
     return torch.ops.janus_ext.lora_linear(x, weight, bias, A, B, basis, scale, *how.values, defer)[0]
 
@@ -78,7 +78,7 @@ def lora_qkv(
     Returns:
         [..., 3 m], x's dtype.
     """
-    check_differentiation("lora_qkv", x, weight, bias, A, B)
+    check_differentiation("lora_qkv", x, weight, bias, A, B, basis)
     named = isinstance(targets, Sequence)
     unknown = [t for t in targets if not isinstance(t, str) or t not in TARGETS] if named else [targets]
     if unknown:
@@ -88,18 +88,12 @@ def lora_qkv(
     return torch.ops.janus_ext.lora_qkv(x, weight, bias, A, B, basis, scale, *how.values, defer, slices)[0]
 
 
-def check_differentiation(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
+def check_differentiation(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, basis: Tensor | None
+) -> None:
     """Raises what `lora_linear` and `lora_qkv` cannot differentiate: for callers of the raw ops."""
     require_reverse_mode(op, x, A, B)
-    _require_frozen(op, weight, bias)
-
-
-def _require_frozen(op: str, weight: Tensor, bias: Tensor | None) -> None:
-    trainable = [n for n, t in (("weight", weight), ("bias", bias)) if isinstance(t, Tensor) and t.requires_grad]
-    if trainable and torch.is_grad_enabled():
-        raise ValueError(
-            f"{op}: {' and '.join(trainable)} must be frozen (requires_grad=False), got requires_grad=True"
-        )
+    require_frozen(op, weight=weight, bias=bias, basis=basis)
 
 
 def _fake_forward(x: Tensor, weight: Tensor, A: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from janus_ext import reference
-from janus_ext.ops.registry import define, require_reverse_mode
+from janus_ext.ops.registry import define, require_frozen, require_reverse_mode
 
 
 def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature: float) -> Tensor:
@@ -19,7 +19,7 @@ def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature
     Args:
         features: [N, d], float64, float32, bfloat16 or float16; only their direction f^ = f / |f| matters,
             as long as |f| is from 1e-19 to 1e19 (in float64 from 1e-154 to 1e154): shorter ones have none.
-        prototypes: [C, d], float32 or float64, unit rows: class means of old tasks.
+        prototypes: [C, d], float32 or float64, unit rows, frozen: class means of old tasks.
         margin: cosine beyond which a feature is too close, in [-1, 1].
         temperature: tau > 0; the larger, the sharper the hinge.
 
@@ -27,6 +27,7 @@ def margin_loss(features: Tensor, prototypes: Tensor, margin: float, temperature
         A scalar in the wider of the two dtypes.
     """
     require_reverse_mode("margin_loss", features, prototypes)
+    require_frozen("margin_loss", prototypes=prototypes)
     return torch.ops.janus_ext.margin_loss(features, prototypes, margin, temperature)[0]
 
 

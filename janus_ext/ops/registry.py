@@ -98,6 +98,15 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if eligible else x
 
 
+def require_frozen(op: str, **inputs: Tensor | None) -> None:
+    """What an op is not differentiable in would get no gradient, unsaid."""
+    trainable = [name for name, t in inputs.items() if isinstance(t, Tensor) and t.requires_grad]
+    if trainable and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: {' and '.join(trainable)} must be frozen (requires_grad=False), got requires_grad=True"
+        )
+
+
 def require_reverse_mode(op: str, *inputs: Tensor) -> None:
     """Forward-mode derivatives would come out as zero, and torch.func's do not reach a custom op's backward."""
     if torch.compiler.is_compiling():

@@ -55,7 +55,8 @@ def extend_basis(basis: Tensor, gram: Tensor, energy: float, max_rank: int, ener
     largest = max(float(values[0]), float(torch.linalg.eigvalsh(inside)[-1]) if k else 0.0)
     rounding, squaring = (n * torch.finfo(dtype).eps for dtype in (gram.dtype, torch.float64))
     if energy_power == 2:  # the energy of a direction is told from the rounding of C, its square from that of squaring
-        energies = (vectors * (C @ vectors)).sum(0)
+        outside = project(vectors.mT, V).mT  # what a weak one has of V by rounding, a strong direction there outweighs
+        energies = (outside * (C @ outside)).sum(0)
         known = (energies > rounding * math.sqrt(largest)) & (values > squaring * largest)
     else:
         known = values > rounding * largest

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def choose_folder(config: TrainConfig) -> Path:
     """--output, or the first of runs/<benchmark>-<method>-<seed>, ...-2, ...-3 without a finished run in it, nor one
-    that was begun with other settings.
+    that was begun with other settings; ``config.tasks`` is the number that there are.
 
     With --resume: --output, or of these the one that was begun with the same settings, another that is not finished, or
     the last that is. A saved learner is never chosen.
@@ -58,9 +58,8 @@ def _is_begun_otherwise(folder: Path, several: bool, config: TrainConfig) -> boo
     """Whether there is a run with other settings than these, whatever its seed."""
     runs = folder.glob("seed-*") if several else (folder,)
     asked = config.to_json()
-    unsaid = {"tasks"} if config.tasks is None else set()  # which the benchmark says, that is not loaded yet
     stored = (read_json(run / "config.json") for run in runs if is_run(run) and not is_saved_learner(run))
-    return any(differing(asked, settings, but={"seed", *unsaid}) for settings in stored)
+    return any(differing(asked, settings, but={"seed"}) for settings in stored)
 
 
 def _require_text(folder: Path) -> None:
