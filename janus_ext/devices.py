@@ -101,14 +101,17 @@ def at_work(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """`be_deterministic` within it, in float32, and no autocast of the caller's; what he had is his again behind it."""
+    """`be_deterministic` within it, in float32, without the caller's autocast, `no_grad` and `inference_mode`.
+
+    What he had is his again behind it.
+    """
     dtype = torch.get_default_dtype()
     mode = torch.get_deterministic_debug_mode()
     fill, benchmark = torch.utils.deterministic.fill_uninitialized_memory, torch.backends.cudnn.benchmark
     be_deterministic(device)
     try:
         torch.set_default_dtype(torch.float32)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), torch.inference_mode(False):  # which turns gradients on
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -325,7 +325,7 @@ class LoRALinear(LoRALayer):
         super().__init__(linear, *shapes, scale, rectify, rectify_in, options)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
-        ops.check_differentiation("lora_linear", x, weight, bias, self.A, self.B, self.basis)
+        ops.check_differentiation("lora_linear", x, weight, bias, self.A, self.B)
         y, _, effective = torch.ops.janus_ext.lora_linear(x, weight, bias, self.A, self.B, *settings)
         return y, effective
 
@@ -369,7 +369,7 @@ class LoRAQKV(LoRALayer):
         self.targets = tuple(targets)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
-        ops.check_differentiation("lora_qkv", x, weight, bias, self.A, self.B, self.basis)
+        ops.check_differentiation("lora_qkv", x, weight, bias, self.A, self.B)
         targets = [ops.TARGETS.index(target) for target in self.targets]
         y, _, effective = torch.ops.janus_ext.lora_qkv(x, weight, bias, self.A, self.B, *settings, targets)
         return y, effective

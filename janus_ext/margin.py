@@ -38,6 +38,7 @@ class ClassPrototypes:
         ArgumentError: dim is not a positive integer.
     """
 
+    @torch.inference_mode(False)  # losses of tasks to come take the matrix, wherever its classes were added
     def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
         check_integer("ClassPrototypes: dim", dim, lambda n: 1 <= n <= WIDEST, f"from 1 to {WIDEST}")
         check_device("ClassPrototypes: device", device)
@@ -47,6 +48,7 @@ class ClassPrototypes:
     def __len__(self) -> int:
         return len(self.classes)
 
+    @torch.inference_mode(False)
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add every class among `labels` [N] with the normalised mean of its `features` [N, dim].
 
@@ -77,6 +79,7 @@ class ClassPrototypes:
         self.matrix = torch.cat([self.matrix, unit(means).to(self.matrix)])
         self.classes += new
 
+    @torch.inference_mode(False)
     def transform(self, matrix: Tensor) -> None:
         """Move every prototype p to p R, R [dim, dim], and bring it back to length 1: what drifted is followed."""
         check_floats("ClassPrototypes: matrix", matrix, [self.matrix.shape[1]] * 2)
@@ -100,6 +103,7 @@ class ClassPrototypes:
         """matrix [C, dim] and classes [C]."""
         return {"matrix": self.matrix.clone(), "classes": torch.tensor(self.classes, dtype=torch.int64)}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict()`; raises ArgumentError when it belongs to another width."""
         check_state("ClassPrototypes: state", state, ("matrix", "classes"))

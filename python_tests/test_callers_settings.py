@@ -63,6 +63,31 @@ def test_the_callers_autocast_changes_nothing(weights, photos, tmp_path, setting
         assert_same(plain.state_dict(), wanted.model().state_dict())
 
 
+@pytest.mark.parametrize("settings", [{"head": "linear"}, {"head": "aligned"}, {"head_width": 40}], ids=str)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_without_gradients_changes_nothing(weights, photos, tmp_path, mode, settings):
+    wanted = learner_of(weights, **settings)
+    wanted.learn(photos, FIRST)
+    wanted.save(tmp_path / "saved")
+    wanted.learn(photos, SECOND)
+    with mode():
+        found = ContinualLearner.load(tmp_path / "saved")
+        said, measured = (
+            found.predict(photos),
+            found.evaluate(labelled_photos(photos, FIRST)),
+        )  # aligned are trained now
+        assert torch.is_inference_mode_enabled() == (mode is torch.inference_mode) and not torch.is_grad_enabled()
+    assert ContinualLearner.load(tmp_path / "saved").predict(photos) == said
+    assert measured.images == len(labelled_photos(photos, FIRST))
+    with mode():
+        made = learner_of(weights, **settings)
+        made.observe(photos)
+        found.learn(photos, SECOND)
+    made.learn(photos, FIRST)
+    assert_same(state_of(found), state_of(wanted))
+    assert found.predict(photos) == wanted.predict(photos)
+
+
 def labelled_photos(photos, names):
     return [(path, name) for name in names for path in sorted((photos / name).iterdir())]
 

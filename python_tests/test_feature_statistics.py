@@ -191,6 +191,24 @@ def test_what_is_wrong_is_named_and_changes_nothing(use: Any, message: str) -> N
     assert all(torch.equal(before[name], getattr(statistics, name)) for name in NAMES)
 
 
+def test_what_was_begun_in_inference_mode_goes_on_outside_of_it() -> None:
+    f, y = torch.randn(9, 4), torch.arange(9) % 3
+    plain, found = FeatureStatistics(4), FeatureStatistics(4)
+    plain.observe(f, y)
+    state = plain.state_dict()
+    with torch.inference_mode():
+        moved = FeatureStatistics(4)
+        moved.load_state_dict(state)
+        moved.transform(torch.eye(4) + 0)
+        found.observe(f + 0, y)
+        found.merge(moved)
+    for statistics in (moved, found):
+        statistics.observe(f, y)
+    assert moved.rows == 18 and found.rows == 27 and found.counts.tolist() == [9, 9, 9]
+    assert_close(found.gram, 3 * plain.gram, torch.float64)
+    assert_close(moved.sums.sum(0), 2 * f.double().sum(0), torch.float64)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_feature_that_is_not_finite_changes_nothing(value: float) -> None:
     statistics = observed(*samples())

@@ -226,6 +226,20 @@ def test_of_a_share_that_factors_cannot_hold_nothing_is_merged(curve) -> None:
     assert moved == curve(share) and 0.9e-2 <= moved <= 1e-2  # also where it hardly falls at first
 
 
+@pytest.mark.parametrize("excess", [1e-5, 1e-3, 0.03, 0.3, 3, 100])
+@pytest.mark.parametrize("bend", [0.5, 3, 10, 30])
+def test_a_share_is_found_along_curves_that_flatten(bend: float, excess: float) -> None:
+    """Lines through two points of them end above the budget again and again."""
+    for curve in (
+        lambda a: math.tanh(bend * a) / math.tanh(bend),
+        lambda a: a * (1 + bend) / (1 + bend * a),
+        lambda a: a ** (1 / (1 + bend / 10)),
+        lambda a: (a + bend * a**2) / (1 + bend),
+    ):
+        share, moved = found_by(ShareSearch(1.0, 1 + excess), lambda a, curve=curve: (1 + excess) * curve(a))
+        assert 0.8 <= moved <= 1 and moved == (1 + excess) * curve(share)
+
+
 def found_by(search: ShareSearch, curve) -> tuple[float, float]:
     """What `Method._within` would find where a share moves features by `curve` of it."""
     for _ in range(10):

@@ -221,6 +221,18 @@ def test_prototypes_keep_nothing_that_autograd_knows() -> None:
     assert not prototypes.matrix.requires_grad
 
 
+def test_prototypes_of_inference_mode_serve_the_loss_outside_of_it() -> None:
+    with torch.inference_mode():
+        prototypes, loaded = ClassPrototypes(4), ClassPrototypes(4)
+        prototypes.add(torch.randn(6, 4), torch.arange(6) % 2)
+        prototypes.transform(torch.eye(4) + 0)
+        loaded.load_state_dict(prototypes.state_dict())
+    for one in (prototypes, loaded):
+        f = torch.randn(3, 4, requires_grad=True)
+        DecoupledMarginLoss(0.2, 16.0)(f, one).backward()
+        assert f.grad.any() and not one.matrix.is_inference()
+
+
 def test_prototypes_are_unit_class_means() -> None:
     f = torch.randn(20, 6)
     labels = torch.tensor([3, 5] * 10)

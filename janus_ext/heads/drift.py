@@ -26,13 +26,15 @@ def movement(before: Tensor, after: Tensor, S: Tensor) -> float:
 
 LEAST = 1e-9  # of an update that is tried: smaller factors would lose their digits, and not come back when it grows
 FURTHEST = 1 / 256  # of the share before: where movement hardly falls with it, no line says how far to go
+STUBBORN = 3  # measurements in a row on one side of the budget: along a curve that flattens, lines fall short for ever
 
 
 class ShareSearch:
     """The share of an update that moves features by ``budget``, from a few measurements (share, movement).
 
     Movement is nearly a power of the share (of a small update: the first), so that a straight line through the last two
-    points in logarithms finds it at once; where that leads out of what is known, the middle does.
+    points in logarithms finds it at once; where that leads out of what is known, or stays on one side of the budget,
+    the middle does.
 
     Attributes:
         below: the largest share so far that keeps within the budget, and its movement; (0, 0) at first.
@@ -44,6 +46,7 @@ class ShareSearch:
         self.below = (0.0, 0.0)
         self.above = (1.0, moved)
         self.power = 1.0
+        self._sides: list[bool] = []
 
     def next_share(self) -> float:
         """What to try next: between the two."""
@@ -51,8 +54,9 @@ class ShareSearch:
         if not self.budget:
             return 0.0
         guess = max(high * (self.budget / moved) ** (1 / self.power), FURTHEST * high)
-        middle = math.sqrt(low * high) if low else high / 16
-        share = guess if low < guess < high else middle
+        middle = math.sqrt(low * high) if low else high / 2
+        stubborn = len(self._sides) >= STUBBORN and len(set(self._sides[-STUBBORN:])) == 1
+        share = guess if low < guess < high and not stubborn else middle
         return share if share >= LEAST else 0.0
 
     def add(self, share: float, moved: float) -> None:
@@ -60,7 +64,8 @@ class ShareSearch:
         b, high = self.above
         if 0 < moved != high < math.inf and share != b:
             self.power = min(8.0, max(0.125, math.log(high / moved) / math.log(b / share)))
-        if moved <= self.budget:
+        self._sides.append(moved <= self.budget)
+        if self._sides[-1]:
             self.below = (share, moved)
         else:
             self.above = (share, moved)

@@ -22,6 +22,7 @@ from janus_ext.arguments import (
 from janus_ext.errors import ArgumentError, StatisticsError
 
 NAMES = ("counts", "sums", "gram")
+IN_PLACE = torch.inference_mode(False)  # what is kept is written into later, within the caller's mode or outside of it
 NOTHING = 1e-12  # of the features' energy: a scatter within classes below it is rounding
 
 
@@ -43,6 +44,7 @@ class FeatureStatistics:
         ArgumentError: dim is not a positive integer.
     """
 
+    @IN_PLACE
     def __init__(self, dim: int, device: torch.device | str | None = None) -> None:
         check_integer("FeatureStatistics: dim", dim, lambda n: 1 <= n <= WIDEST, f"from 1 to {WIDEST}")
         check_device("FeatureStatistics: device", device)
@@ -68,6 +70,7 @@ class FeatureStatistics:
         """bool [C]: which classes have images."""
         return self.counts > 0
 
+    @IN_PLACE
     @torch.no_grad()
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Adds features [n, dim] of any floating dtype; labels [n] are classes, counted from 0.
@@ -90,6 +93,7 @@ class FeatureStatistics:
             self.sums[c] += members.double().sum(0)
         ops.gram_update_(self.gram, features)
 
+    @IN_PLACE
     def reserve(self, classes: int) -> None:
         """Makes room for classes 0 .. ``classes`` - 1; those without images have a count of 0."""
         check_integer("FeatureStatistics: classes", classes, lambda c: 0 <= c <= WIDEST, f"from 0 to {WIDEST}")
@@ -98,6 +102,7 @@ class FeatureStatistics:
             self.counts = torch.cat([self.counts, self.counts.new_zeros(missing)])
             self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, self.dim)])
 
+    @IN_PLACE
     @torch.no_grad()
     def merge(self, other: FeatureStatistics) -> None:
         """Adds what other statistics of the same width have seen, class by class."""
@@ -122,6 +127,7 @@ class FeatureStatistics:
         for name in NAMES:
             processes.add_up(getattr(self, name), group)
 
+    @IN_PLACE
     @torch.no_grad()
     def transform(self, matrix: Tensor) -> None:
         """Replaces every feature f seen so far by f R: means become mean R, covariances R^T S R.
@@ -168,6 +174,7 @@ class FeatureStatistics:
         """counts, sums and gram: copies."""
         return {name: getattr(self, name).clone() for name in NAMES}
 
+    @IN_PLACE
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continues from `state_dict()`; ArgumentError where it is none, or of another width."""
         check_state("FeatureStatistics: state", state, NAMES)
@@ -216,7 +223,8 @@ def factor_of(S: Tensor) -> Tensor:
 def shrunk(S: Tensor, rows: int) -> Tensor:
     """(1 - rho) S + rho m I, m the mean of the diagonal.
 
-    By OAS (Chen, Wiesel, Eldar & Hero, IEEE Trans. Signal Processing 58, 2010, equation 23).
+    By OAS (Chen, Wiesel, Eldar & Hero, IEEE Trans. Signal Processing 58, 2010, equation 23) without its terms in 2 / d,
+    as scikit-learn has it.
 
     Args:
         S: [d, d] float64, a sample covariance.

@@ -47,7 +47,8 @@ def lora_linear(
     Returns:
         [..., m], x's dtype.
     """
-    check_differentiation("lora_linear", x, weight, bias, A, B, basis)
+    check_differentiation("lora_linear", x, weight, bias, A, B)
+    require_frozen("lora_linear", basis=basis)
     how = rectification_of("lora_linear", rectify, options, balance=False)
     return torch.ops.janus_ext.lora_linear(x, weight, bias, A, B, basis, scale, *how.values, defer)[0]
 
@@ -78,7 +79,8 @@ def lora_qkv(
     Returns:
         [..., 3 m], x's dtype.
     """
-    check_differentiation("lora_qkv", x, weight, bias, A, B, basis)
+    check_differentiation("lora_qkv", x, weight, bias, A, B)
+    require_frozen("lora_qkv", basis=basis)
     named = isinstance(targets, Sequence)
     unknown = [t for t in targets if not isinstance(t, str) or t not in TARGETS] if named else [targets]
     if unknown:
@@ -88,12 +90,13 @@ def lora_qkv(
     return torch.ops.janus_ext.lora_qkv(x, weight, bias, A, B, basis, scale, *how.values, defer, slices)[0]
 
 
-def check_differentiation(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, basis: Tensor | None
-) -> None:
-    """Raises what `lora_linear` and `lora_qkv` cannot differentiate: for callers of the raw ops."""
+def check_differentiation(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> None:
+    """Raises what `lora_linear` and `lora_qkv` cannot differentiate: for callers of the raw ops.
+
+    Not of the basis: where that is asked about its gradient, PyTorch 2.11 compiles a graph for every size of it.
+    """
     require_reverse_mode(op, x, A, B)
-    require_frozen(op, weight=weight, bias=bias, basis=basis)
+    require_frozen(op, weight=weight, bias=bias)
 
 
 def _fake_forward(x: Tensor, weight: Tensor, A: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
