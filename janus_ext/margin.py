@@ -80,6 +80,7 @@ class ClassPrototypes:
         self.classes += new
 
     @torch.inference_mode(False)
+    @torch.no_grad()
     def transform(self, matrix: Tensor) -> None:
         """Move every prototype p to p R, R [dim, dim], and bring it back to length 1: what drifted is followed."""
         check_floats("ClassPrototypes: matrix", matrix, [self.matrix.shape[1]] * 2)

@@ -217,6 +217,8 @@ def test_prototypes_keep_nothing_that_autograd_knows() -> None:
     prototypes = ClassPrototypes(4)
     prototypes.add(torch.randn(6, 4, requires_grad=True).square(), torch.arange(6) % 2)
     assert not prototypes.matrix.requires_grad
+    prototypes.transform(torch.eye(4, requires_grad=True))
+    assert not prototypes.matrix.requires_grad
     prototypes.load_state_dict({"matrix": prototypes.matrix.clone().requires_grad_(), "classes": torch.tensor([3, 4])})
     assert not prototypes.matrix.requires_grad
 
