@@ -254,6 +254,13 @@ def test_the_same_call_goes_back_to_the_folder_that_it_has_begun(tmp_path, monke
     for words in (call, call, f"{call} --resume", f"{call} --lr 0.5", f"{call} --lr 0.5"):
         train.main(words.split())
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["emoji-janus-0", "emoji-janus-0-2"]
+    for words in (f"{call} --tasks 5 --seed 3", f"{call} --seed 3", f"{call} --tasks 10 --seed 3"):
+        train.main(words.split())  # ten, where none are said: runs of five are other runs
+    tasks = [
+        checkpoint.read_json(tmp_path / "runs" / name / "config.json")["tasks"]
+        for name in ("emoji-janus-3", "emoji-janus-3-2")
+    ]
+    assert tasks == [5, 10] and not (tmp_path / "runs" / "emoji-janus-3-3").exists()
 
 
 def test_a_damaged_configuration_is_named(tmp_path, capsys):
